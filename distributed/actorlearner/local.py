@@ -36,9 +36,9 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, final
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -115,7 +115,7 @@ class LocalOptions:
     root_dir: Path
     num_collect_actors: int = 1
     num_eval_actors: int = 1
-    seed: Optional[int] = None
+    seed: int | None = None
     gin_bindings: tuple[str, ...] = ()
     learner_flags: tuple[str, ...] = ()
     role_flags: tuple[str, ...] = ()
@@ -181,7 +181,7 @@ class Restarts:
         self._next_secs = timing.first_restart_secs
         self._num_short_lives = 0
 
-    def secs_until_next(self, lived_secs: float) -> Optional[float]:
+    def secs_until_next(self, lived_secs: float) -> float | None:
         """Returns the wait in seconds after a life of `lived_secs`, or None to give up. Call once per death."""
         timing = self._timing
         self._num_short_lives = self._num_short_lives + 1 if lived_secs < timing.short_life_secs else 0
@@ -220,13 +220,13 @@ class Status:
     phase: str
     train_step: int = 0
     num_iterations: int = 0
-    train_steps_per_sec: Optional[float] = None
+    train_steps_per_sec: float | None = None
     environment_steps: int = 0
-    environment_steps_per_sec: Optional[float] = None
-    evaluated_train_step: Optional[int] = None
-    average_return: Optional[float] = None
-    seconds_left: Optional[float] = None
-    waiting_for: Optional[str] = None
+    environment_steps_per_sec: float | None = None
+    evaluated_train_step: int | None = None
+    average_return: float | None = None
+    seconds_left: float | None = None
+    waiting_for: str | None = None
     time: float = 0.0
 
     @property
@@ -234,7 +234,7 @@ class Status:
         return self.phase in PHASES_AFTER_TRAINING
 
 
-def parse_status(text: str) -> Optional[Status]:
+def parse_status(text: str) -> Status | None:
     """Returns the status in `text`, or None if it is not one. Missing and non-finite numbers are not errors."""
     try:
         fields = json.loads(text)
@@ -261,7 +261,7 @@ def parse_status(text: str) -> Optional[Status]:
     )
 
 
-def read_status(path: Path, written_after: float) -> Optional[Status]:
+def read_status(path: Path, written_after: float) -> Status | None:
     """Returns the status in the file `path`, or None if there is none yet that this run wrote.
 
     A continued run finds the file of the run before it; only what is newer than `written_after` (unix seconds) counts.
@@ -295,7 +295,7 @@ def describe_rest(status: Status, age_secs: float, timing: Timing) -> str:
     return "; ".join(words)
 
 
-def describe_status(status: Optional[Status], age_secs: float = 0.0, timing: Timing = Timing()) -> str:
+def describe_status(status: Status | None, age_secs: float = 0.0, timing: Timing = Timing()) -> str:
     """Returns the status as one plain line."""
     if status is None:
         return "starting: waiting for the learner"
@@ -312,7 +312,7 @@ def describe_secs(secs: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def describe_delivered(path: Path) -> Optional[str]:
+def describe_delivered(path: Path) -> str | None:
     """Returns one line on the policy the run hands over, from its `summary.json`, or None if that says nothing."""
     try:
         delivered = json.loads(path.read_text(encoding="utf-8"))["delivered"]
@@ -335,13 +335,13 @@ def _percent(status: Status) -> int:
     return min(100, 100 * status.train_step // status.num_iterations)
 
 
-def _rate(per_sec: Optional[float]) -> str:
+def _rate(per_sec: float | None) -> str:
     if per_sec is None:
         return ""
     return f", {per_sec:,.1f}/s" if per_sec < 10 else f", {per_sec:,.0f}/s"
 
 
-def _number(value: Any) -> Optional[float]:
+def _number(value: Any) -> float | None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     return value if is_number else None
 
@@ -356,6 +356,7 @@ class _Console(Console):
         self.quiet = True
 
 
+@final
 class Terminal:
     """The merged stream of all roles and, below it on a terminal, the live status.
 
@@ -366,7 +367,7 @@ class Terminal:
         self._timing = timing
         self._width = max(len(name) for name in (*names, "launcher"))
         self._colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)}
-        self._live: Optional[Live] = None
+        self._live: Live | None = None
         self._last_status_time = -math.inf
         self._last_status_line = ""
         if isinstance(sys.stdout, io.TextIOWrapper):
@@ -399,7 +400,7 @@ class Terminal:
         with contextlib.suppress(OSError):
             self._live.console.print(text)
 
-    def status(self, status: Optional[Status], now: float, age_secs: float) -> None:
+    def status(self, status: Status | None, now: float, age_secs: float) -> None:
         """Shows the status if it is due at `now` (seconds of any one clock); as a plain line only if it changed."""
         interval_secs = self._timing.plain_interval_secs if self._live is None else self._timing.live_interval_secs
         if now - self._last_status_time < interval_secs:
@@ -415,7 +416,7 @@ class Terminal:
             self.show("status", line)
 
 
-def live_status(status: Optional[Status], age_secs: float, timing: Timing) -> Group:
+def live_status(status: Status | None, age_secs: float, timing: Timing) -> Group:
     """Returns the two lines at the bottom of a terminal: a progress bar, and the rest of the figures."""
     if status is None:
         return Group(Text(describe_status(None), style="bold"))
@@ -555,7 +556,7 @@ class _Process:
     def _read(self, command: list[str]) -> None:
         assert self._popen.stdout is not None
         with contextlib.ExitStack() as stack:
-            log: Optional[io.FileIO] = None
+            log: io.FileIO | None = None
             with contextlib.suppress(OSError):  # a full disk must not block the role on its own output
                 log = stack.enter_context(open(self._log_path, "ab", buffering=0))
             stack.enter_context(self._popen.stdout)
@@ -592,8 +593,8 @@ class _Role:
     log_path: Path
     restarts: Restarts
     num_starts: int = 0
-    process: Optional[_Process] = None
-    restart_at: Optional[float] = None  # None: alive, or finished
+    process: _Process | None = None
+    restart_at: float | None = None  # None: alive, or finished
 
 
 @dataclasses.dataclass(frozen=True)
@@ -638,7 +639,7 @@ class _Launcher:
         self._signals: list[int] = []
         self._last_signal_time = -math.inf
         self._shown_lines: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
-        self._status: Optional[Status] = None
+        self._status: Status | None = None
         self._status_read_at = -math.inf
         self._mute_errors = False
 
@@ -687,7 +688,7 @@ class _Launcher:
                     self._restart(role)
             self._pump()
 
-    def _on_exit(self, role: _Role) -> Optional[_Ending]:
+    def _on_exit(self, role: _Role) -> _Ending | None:
         """Takes a dead role's leave: finished, to be started again later, or the end of the run."""
         process, returncode = self._reap(role)
         lived_secs = time.monotonic() - process.started_at
@@ -818,7 +819,7 @@ class _Launcher:
         self._show_lines()
         return process, returncode
 
-    def _on_signal(self, number: int, frame: Optional[types.FrameType]) -> None:
+    def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
         now = time.monotonic()
         if now - self._last_signal_time >= self._timing.second_signal_secs:
             self._signals.append(number)
@@ -887,7 +888,7 @@ class _Launcher:
 
 
 @contextlib.contextmanager
-def _handled_signals(handler: Callable[[int, Optional[types.FrameType]], None]) -> Iterator[None]:
+def _handled_signals(handler: Callable[[int, types.FrameType | None], None]) -> Iterator[None]:
     """Hands SIGINT, SIGTERM and SIGHUP to `handler`. An ignored SIGHUP (nohup) stays ignored."""
     numbers = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:

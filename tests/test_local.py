@@ -1,0 +1,675 @@
+"""The local launcher, with real processes: small scripts play the roles, so no test waits for TensorFlow."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from pathlib import Path
+
+import actorlearner
+import pytest
+from actorlearner import local
+
+DEADLINE_SECS = 10.0  # of every wait; a test that holds does not come near it
+SOURCE_ROOT = Path(actorlearner.__file__).parent.parent
+
+# Plays whichever role it is started as: what a test wrote for that role, or else "run until SIGTERM".
+PLAYER = """
+import os, pathlib, signal, subprocess, sys, time
+
+kind, experiment = sys.argv[1:3]
+flags = dict(flag.split("=", 1) for flag in sys.argv[3:])
+task = flags["--task"]
+root_dir = pathlib.Path(flags["--root_dir"])
+events = root_dir / "events"
+
+def note(word, *rest):
+    with open(events, "ab", buffering=0) as f:
+        f.write((" ".join([kind, task, word, *map(str, rest)]) + chr(10)).encode())
+
+def noted(line):
+    return line in events.read_text().splitlines()
+
+def num_starts():
+    return sum(line.startswith(f"{kind} {task} started") for line in events.read_text().splitlines())
+
+def wait_for(condition):
+    while not condition():
+        time.sleep(0.01)
+
+def log(message):
+    print("I 12:34:56", message)
+
+def write_status(**fields):
+    import json
+    fields = {"phase": "training", "train_step": 0, "num_iterations": 100, "time": time.time(), **fields}
+    (root_dir / "status.tmp").write_text(json.dumps(fields))
+    os.replace(root_dir / "status.tmp", root_dir / "status.json")
+
+def on_sigterm(number, frame):
+    note("stopped")
+    os._exit(143)
+
+signal.signal(signal.SIGTERM, on_sigterm)
+note("started", os.getpid())
+exec((pathlib.Path(__file__).parent / "parts" / kind).read_text())
+wait_for(lambda: False)
+"""
+
+LAUNCH = """
+import json, pathlib, sys
+from actorlearner import local
+options = json.loads(sys.argv[1])
+timing = local.Timing(**options.pop("timing"))
+options["root_dir"] = pathlib.Path(options["root_dir"])
+sys.exit(local.run_local(local.LocalOptions(timing=timing, **{
+    k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})))
+"""
+
+QUICK = {
+    "poll_secs": 0.02,
+    "first_restart_secs": 0.05,
+    "longest_restart_secs": 0.1,
+    "end_by_themselves_secs": 0.2,
+    "live_interval_secs": 0.05,
+    "plain_interval_secs": 0.1,
+}
+
+
+def wait_until(condition, what: str):
+    """Waits until `condition()` holds, looking again and again, and returns what it returned."""
+    deadline = time.monotonic() + DEADLINE_SECS
+    while time.monotonic() < deadline:
+        result = condition()
+        if result:
+            return result
+        time.sleep(0.01)
+    pytest.fail(f"{what} did not happen within {DEADLINE_SECS} s")
+
+
+class Launch:
+    """A launcher in a process of its own, and what became of it."""
+
+    def __init__(self, tmp_path: Path):
+        self.tmp_path = tmp_path
+        self.root_dir = tmp_path / "run"
+        self.mark = f"LAUNCH_TEST={uuid.uuid4().hex}"  # in the environment of everything it starts
+        self.stdout, self.stderr = "", ""
+        self._threads: list[threading.Thread] = []
+
+    def start(self, parts: dict[str, str] | None = None, timing: dict | None = None, stdout=None, **options) -> Launch:
+        """Starts the launcher; `parts` says in Python what each role does before it waits for SIGTERM."""
+        (self.tmp_path / "player.py").write_text(PLAYER)
+        (self.tmp_path / "parts").mkdir(exist_ok=True)
+        for kind in ("replay-server", "learner", "eval-actor", "collect-actor"):
+            (self.tmp_path / "parts" / kind).write_text((parts or {}).get(kind, ""))
+        fields = {
+            "experiment": "some_experiment",
+            "root_dir": str(self.root_dir),
+            "command": [sys.executable, "-S", str(self.tmp_path / "player.py")],
+            "timing": {**QUICK, **(timing or {})},
+            **options,
+        }
+        name, value = self.mark.split("=")
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", LAUNCH, json.dumps(fields)],
+            env={**os.environ, "PYTHONPATH": str(SOURCE_ROOT), "TERM": "xterm", name: value},
+            stdout=subprocess.PIPE if stdout is None else stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        for stream in ("stdout", "stderr"):
+            if getattr(self.process, stream) is not None:
+                thread = threading.Thread(target=self._collect, args=(stream,), daemon=True)
+                thread.start()
+                self._threads.append(thread)
+        return self
+
+    def _collect(self, stream: str) -> None:
+        for line in getattr(self.process, stream):
+            setattr(self, stream, getattr(self, stream) + line)
+
+    def finish(self) -> int:
+        """Returns the launcher's exit code, all its output read; nothing it started may be left."""
+        returncode = self.process.wait(DEADLINE_SECS)
+        for thread in self._threads:
+            thread.join(DEADLINE_SECS)
+        assert self.survivors() == []
+        return returncode
+
+    def events(self) -> list[str]:
+        try:
+            return (self.root_dir / "events").read_text().splitlines()
+        except FileNotFoundError:
+            return []
+
+    def words(self, word: str) -> list[str]:
+        """Returns the roles that noted `word`, in order, as `learner-0`."""
+        return ["-".join(line.split()[:2]) for line in self.events() if line.split()[2] == word]
+
+    def pids(self, role: str, num_starts: int = 1) -> list[int]:
+        """Returns the process ids of a role's lives once it has begun `num_starts` of them."""
+
+        def find() -> list[int]:
+            lines = [line.split() for line in self.events()]
+            return [int(line[3]) for line in lines if line[2] == "started" and "-".join(line[:2]) == role]
+
+        wait_until(lambda: len(find()) >= num_starts, f"start {num_starts} of {role}")
+        return find()
+
+    def wait_for_all(self, num_roles: int = 4) -> None:
+        wait_until(lambda: len(self.words("started")) >= num_roles, f"start of {num_roles} roles")
+
+    def wait_for_output(self, text: str) -> None:
+        wait_until(lambda: text in self.stdout, f"{text!r} in the merged stream")
+
+    def log(self, role: str) -> str:
+        return (self.root_dir / "logs" / f"{role}.log").read_text()
+
+    def survivors(self) -> list[int]:
+        """Returns the living processes that carry this launch's mark."""
+        found = []
+        for directory in Path("/proc").iterdir():
+            try:
+                if self.mark.encode() in (directory / "environ").read_bytes().split(b"\0"):
+                    found.append(int(directory.name))
+            except (OSError, ValueError):  # not a process, not ours, or gone
+                continue
+        return found
+
+
+@pytest.fixture
+def launch(tmp_path):
+    launch = Launch(tmp_path)
+    yield launch
+    for pid in launch.survivors():
+        os.kill(pid, signal.SIGKILL)
+    launch.process.wait(DEADLINE_SECS)
+    for stream in (launch.process.stdout, launch.process.stderr):
+        if stream is not None:
+            stream.close()
+
+
+# --- Starting ---------------------------------------------------------------------------------------------------------
+
+
+def test_launcher_starts_without_the_heavy_imports():
+    """TensorFlow alone takes longer to import than the roles may take to be started."""
+    heavy = ("tensorflow", "reverb", "tf_agents", "gin", "numpy")
+    program = f"import sys, actorlearner.local; print([name for name in {heavy} if name in sys.modules])"
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE_ROOT)}
+    assert subprocess.check_output([sys.executable, "-c", program], env=environment, text=True).strip() == "[]"
+
+
+def test_every_role_gets_its_own_flags_and_no_other():
+    options = local.LocalOptions(
+        experiment="dqn_cartpole",
+        root_dir=Path("runs/x"),
+        seed=7,
+        gin_bindings=("train.gamma = 0.9", "train.num_iterations = 3"),
+        learner_flags=("--strategy=mirrored",),
+        command=("actorlearner",),
+    )
+    common = [
+        "dqn_cartpole",
+        "--replay_address=127.0.0.1:4321",
+        "--variables_address=127.0.0.1:4321",
+        "--task=2",
+        "--root_dir=runs/x",
+        "--seed=7",
+        "--gin_bindings=train.gamma = 0.9",
+        "--gin_bindings=train.num_iterations = 3",
+    ]
+    for kind, own in (
+        ("replay-server", ["--port=4321"]),
+        ("learner", ["--strategy=mirrored"]),
+        ("eval-actor", []),
+        ("collect-actor", []),
+    ):
+        assert local.role_command(options, kind, task=2, port=4321) == ["actorlearner", kind, *common, *own]
+    assert "--seed=" not in " ".join(local.role_command(dataclasses.replace(options, seed=None), "learner", 0, 1))
+
+
+def test_only_the_learner_sees_the_gpus():
+    """TensorFlow takes all of a GPU's memory in every process that sees it."""
+    environ = {"CUDA_VISIBLE_DEVICES": "0,1", "TF_CPP_MIN_LOG_LEVEL": "0"}
+    learner = local.role_environment("learner", environ)
+    assert learner["CUDA_VISIBLE_DEVICES"] == "0,1"
+    assert learner["TF_CPP_MIN_LOG_LEVEL"] == "0"
+    for kind in ("replay-server", "eval-actor", "collect-actor"):
+        environment = local.role_environment(kind, environ)
+        assert environment["CUDA_VISIBLE_DEVICES"] == "-1"
+        assert environment["SDL_VIDEODRIVER"] == "dummy"
+
+
+@pytest.mark.parametrize("counts", [{"num_collect_actors": 0}, {"num_eval_actors": -1}])
+def test_impossible_counts_are_refused(counts):
+    with pytest.raises(ValueError, match=next(iter(counts))):
+        local.LocalOptions(experiment="x", root_dir=Path("x"), **counts)
+
+
+def test_root_dir_that_cannot_be_made_is_said_before_anything_starts(launch):
+    launch.root_dir = launch.tmp_path / "file" / "run"
+    (launch.tmp_path / "file").write_text("")
+    assert launch.start().finish() == 73
+    assert launch.stderr.startswith(f"error: --root_dir={launch.root_dir} ")
+
+
+def test_a_taken_port_moves_all_roles_to_another(launch):
+    """Roles left on the first port would wait for a replay server that is not there."""
+    launch.start(
+        {
+            "replay-server": "note('port', flags['--port']); sys.exit(69) if num_starts() == 1 else None",
+            "learner": "note('address', flags['--replay_address'])",
+            "collect-actor": "note('address', flags['--replay_address'])",
+        }
+    )
+    wait_until(lambda: len(launch.words("port")) == 2, "a second port")
+    second = [line.split()[3] for line in launch.events() if line.split()[2] == "port"][1]
+    for role in ("learner", "collect-actor"):
+        wait_until(lambda role=role: f"{role} 0 address 127.0.0.1:{second}" in launch.events(), f"{role} on {second}")
+    launch.process.terminate()
+    assert launch.finish() == 143
+
+
+# --- The end ----------------------------------------------------------------------------------------------------------
+
+
+def test_when_training_ends_the_others_are_stopped_and_the_replay_server_last(launch):
+    """An actor whose replay server goes first ends with an error that is none."""
+    summary = {
+        "delivered": {
+            "train_step": 9000,
+            "average_return": 2987.5,
+            "average_episode_length": 2987.5,
+            "min_episode_length": 2500,
+            "num_episodes": 20,
+        }
+    }
+    launch.start(
+        {
+            "learner": f"""
+wait_for(lambda: noted("go 0 now"))
+(root_dir / "summary.json").write_text({json.dumps(summary)!r})
+sys.exit(0)"""
+        },
+        num_collect_actors=2,
+    )
+    launch.wait_for_all(5)
+    with open(launch.root_dir / "events", "a") as f:
+        f.write("go 0 now\n")
+    assert launch.finish() == 0
+    stopped = launch.words("stopped")
+    assert sorted(stopped[:3]) == ["collect-actor-0", "collect-actor-1", "eval-actor-0"]
+    assert stopped[3:] == ["replay-server-0"]
+    assert f"training ended; the run is in {launch.root_dir}" in launch.stdout
+    assert "delivered policy of train step 9,000: average return 2,987.5" in launch.stdout
+    assert launch.stderr == ""
+
+
+def test_actors_that_end_by_themselves_are_not_signalled(launch):
+    """The eval actor may still be writing its last evaluation when the learner is done."""
+    actor = "wait_for(lambda: noted('learner 0 over')); note('done'); sys.exit(0)"
+    launch.start(
+        {"learner": "note('over'); sys.exit(0)", "eval-actor": actor, "collect-actor": actor},
+        timing={"end_by_themselves_secs": DEADLINE_SECS},
+    )
+    assert launch.finish() == 0
+    assert sorted(launch.words("done")) == ["collect-actor-0", "eval-actor-0"]
+    assert launch.words("stopped") == ["replay-server-0"]
+
+
+def test_an_actor_that_ends_after_training_is_not_started_again(launch):
+    """Its next life would only find out that training is over, again and again, until it is given up."""
+    launch.start(
+        {
+            "learner": "write_status(phase='final evaluation'); note('final'); "
+            "wait_for(lambda: noted('eval-actor 0 done')); time.sleep(0.3); sys.exit(0)",
+            "eval-actor": "wait_for(lambda: noted('collect-actor 0 done')); note('done'); sys.exit(0)",
+            "collect-actor": "wait_for(lambda: noted('learner 0 final')); note('done'); sys.exit(0)",
+        }
+    )
+    assert launch.finish() == 0
+    assert len(launch.words("started")) == 4
+
+
+# --- Restarting -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("role", ["collect-actor-0", "eval-actor-0", "learner-0", "replay-server-0"])
+def test_a_killed_role_is_started_again(launch, role):
+    launch.start()
+    launch.wait_for_all()
+    os.kill(launch.pids(role)[0], signal.SIGKILL)
+    first, second = launch.pids(role, num_starts=2)
+    assert first != second
+    launch.wait_for_output("was killed by SIGKILL; starting it again")
+    assert len(launch.words("started")) == 5, "the others must not be touched"
+    launch.process.terminate()
+    assert launch.finish() == 143
+
+
+def test_an_actor_that_ends_before_training_does_is_started_again(launch):
+    launch.start({"collect-actor": "sys.exit(0) if num_starts() == 1 else None", "learner": "write_status()"})
+    launch.pids("collect-actor-0", num_starts=2)
+    launch.process.terminate()
+    assert launch.finish() == 143
+
+
+def test_a_role_that_keeps_crashing_is_given_up(launch):
+    """Restarting forever would look like training."""
+    launch.start(
+        {"collect-actor": "print('noise'); raise RuntimeError('no such joint')"}, timing={"num_short_lives": 3}
+    )
+    assert launch.finish() == 1
+    assert launch.words("started").count("collect-actor-0") == 3
+    assert launch.stderr.startswith("error: collect-actor-0 crashed with exit code 1, 3 times in a row")
+    assert str(launch.root_dir / "logs" / "collect-actor-0.log") in launch.stderr
+    assert "RuntimeError: no such joint" in launch.stderr
+    assert launch.words("stopped")[-1] == "replay-server-0"
+
+
+def test_an_unreachable_peer_is_a_reason_to_try_again(launch):
+    launch.start(
+        {"collect-actor": "if num_starts() == 1: print('error: no replay server within 60 s'); sys.exit(69)"},
+    )
+    launch.pids("collect-actor-0", num_starts=2)
+    launch.wait_for_output("collect-actor-0 | error: no replay server within 60 s")
+    launch.process.terminate()
+    assert launch.finish() == 143
+
+
+def test_waits_double_up_to_a_limit_and_start_anew_after_a_long_life():
+    restarts = local.Restarts(local.Timing())
+    assert [restarts.secs_until_next(40) for _ in range(7)] == [1, 2, 4, 8, 16, 30, 30]
+    assert restarts.secs_until_next(60) == 1
+    assert restarts.secs_until_next(40) == 2
+
+
+def test_five_short_lives_in_a_row_are_the_last():
+    restarts = local.Restarts(local.Timing())
+    assert [restarts.secs_until_next(29) for _ in range(4)] == [1, 2, 4, 8]
+    assert restarts.secs_until_next(31) == 16, "a longer life between them"
+    assert None not in [restarts.secs_until_next(29) for _ in range(4)]
+    assert restarts.secs_until_next(29) is None
+
+
+# --- Errors that starting again cannot cure ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", [64, 65, 73, 75])
+def test_an_error_all_roles_find_is_shown_once_and_its_code_returned(launch, code):
+    """Four copies of one message hide it."""
+    part = (
+        f"log('reading'); print('error: no such binding: tran.gamma\\n  did you mean train.gamma?'); sys.exit({code})"
+    )
+    launch.start({kind: part for kind in ("replay-server", "learner", "eval-actor", "collect-actor")})
+    assert launch.finish() == code
+    assert launch.stderr == "error: no such binding: tran.gamma\n  did you mean train.gamma?\n"
+    assert "error:" not in launch.stdout
+    assert len(launch.words("started")) <= 4
+
+
+def test_a_final_code_without_a_message_still_says_where_to_look(launch):
+    launch.start({"learner": "sys.exit(75)"})
+    assert launch.finish() == 75
+    assert launch.stderr.startswith("error: learner ended with exit code 75: another learner is on this run; see ")
+
+
+# --- Being stopped ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_stops_all_roles_in_order_and_lets_the_learner_save(launch, number, code):
+    launch.start(
+        {
+            "learner": """
+def save_and_exit(number, frame):
+    time.sleep(0.3)
+    note("saved")
+    note("stopped")
+    os._exit(143)
+signal.signal(signal.SIGTERM, save_and_exit)
+write_status(train_step=41)
+note("ready")"""
+        }
+    )
+    launch.wait_for_all()
+    wait_until(lambda: launch.words("ready"), "the learner's handler")
+    launch.process.send_signal(number)
+    launch.process.send_signal(number)  # `timeout` and some shells deliver theirs twice
+    assert launch.finish() == code
+    assert launch.words("saved") == ["learner-0"]
+    stopped = launch.words("stopped")
+    assert sorted(stopped[:2]) == ["collect-actor-0", "eval-actor-0"]
+    assert stopped[2:] == ["learner-0", "replay-server-0"]
+    assert f"stopped by {number.name} at 41 of 100 train steps (41%)" in launch.stdout
+    assert "killing" not in launch.stdout
+
+
+def test_a_second_signal_kills_what_will_not_stop(launch):
+    deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN); note('deaf')"
+    launch.start(
+        {kind: deaf for kind in ("replay-server", "learner", "collect-actor")}, timing={"second_signal_secs": 0}
+    )
+    wait_until(lambda: len(launch.words("deaf")) == 3, "three deaf roles")
+    launch.process.send_signal(signal.SIGINT)
+    launch.wait_for_output("stopping all roles")
+    started = time.monotonic()
+    launch.process.send_signal(signal.SIGINT)
+    assert launch.finish() == 130
+    assert time.monotonic() - started < 5, "the least of the patiences is 10 s"
+    assert "killing collect-actor-0: a second signal" in launch.stdout
+
+
+def test_a_role_that_will_not_stop_is_killed_when_its_time_is_up(launch):
+    launch.start(
+        {"learner": "signal.signal(signal.SIGTERM, signal.SIG_IGN); note('deaf')"}, timing={"stop_learner_secs": 0.3}
+    )
+    wait_until(lambda: launch.words("deaf"), "a deaf learner")
+    launch.wait_for_all()
+    launch.process.terminate()
+    assert launch.finish() == 143
+    assert "killing learner: no end within 0.3 s of SIGTERM" in launch.stdout
+
+
+def test_nothing_outlives_a_killed_launcher(launch):
+    """Not even what a role started itself; a left-over learner would keep writing the run directory."""
+    launch.start(
+        {
+            "learner": """
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+child = subprocess.Popen(["sleep", "1000"])
+note("child", child.pid)"""
+        }
+    )
+    launch.wait_for_all()
+    wait_until(lambda: launch.words("child"), "the learner's own child")
+    assert len(launch.survivors()) == 7, "launcher, guard, four roles, one child"
+    launch.process.kill()
+    wait_until(lambda: not launch.survivors(), "the end of all processes")
+
+
+def test_what_a_role_started_ends_with_the_role(launch):
+    """An orphaned ffmpeg would hold the pipe open and the launcher waiting."""
+    launch.start({"learner": "note('child', subprocess.Popen(['sleep', '1000']).pid); sys.exit(0)"})
+    assert launch.finish() == 0
+    assert launch.words("child") == ["learner-0"]
+
+
+# --- What is shown ----------------------------------------------------------------------------------------------------
+
+
+def test_noise_goes_to_the_log_alone(launch):
+    """TensorFlow prints dozens of lines at every start; a person looks for the few that matter."""
+    launch.start(
+        {
+            "collect-actor": """
+print("2026-01-01 00:00:00.000000: I tensorflow/core/platform/cpu_feature_guard.cc:182] This TensorFlow binary")
+print("UserWarning: noise", file=sys.stderr)
+log("waiting for [the] replay server at 127.0.0.1:4444")
+os.write(1, bytes([0xff, 0x1b]) + b"raw bytes" + b"x" * 200000 + b"\\n")
+log("done")"""
+        },
+        num_collect_actors=2,
+    )
+    for task in (0, 1):
+        launch.wait_for_output(f"collect-actor-{task} | I 12:34:56 waiting for [the] replay server at 127.0.0.1:4444\n")
+        launch.wait_for_output(f"collect-actor-{task} | I 12:34:56 done\n")
+    launch.process.terminate()
+    assert launch.finish() == 143
+    for noise in ("tensorflow", "UserWarning", "raw bytes"):
+        assert noise not in launch.stdout
+    log = (launch.root_dir / "logs" / "collect-actor-1.log").read_bytes()
+    for kept in (b"cpu_feature_guard.cc", b"UserWarning: noise", b"raw bytes" + b"x" * 200000, b"I 12:34:56 done\n"):
+        assert kept in log
+
+
+def test_the_log_keeps_every_life_of_a_role(launch):
+    launch.start({"eval-actor": "log(f'life {num_starts()}'); sys.exit(1) if num_starts() == 1 else None"})
+    launch.wait_for_output("life 2")
+    launch.process.terminate()
+    assert launch.finish() == 143
+    log = launch.log("eval-actor-0")
+    assert log.index("life 1") < log.index("life 2")
+    assert log.count("--- ") == 2, "a heading with the command line for each"
+
+
+def test_an_error_of_a_role_that_hangs_is_shown_all_the_same(launch):
+    launch.start({"learner": "print('error: out of memory')"}, timing={"old_error_secs": 0.1})
+    launch.wait_for_output("learner         | error: out of memory")
+    launch.process.terminate()
+    assert launch.finish() == 143
+
+
+def test_status_is_a_plain_line_without_a_terminal_and_not_repeated(launch):
+    launch.start({"learner": "write_status(train_step=41, time=time.time() + 60); note('written')"})
+    launch.wait_for_output("status          | training: 41 of 100 train steps (41%); 0 environment steps\n")
+    time.sleep(0.5)  # five more chances to print it
+    launch.process.terminate()
+    assert launch.finish() == 143
+    assert launch.stdout.count("status          | training: 41 of 100") == 1
+    assert "\x1b" not in launch.stdout
+
+
+def test_status_is_a_live_line_on_a_terminal(launch):
+    ours, theirs = pty.openpty()
+    launch.start({"learner": "log('hello'); write_status(train_step=41, train_steps_per_sec=193.4)"}, stdout=theirs)
+    os.close(theirs)
+    seen = b""
+
+    def read(*wanted: bytes) -> bool:
+        nonlocal seen
+        if select.select([ours], [], [], 0.1)[0]:
+            seen += os.read(ours, 1 << 16)
+        return all(text in seen for text in wanted)
+
+    wait_until(lambda: read(b"I 12:34:56 hello", b"41 of 100 train steps (41%), 193/s", b"\x1b["), "the live line")
+    launch.process.terminate()
+    wait_until(lambda: read(b"stopped by SIGTERM at 41 of 100", b"to go on"), "the last line")
+    assert launch.finish() == 143
+    os.close(ours)
+
+
+def test_a_reader_that_goes_away_does_not_end_training(launch):
+    """`actorlearner train ... | head` must not lose a night's run."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    launch.start({"learner": "log('hello'); time.sleep(0.3); log('again'); sys.exit(0)"}, stdout=writing)
+    os.close(writing)
+    assert launch.finish() == 0
+    assert launch.stderr == ""
+    assert "again" in launch.log("learner-0")
+
+
+# --- The words --------------------------------------------------------------------------------------------------------
+
+FULL_STATUS = {
+    "phase": "training",
+    "train_step": 41_000,
+    "num_iterations": 100_000,
+    "train_steps_per_sec": 193.2,
+    "environment_steps": 51_000,
+    "environment_steps_per_sec": 4.25,
+    "last_evaluation": {"train_step": 40_000, "average_return": 1234.56, "average_episode_length": 500.0},
+    "seconds_left": 303.4,
+    "waiting_for": None,
+    "time": 1000.0,
+}
+
+
+def test_status_line_has_every_figure():
+    status = local.parse_status(json.dumps(FULL_STATUS))
+    assert local.describe_status(status) == (
+        "training: 41,000 of 100,000 train steps (41%), 193/s; 51,000 environment steps, 4.2/s; "
+        "last evaluation 1,234.6 at 40,000; 5 min 03 s left"
+    )
+    assert local.describe_status(status, age_secs=12.0).endswith("; no news for 12 s")
+
+
+def test_status_line_says_what_is_waited_for():
+    waiting = {**FULL_STATUS, "phase": "waiting", "waiting_for": "1,000 transitions in replay"}
+    line = local.describe_status(local.parse_status(json.dumps(waiting)))
+    assert line.startswith("waiting for 1,000 transitions in replay: 41,000 of")
+    assert local.describe_status(None) == "starting: waiting for the learner"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"phase": 3}'])
+def test_what_is_no_status_is_none(text):
+    assert local.parse_status(text) is None
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "null", '"fast"', "true", "[1]"])
+def test_unusable_figures_are_left_out(value):
+    """A loss that diverged or a rate not yet known must not take the launcher down."""
+    fields = ("train_steps_per_sec", "environment_steps_per_sec", "seconds_left", "train_step", "last_evaluation")
+    text = '{"phase": "training", ' + ", ".join(f'"{field}": {value}' for field in fields) + "}"
+    assert local.describe_status(local.parse_status(text)) == "training: 0 train steps; 0 environment steps"
+
+
+def test_status_of_an_earlier_run_in_the_same_directory_is_not_ours(tmp_path):
+    """It may say that training is over, and the actors would not be started again."""
+    path = tmp_path / "status.json"
+    assert local.read_status(path, written_after=0.0) is None
+    path.write_text(json.dumps(FULL_STATUS))
+    assert local.read_status(path, written_after=1001.0) is None
+    assert local.read_status(path, written_after=999.0) is not None
+
+
+@pytest.mark.parametrize(
+    ("secs", "words"), [(-1, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (303, "5 min 03 s"), (11_100, "3 h 05 min")]
+)
+def test_durations_read_well(secs, words):
+    assert local.describe_secs(secs) == words
+
+
+@pytest.mark.parametrize(
+    ("returncode", "words"),
+    [
+        (0, "ended"),
+        (1, "crashed with exit code 1"),
+        (143, "was stopped by SIGTERM"),
+        (-9, "was killed by SIGKILL"),
+        (-11, "was killed by SIGSEGV"),
+        (65, "ended with exit code 65: the data does not fit the experiment"),
+    ],
+)
+def test_exit_codes_are_put_into_words(returncode, words):
+    assert local.describe_exit(returncode) == words
+
+
+def test_summary_without_a_delivered_policy_says_nothing(tmp_path):
+    path = tmp_path / "summary.json"
+    assert local.describe_delivered(path) is None
+    path.write_text('{"delivered": null}')
+    assert local.describe_delivered(path) is None
