@@ -55,6 +55,10 @@ def write_status(**fields):
     (root_dir / "status.tmp").write_text(json.dumps(fields))
     os.replace(root_dir / "status.tmp", root_dir / "status.json")
 
+def if_first(error):
+    if num_starts() == 1:
+        raise error
+
 def on_sigterm(number, frame):
     note("stopped")
     os._exit(143)
@@ -385,6 +389,17 @@ def test_an_unreachable_peer_is_a_reason_to_try_again(launch):
     )
     launch.pids("collect-actor-0", num_starts=2)
     launch.wait_for_output("collect-actor-0 | error: no replay server within 60 s")
+    launch.process.terminate()
+    assert launch.finish() == 143
+
+
+def test_a_crash_shows_its_last_lines_and_none_of_them_twice(launch):
+    """The traceback is what a person needs, and it is not in the roles' log format."""
+    launch.start({"collect-actor": "log('hello'); if_first(RuntimeError('no such joint'))"})
+    launch.wait_for_output("collect-actor-0 crashed with exit code 1; starting it again")
+    before_the_restart = launch.stdout[: launch.stdout.index("crashed")]
+    assert before_the_restart.count("collect-actor-0 | I 12:34:56 hello") == 1
+    assert "collect-actor-0 | RuntimeError: no such joint\n" in before_the_restart
     launch.process.terminate()
     assert launch.finish() == 143
 

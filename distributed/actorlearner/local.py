@@ -60,6 +60,7 @@ FINAL_CODES = {
     CANNOT_CREATE: "it cannot write the run directory",
     75: "another learner is on this run",
 }
+STOPPED_CODES = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 GAVE_UP = 1
 
 PHASES_AFTER_TRAINING = ("final evaluation", "reporting", "over")
@@ -202,7 +203,7 @@ def describe_exit(returncode: int) -> str:
         return f"ended with exit code {returncode}: {FINAL_CODES[returncode]}"
     if returncode == UNREACHABLE:
         return f"ended with exit code {returncode}: a peer was out of reach or its port taken"
-    if returncode in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+    if returncode in STOPPED_CODES:
         return f"was stopped by {signal.Signals(returncode - 128).name}"
     if returncode < 0:
         with contextlib.suppress(ValueError):
@@ -709,9 +710,10 @@ class _Launcher:
 
         for line in process.errors:
             self._terminal.show(role.name, line)
-        if returncode not in (0, UNREACHABLE) and not process.errors:
+        if returncode not in (0, UNREACHABLE, *STOPPED_CODES) and not process.errors:
             for line in process.last_lines:
-                self._terminal.show(role.name, line)
+                if not _ROLE_LOG_LINE.match(line):  # those have been shown
+                    self._terminal.show(role.name, line)
         secs = role.restarts.secs_until_next(lived_secs)
         if secs is None:
             return _Ending(GAVE_UP, self._why_given_up(role, process, returncode), is_failure=True)
@@ -792,7 +794,7 @@ class _Launcher:
             for role in roles:
                 if role.process is not None and role.process.has_exited():
                     process, returncode = self._reap(role)
-                    if returncode not in (0, 130, 143, -signal.SIGTERM) and not self._mute_errors:
+                    if returncode not in (0, *STOPPED_CODES, -signal.SIGTERM) and not self._mute_errors:
                         self._say(f"{role.name} {describe_exit(returncode)} while stopping (log: {role.log_path})")
                         for line in process.errors:
                             self._terminal.show(role.name, line)
