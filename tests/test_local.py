@@ -457,12 +457,14 @@ def save_and_exit(number, frame):
 signal.signal(signal.SIGTERM, save_and_exit)
 write_status(train_step=41)
 note("ready")"""
-        }
+        },
+        timing={"second_signal_secs": DEADLINE_SECS},
     )
     launch.wait_for_all()
     wait_until(lambda: launch.words("ready"), "the learner's handler")
     launch.process.send_signal(number)
-    launch.process.send_signal(number)  # `timeout` and some shells deliver theirs twice
+    launch.wait_for_output("stopping all roles")
+    launch.process.send_signal(number)  # the same one again: `timeout` and some shells deliver theirs twice
     assert launch.finish() == code
     assert launch.words("saved") == ["learner-0"]
     stopped = launch.words("stopped")
@@ -511,6 +513,17 @@ note("child", child.pid)"""
     launch.wait_for_all()
     wait_until(lambda: launch.words("child"), "the learner's own child")
     assert len(launch.survivors()) == 7, "launcher, guard, four roles, one child"
+    launch.process.kill()
+    wait_until(lambda: not launch.survivors(), "the end of all processes")
+
+
+def test_roles_end_with_a_killed_launcher_even_when_its_guard_is_gone(launch):
+    """Whoever kills processes by hand may get both."""
+    launch.start()
+    launch.wait_for_all()
+    roles = [int(line.split()[3]) for line in launch.events()]
+    (guard,) = set(launch.survivors()) - {launch.process.pid, *roles}
+    os.kill(guard, signal.SIGKILL)
     launch.process.kill()
     wait_until(lambda: not launch.survivors(), "the end of all processes")
 
