@@ -57,7 +57,7 @@ find_staleness() { # run|test
   stale=""
   if [ ! -e "$venv" ]; then stale="there is none"; return; fi
   [ -r "$stamp" ] || fail "$venv was not made by this script, so it is not touched." "Move it away or delete it, then start again."
-  if [ "$(cat "$stamp")" = incomplete ]; then stale="an earlier set-up was interrupted"; return; fi
+  if [ "$(wc -l <"$stamp")" -ne 4 ]; then stale="an earlier set-up was interrupted"; return; fi
   { read -r made_in; read -r made_with; read -r made_from; read -r tested_with; } <"$stamp"
   if [ "$made_in" != "$checkout" ]; then stale="the checkout has moved"
   elif [ "$(python_version "$venv/bin/python")" != "$made_with" ]; then stale="its Python $made_with is gone or has changed"

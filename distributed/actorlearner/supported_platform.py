@@ -55,8 +55,8 @@ def describe_problem(
 def describe_problem_here() -> str:
     """Returns `describe_problem` for the running interpreter and machine."""
     try:
-        libc = os.confstr("CS_GNU_LIBC_VERSION").split()[0]
-    except (AttributeError, IndexError, OSError, ValueError):
+        libc = (os.confstr("CS_GNU_LIBC_VERSION") or "unknown").split()[0]
+    except (AttributeError, OSError, ValueError):
         libc = ""
     return describe_problem(
         platform.python_implementation(),
