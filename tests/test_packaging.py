@@ -312,8 +312,8 @@ def test_help_needs_no_environment(tmp_path):
 def staleness(checkout: Path, level: str = "run", **overrides: str) -> str:
     script = 'set -eu; . "$1/launch/environment.sh"; find_staleness "$2"; echo "$stale"'
     command = ["bash", "-c", script, "-", str(checkout), level]
-    ran = subprocess.run(command, env={**environment(checkout), **overrides}, check=True, capture_output=True, text=True)
-    return ran.stdout.strip()
+    settings = {**environment(checkout), **overrides}
+    return subprocess.run(command, env=settings, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def test_stale_environment_is_noticed(checkout):
@@ -356,9 +356,7 @@ def test_interrupted_set_up_is_made_anew_once_by_concurrent_starts(tmp_path):
     (checkout / ".venv" / "left-over").touch()
     command = [str(checkout / "launch" / "local.sh")]
     starts = [
-        subprocess.Popen(
-            command, env=environment(checkout), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        subprocess.Popen(command, env=environment(checkout), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for _ in range(3)
     ]
     said = [process.communicate() for process in starts]
