@@ -1,0 +1,17 @@
+SHELL := bash
+.PHONY: setup test lint lock train
+
+setup:  ## makes .venv with the test tools
+	set -euo pipefail; . launch/environment.sh; set_up_environment test
+
+test:  ## ruff, mypy and every test: what CI runs
+	.ci/run
+
+lint:  ## ruff and mypy
+	tests/lint.sh
+
+lock:  ## writes requirements*.lock from setup.py; ARGS=--upgrade takes the newest versions
+	set -euo pipefail; . launch/environment.sh; lock_versions $(ARGS)
+
+train:  ## trains EXPERIMENT (sac_minitaur if left out)
+	launch/local.sh $(EXPERIMENT) $(ARGS)
