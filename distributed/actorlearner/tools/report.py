@@ -1,0 +1,218 @@
+"""A run's results for people: the learning curve as a picture, the evaluations as a table."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Union
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PathLike = Union[str, "os.PathLike[str]"]
+Summary = Mapping[str, Any]
+
+_EVALUATION_FIELDS = (
+    "train_step",
+    "environment_steps",
+    "average_return",
+    "average_episode_length",
+    "num_episodes",
+    "wall_secs",
+)
+_DELIVERED_FIELDS = (
+    "train_step",
+    "average_return",
+    "average_episode_length",
+    "min_episode_length",
+    "num_episodes",
+)
+
+
+def read_summary(root_dir: PathLike) -> dict[str, Any]:
+    """Returns a run directory's `summary.json`, checked to hold what the report shows.
+
+    Raises:
+      ValueError: The file is missing, is not JSON, or lacks a field; the message names the file, the field and what
+        to do.
+    """
+    path = pathlib.Path(root_dir) / "summary.json"
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path} does not exist. Pass the directory of a run that has finished or has been stopped in order."
+        ) from None
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or not JSON
+        raise ValueError(f"{path} cannot be read as JSON: {error}. {_REMEDY}") from error
+    problem = _problem(summary)
+    if problem:
+        raise ValueError(f"{path}: {problem}. {_REMEDY}")
+    return summary
+
+
+def write_learning_curve(root_dir: PathLike) -> pathlib.Path:
+    """Returns the path of the `learning_curve.png` it wrote into the run directory, from its `summary.json`.
+
+    Needs no display. Replaces an older picture only when the new one is complete, so it may be called as often as liked.
+
+    Raises:
+      ValueError: As `read_summary`; or the run was never evaluated, so there is nothing to draw.
+      OSError: The directory cannot be written.
+    """
+    root_dir = pathlib.Path(root_dir)
+    summary = read_summary(root_dir)
+    if not summary["evaluations"]:
+        raise ValueError(
+            f"{root_dir / 'summary.json'} has no evaluations, so there is no curve to draw. Train past the first"
+            " eval_interval, with at least one eval actor."
+        )
+    path = root_dir / "learning_curve.png"
+    partial = root_dir / f".learning_curve.{os.getpid()}.partial.png"
+    try:
+        make_learning_curve(summary).savefig(partial, dpi=120)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def make_learning_curve(summary: Summary) -> Figure:
+    """Returns a figure of the average return over train steps, with the delivered policy marked by a star.
+
+    Evaluations are drawn in the order of their train steps, whatever order several eval actors finished them in. The
+    star is at the delivered policy's own return on fresh episodes, which need not lie on the curve.
+    """
+    # Figure on its own, without pyplot: no global state, no display, no choice of backend forced on the importer.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    evaluations = sorted(summary["evaluations"], key=lambda evaluation: evaluation["train_step"])
+    delivered = summary.get("delivered")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(
+        [evaluation["train_step"] for evaluation in evaluations],
+        [evaluation["average_return"] for evaluation in evaluations],
+        marker="o",
+        markersize=4,
+        label="evaluations",
+    )
+    if delivered:
+        axes.plot(
+            [delivered["train_step"]],
+            [delivered["average_return"]],
+            linestyle="none",
+            marker="*",
+            markersize=15,
+            color="tab:orange",
+            label=f"delivered policy: {_number(delivered['average_return'])} over {delivered['num_episodes']} episodes",
+        )
+        axes.legend()
+    axes.set_xlabel("Train step")
+    axes.set_ylabel("Average return")
+    axes.set_title(f"{summary['experiment']}, seed {summary['seed']}")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def format_summary(summary: Summary) -> str:
+    """Returns the evaluations and the delivered policy as a plain-text table, ready to print; no trailing newline.
+
+    Raises:
+      ValueError: A field is missing or of the wrong kind; the message names it.
+    """
+    problem = _problem(summary)
+    if problem:
+        raise ValueError(f"The summary cannot be shown: {problem}.")
+    delivered = summary.get("delivered")
+    title = (
+        f"{summary['experiment']}, seed {summary['seed']}: {summary['train_steps']:,} train steps,"
+        f" {summary['environment_steps']:,} environment steps, {_duration(summary['wall_seconds'])}"
+    )
+    lines = [title, ""]
+    header = ("train step", "environment steps", "average return", "average length", "episodes", "time")
+    rows = [
+        (
+            f"{evaluation['train_step']:,}",
+            f"{evaluation['environment_steps']:,}",
+            _number(evaluation["average_return"]),
+            _number(evaluation["average_episode_length"]),
+            f"{evaluation['num_episodes']:,}",
+            _duration(evaluation["wall_secs"]),
+        )
+        for evaluation in sorted(summary["evaluations"], key=lambda evaluation: evaluation["train_step"])
+    ]
+    if rows:
+        widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+        for row in (header, tuple("-" * width for width in widths), *rows):
+            lines.append("  ".join(cell.rjust(width) for cell, width in zip(row, widths)))
+    else:
+        lines.append("no evaluations")
+    lines.append("")
+    if delivered:
+        lines.append(
+            f"delivered: the policy of train step {delivered['train_step']:,}; over {delivered['num_episodes']:,} fresh"
+            f" episodes average return {_number(delivered['average_return'])}, average length"
+            f" {_number(delivered['average_episode_length'])}, shortest {delivered['min_episode_length']:,} steps"
+        )
+    else:
+        lines.append("delivered: nothing yet")
+    return "\n".join(lines)
+
+
+_REMEDY = "It is written by the run itself: restore it, or run again in a fresh root_dir"
+
+
+def _problem(summary: Any) -> str | None:
+    """Returns what keeps `summary` from being shown, or None."""
+    if not isinstance(summary, Mapping):
+        return f"expected an object, found {type(summary).__name__}"
+    if not isinstance(summary.get("experiment"), str):
+        return f"'experiment' should be a name, found {summary.get('experiment')!r}"
+    problem = _not_numbers(summary, ("seed", "train_steps", "environment_steps", "wall_seconds"), "")
+    if problem:
+        return problem
+    if not isinstance(summary.get("evaluations"), list):
+        return f"'evaluations' should be a list, found {summary.get('evaluations')!r}"
+    for index, evaluation in enumerate(summary["evaluations"]):
+        problem = _not_numbers(evaluation, _EVALUATION_FIELDS, f"evaluations[{index}]")
+        if problem:
+            return problem
+    if summary.get("delivered") is not None:
+        return _not_numbers(summary["delivered"], _DELIVERED_FIELDS, "delivered")
+    return None
+
+
+def _not_numbers(values: Any, names: tuple[str, ...], where: str) -> str | None:
+    """Returns which of `values[name]` is not a number, or None."""
+    if not isinstance(values, Mapping):
+        return f"'{where}' should be an object, found {values!r}"
+    for name in names:
+        if isinstance(values.get(name), bool) or not isinstance(values.get(name), (int, float)):
+            return f"'{where + '.' if where else ''}{name}' should be a number, found {values.get(name)!r}"
+    return None
+
+
+def _number(value: float) -> str:
+    """Returns `value` with about four significant figures: 3,000 and 187.3 but 0.8421, as Minitaur's returns need."""
+    if math.isfinite(value) and value == int(value):
+        return f"{value:,.0f}"
+    return f"{value:,.1f}" if abs(value) >= 100 else f"{value:.4g}"
+
+
+def _duration(seconds: float) -> str:
+    """Returns `seconds` as 43 s, 4 min 03 s or 1 h 02 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole // 60 % 60:02d} min"
