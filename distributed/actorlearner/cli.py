@@ -1,0 +1,304 @@
+"""THE DOOR: one command, `actorlearner`, with a subcommand for each role and each tool.
+
+Nothing heavy is imported before a subcommand is chosen; `train` never imports TensorFlow at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional
+
+from actorlearner import __version__
+from actorlearner.supported_platform import check_platform
+
+if TYPE_CHECKING:
+    from actorlearner.cluster import Cluster
+    from actorlearner.experiment import Experiment
+    from actorlearner.runtime.lifecycle import ExitCode, Stop
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Runs one subcommand and returns its exit status; roles end the process themselves."""
+    check_platform()
+    arguments = make_parser().parse_args(argv)
+    return arguments.run(arguments)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="actorlearner", description="Reinforcement learning as separate processes, with TF-Agents and Reverb."
+    )
+    parser.add_argument("--version", action="version", version=f"actorlearner {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    experiment, peers, run_directory = _experiment_flags(), _peer_flags(), _run_directory_flag()
+
+    train = _add(commands, "train", _train, "train an experiment on this machine: starts and watches every role", [experiment])
+    train.add_argument("--root_dir", type=Path, help="run directory (default: runs/<experiment>-<time>)")
+    train.add_argument("--num_collect_actors", type=int, default=1, metavar="N", help="collect actors (default: 1)")
+    train.add_argument("--num_eval_actors", type=int, default=1, metavar="N", help="eval actors (default: 1)")
+    _add_learner_flags(train)
+
+    server = _add(commands, "replay-server", _replay_server, "serve replay and variables", [experiment, peers, run_directory])
+    server.add_argument("--port", type=int, default=None, help="port to listen on (default: that of --replay_address)")
+
+    learner = _add(commands, "learner", _learner, "train on what the replay holds", [experiment, peers, run_directory])
+    _add_learner_flags(learner)
+
+    _add(commands, "collect-actor", _collect_actor, "collect experience", [experiment, peers, run_directory])
+    _add(commands, "eval-actor", _eval_actor, "evaluate snapshots", [experiment, peers, run_directory])
+
+    video = _add(commands, "video", _video, "record a run's policy, and a random one beside it", [])
+    video.add_argument("root_dir", type=Path, metavar="ROOT_DIR", help="directory of a finished run")
+    video.add_argument("--num_episodes", type=int, default=3, metavar="N", help="episodes in each video (default: 3)")
+    video.add_argument("--seed", type=int, default=0, help="of the episodes (default: 0)")
+
+    report = _add(commands, "report", _report, "print a run's evaluations and draw its learning curve", [])
+    report.add_argument("root_dir", type=Path, metavar="ROOT_DIR", help="directory of a finished run")
+    return parser
+
+
+def _add(commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str, parents: list[Any]) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", parents=parents)
+    command.set_defaults(run=run)
+    return command
+
+
+def _experiment_flags() -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser(add_help=False)
+    flags.add_argument("experiment", metavar="EXPERIMENT", help="a shipped experiment (sac_minitaur, dqn_cartpole) or a gin file")
+    flags.add_argument(
+        "--gin_bindings",
+        action="append",
+        default=[],
+        metavar="BINDING",
+        help="overrides the gin file, e.g. 'train.num_iterations = 100'; may be repeated",
+    )
+    flags.add_argument("--seed", type=int, default=None, help="every role's seeds derive from it (default: 0; train: a new one)")
+    flags.add_argument(
+        "--peer_patience_secs", type=float, default=300.0, metavar="SECS",
+        help="how long an unreachable peer is waited for (default: 300)",
+    )  # fmt: skip
+    return flags
+
+
+def _peer_flags() -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser(add_help=False)
+    flags.add_argument(
+        "--replay_address", default="localhost:8008", metavar="HOST:PORT", help="of the replay server (default: localhost:8008)"
+    )
+    flags.add_argument(
+        "--variables_address", metavar="HOST:PORT", help="of the variable container (default: the replay server's)"
+    )
+    flags.add_argument("--task", type=int, default=0, metavar="N", help="which of its kind this process is (default: 0)")
+    return flags
+
+
+def _run_directory_flag() -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser(add_help=False)
+    flags.add_argument(
+        "--root_dir", type=Path, default=Path("runs/current"), help="where this role writes (default: runs/current)"
+    )
+    return flags
+
+
+def _add_learner_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--strategy", choices=("default", "mirrored", "tpu"), default="default",
+        help="one device, every visible GPU, or a TPU (default: default)",
+    )  # fmt: skip
+    parser.add_argument("--tpu", metavar="NAME", help="the TPU's name or address, for --strategy=tpu")
+    parser.add_argument(
+        "--num_logical_cpus", type=int, default=1, metavar="N",
+        help="split the CPU into N devices, to try --strategy=mirrored without GPUs (default: 1)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--num_video_episodes", type=int, default=3, metavar="N", help="episodes in each video, 0 for none (default: 3)"
+    )
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from actorlearner import local
+
+    name = Path(arguments.experiment).stem
+    root_dir = arguments.root_dir or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    learner_flags = [
+        f"--strategy={arguments.strategy}",
+        f"--num_logical_cpus={arguments.num_logical_cpus}",
+        f"--num_video_episodes={arguments.num_video_episodes}",
+    ]
+    if arguments.tpu:
+        learner_flags.append(f"--tpu={arguments.tpu}")
+    bindings = list(arguments.gin_bindings)
+    if not arguments.num_eval_actors:
+        bindings.append("train.eval_interval = 0")  # nobody would ever take what is due
+    try:
+        options = local.LocalOptions(
+            experiment=arguments.experiment,
+            root_dir=root_dir,
+            num_collect_actors=arguments.num_collect_actors,
+            num_eval_actors=arguments.num_eval_actors,
+            seed=int.from_bytes(os.urandom(3), "big") if arguments.seed is None else arguments.seed,
+            gin_bindings=tuple(bindings),
+            learner_flags=tuple(learner_flags),
+            role_flags=(f"--peer_patience_secs={arguments.peer_patience_secs:g}",),
+        )
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 64
+    return local.run_local(options)
+
+
+def _replay_server(arguments: argparse.Namespace) -> int:
+    def run(cluster: Cluster, stop: Stop) -> ExitCode:
+        from actorlearner.roles.replay_server import run_replay_server
+
+        _hold_to_one_thread()
+        port = arguments.port or int(cluster.replay_address.rpartition(":")[2])
+        return run_replay_server(_load_experiment(arguments), port, stop)
+
+    return _run_role(arguments, run)
+
+
+def _learner(arguments: argparse.Namespace) -> int:
+    def run(cluster: Cluster, stop: Stop) -> ExitCode:
+        from actorlearner.roles.learner import run_learner
+        from actorlearner.runtime.devices import make_strategy
+        from actorlearner.runtime.lifecycle import ExitCode
+
+        experiment = _load_experiment(arguments)
+        strategy = make_strategy(arguments.strategy, tpu=arguments.tpu, num_logical_cpus=arguments.num_logical_cpus)
+        code = run_learner(experiment, cluster, arguments.root_dir, strategy, _versions(), stop)
+        if code == ExitCode.DONE:
+            _write_learning_curve(arguments.root_dir)
+            if arguments.num_video_episodes:
+                _record_videos(experiment, arguments.root_dir, arguments.num_video_episodes)
+        return code
+
+    return _run_role(arguments, run)
+
+
+def _collect_actor(arguments: argparse.Namespace) -> int:
+    def run(cluster: Cluster, stop: Stop) -> ExitCode:
+        from actorlearner.roles.collect_actor import run_collect_actor
+
+        _hold_to_one_thread()
+        return run_collect_actor(_load_experiment(arguments), cluster, arguments.root_dir, stop)
+
+    return _run_role(arguments, run)
+
+
+def _eval_actor(arguments: argparse.Namespace) -> int:
+    def run(cluster: Cluster, stop: Stop) -> ExitCode:
+        from actorlearner.roles.eval_actor import run_eval_actor
+
+        _hold_to_one_thread()
+        return run_eval_actor(_load_experiment(arguments), cluster, stop)
+
+    return _run_role(arguments, run)
+
+
+def _run_role(arguments: argparse.Namespace, run: Callable[[Cluster, Stop], ExitCode]) -> int:
+    """Runs one role under signals and ends the process with its exit code; never returns."""
+    from actorlearner.runtime.telemetry import set_up_logging
+
+    set_up_logging()  # before TensorFlow is imported
+    from actorlearner.cluster import Cluster
+    from actorlearner.runtime.lifecycle import ExitCode, RoleError, run_to_exit
+
+    def run_in_cluster(stop: Stop) -> ExitCode:
+        try:
+            cluster = Cluster(
+                replay_address=arguments.replay_address,
+                variables_address=arguments.variables_address or arguments.replay_address,
+                task=arguments.task,
+                peer_patience_secs=arguments.peer_patience_secs,
+            )
+        except ValueError as error:
+            raise RoleError(str(error), ExitCode.USAGE) from error
+        return run(cluster, stop)
+
+    run_to_exit(run_in_cluster)
+
+
+def _hold_to_one_thread() -> None:
+    from actorlearner.runtime.devices import hold_to_one_thread
+
+    hold_to_one_thread()
+
+
+def _load_experiment(arguments: argparse.Namespace) -> Experiment:
+    from actorlearner.experiment import load_experiment
+
+    return load_experiment(arguments.experiment, arguments.gin_bindings, seed=arguments.seed or 0)
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    packages = ("tensorflow", "tf-agents", "dm-reverb", "gym", "pybullet", "numpy")
+    return {"actorlearner": __version__, "python": sys.version.split()[0], **{name: version(name) for name in packages}}
+
+
+def _video(arguments: argparse.Namespace) -> int:
+    from actorlearner.runtime.telemetry import set_up_logging
+
+    set_up_logging()
+    from actorlearner.runtime.lifecycle import RoleError, run_to_exit, ExitCode
+
+    def run(_stop: Stop) -> ExitCode:
+        from actorlearner.experiment import load_experiment
+
+        config = arguments.root_dir / "operative_config.gin"
+        if not config.is_file():
+            raise RoleError(f"'{arguments.root_dir}' is no run directory: there is no {config}.", ExitCode.USAGE)
+        _hold_to_one_thread()
+        experiment = load_experiment(str(config), seed=arguments.seed)
+        _record_videos(experiment, arguments.root_dir, arguments.num_episodes)
+        return ExitCode.DONE
+
+    run_to_exit(run)
+
+
+def _record_videos(experiment: Experiment, root_dir: Path, num_episodes: int) -> None:
+    import logging
+
+    from actorlearner.tools import video
+
+    seed = experiment.derive_seed("video")
+    logging.info("recording %d episodes of the trained policy and of a random one", num_episodes)
+    videos = video.record_run(
+        root_dir,
+        lambda: experiment.make_environment(seed),
+        experiment.steps_per_second,
+        num_episodes=num_episodes,
+        seed=seed,
+    )
+    for info in videos.values():
+        logging.info("%s: %.1f s at %g frames/s", info.path, info.seconds, info.fps)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    import json
+
+    from actorlearner.tools import report
+
+    try:
+        path = report.write_learning_curve(arguments.root_dir)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 64
+    print(report.format_summary(json.loads((arguments.root_dir / "summary.json").read_text())))
+    print(path)
+    return 0
+
+
+def _write_learning_curve(root_dir: Path) -> None:
+    from actorlearner.tools import report
+
+    report.write_learning_curve(root_dir)

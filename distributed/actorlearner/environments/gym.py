@@ -1,0 +1,68 @@
+"""OpenAI Gym 0.23 environments, through TF-Agents' `suite_gym`."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import os
+from typing import Annotated, Optional
+
+import annotated_types
+import gin
+
+os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # rendering needs no display
+os.environ.setdefault("SDL_AUDIODRIVER", "dummy")
+os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+
+import gym
+from tf_agents.environments import py_environment, suite_gym
+
+
+@gin.configurable("gym_environment", module="actorlearner")
+@dataclasses.dataclass(frozen=True)
+class GymEnvironment:
+    """Makes environments registered with gym.
+
+    Attributes:
+      env_name: gym's id, e.g. "CartPole-v1".
+      max_episode_steps: Time limit in environment steps; None takes the id's registered limit, 0 sets none. An episode
+        cut by the limit is truncated, not terminated: its last discount stays 1.
+      steps_per_second: The task's real time: environment steps in a second, for videos; None takes gym's metadata.
+    """
+
+    env_name: str
+    max_episode_steps: Optional[Annotated[int, annotated_types.Ge(0)]] = None
+    steps_per_second: Optional[Annotated[float, annotated_types.Gt(0)]] = None
+
+    def make_environment(self, seed: int) -> py_environment.PyEnvironment:
+        """Returns a new environment with its own seed; made anew after each crash.
+
+        Raises:
+          ValueError: gym does not know `env_name`; the message has the nearest id.
+        """
+        return make_registered(self.env_name, self.max_episode_steps, seed)
+
+    def real_steps_per_second(self, environment: py_environment.PyEnvironment) -> float:
+        """Returns environment steps per second of the task's own time."""
+        metadata = getattr(environment, "metadata", None) or {}
+        return float(
+            self.steps_per_second or metadata.get("video.frames_per_second") or metadata.get("render_fps") or 30
+        )
+
+
+def make_registered(env_name: str, max_episode_steps: Optional[int], seed: int) -> py_environment.PyEnvironment:
+    """Returns the environment that gym's registry has under `env_name`. See `GymEnvironment.make_environment`."""
+    try:
+        spec = copy.copy(gym.spec(env_name))
+    except gym.error.Error as error:
+        known = [spec.id for spec in gym.envs.registry.all()]
+        near = difflib.get_close_matches(env_name, known, n=1)
+        hint = f"Did you mean '{near[0]}'?" if near else "Is the package that registers it imported in the gin file?"
+        raise ValueError(f"env_name = '{env_name}' is no environment that gym knows. {hint}") from error
+    limit = spec.max_episode_steps if max_episode_steps is None else max_episode_steps
+    # gym's own time limit would come before a longer one of ours, and would tell the agent that the state was terminal.
+    spec.max_episode_steps = None
+    environment = suite_gym.wrap_env(spec.make(), max_episode_steps=limit)
+    environment.seed(seed % 2**31)
+    return environment

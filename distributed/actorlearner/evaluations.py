@@ -1,0 +1,127 @@
+"""The learner's ledger of evaluations: what is due, what came back, and the best policy so far with its weights."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+
+from actorlearner.reports import EvaluationResult
+from actorlearner.runtime.messages import Unreachable
+from actorlearner.variable_container import EvaluationRequest, EvaluationRequests, Purpose, Snapshot
+
+
+class EvaluationLedger:
+    """Sends each due snapshot out once and keeps its weights on disk until it is known whether they are the best.
+
+    Thread-safe: the learner's loop requests, its recorder thread records.
+    """
+
+    def __init__(self, requests: EvaluationRequests, folder: Path):
+        """Args:
+        requests: The queue that eval actors take from.
+        folder: For the weights of snapshots, one file each, and the results known so far.
+        """
+        self._requests = requests
+        self._folder = folder
+        self._results_file = folder / "results.json"
+        self._lock = threading.Lock()
+        self._results: dict[int, dict[str, Any]] = self._read_results()
+        self._unsent: list[EvaluationRequest] = []
+        self._pending: set[int] = set()
+        self._delivered: Optional[EvaluationResult] = None
+
+    def _read_results(self) -> dict[int, dict[str, Any]]:
+        if not self._results_file.exists():
+            return {}
+        return {result["train_step"]: result for result in json.loads(self._results_file.read_text())}
+
+    def request(self, snapshot: Snapshot, purpose: Purpose = Purpose.PERIODIC) -> None:
+        """Queues a snapshot for evaluation; each train step once."""
+        with self._lock:
+            if purpose is Purpose.PERIODIC:
+                if snapshot.train_step in self._results or snapshot.train_step in self._pending:
+                    return
+                np.savez(self._weights_file(snapshot.train_step), *snapshot.variables)
+                self._pending.add(snapshot.train_step)
+            self._unsent.append(EvaluationRequest(snapshot, purpose))
+        self.send_unsent()
+
+    def send_unsent(self) -> None:
+        """Hands requests to the queue, again if its server was away; blocks at most about five seconds."""
+        with self._lock:
+            unsent, self._unsent = self._unsent, []
+        for position, request in enumerate(unsent):
+            try:
+                self._requests.put(request)
+            except Unreachable as error:
+                logging.warning("evaluation of train step %d not queued yet: %s", request.snapshot.train_step, error)
+                with self._lock:
+                    self._unsent = unsent[position:] + self._unsent
+                return
+
+    def record(self, result: EvaluationResult, environment_steps: int) -> Optional[dict[str, Any]]:
+        """Returns the result as summary.json lists it; None when it was there already, or is the delivered policy's."""
+        with self._lock:
+            if result.is_delivered:
+                self._delivered = result
+                return None
+            if result.train_step in self._results:
+                return None
+            best_before = self._best_train_step()
+            self._pending.discard(result.train_step)
+            self._results[result.train_step] = {
+                "train_step": result.train_step,
+                "environment_steps": environment_steps,
+                "average_return": result.average_return,
+                "average_episode_length": result.average_episode_length,
+                "min_episode_length": result.min_episode_length,
+                "num_episodes": result.num_episodes,
+                "wall_secs": round(result.wall_secs, 3),
+            }
+            best = self._best_train_step()
+            for train_step in {best_before, result.train_step} - {best, None}:
+                self._weights_file(train_step).unlink(missing_ok=True)
+            temporary = self._results_file.with_suffix(".tmp")
+            temporary.write_text(json.dumps(list(self._results.values())))
+            temporary.replace(self._results_file)
+            return self._results[result.train_step]
+
+    def _weights_file(self, train_step: int) -> Path:
+        return self._folder / f"{train_step}.npz"
+
+    def _best_train_step(self) -> Optional[int]:
+        """The later of equals: it has seen more."""
+        return max(self._results, key=lambda step: (self._results[step]["average_return"], step), default=None)
+
+    def results(self) -> list[dict[str, Any]]:
+        """Returns the results known so far, by train step."""
+        with self._lock:
+            return [self._results[train_step] for train_step in sorted(self._results)]
+
+    def newest(self) -> Optional[dict[str, Any]]:
+        """Returns the result of the latest train step that has one."""
+        results = self.results()
+        return results[-1] if results else None
+
+    def pending(self) -> list[int]:
+        """Returns the train steps whose results have not come back."""
+        with self._lock:
+            return sorted(self._pending)
+
+    def delivered(self) -> Optional[EvaluationResult]:
+        """Returns the result of the policy handed over, once it is there."""
+        return self._delivered
+
+    def best(self) -> Optional[Snapshot]:
+        """Returns the weights of the policy with the highest average return; None when nothing was evaluated."""
+        with self._lock:
+            train_step = self._best_train_step()
+            if train_step is None:
+                return None
+            with np.load(self._weights_file(train_step)) as file:
+                return Snapshot(version=-1, train_step=train_step, variables=[file[name] for name in file.files])

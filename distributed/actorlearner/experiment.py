@@ -1,0 +1,224 @@
+"""WHAT: one frozen object, bound by gin, from which every role derives all it needs; nothing is exchanged to start.
+
+experiment = environment + agent + replay + schedule
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import random
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import gin
+import numpy as np
+import tensorflow as tf
+from tf_agents.agents import tf_agent
+from tf_agents.environments import py_environment
+from tf_agents.policies import tf_policy
+from tf_agents.specs import tensor_spec
+from tf_agents.train.utils import spec_utils, train_utils
+
+from actorlearner.agents.acting import CompiledActing, RandomActing
+from actorlearner.agents.base import AgentFactory
+from actorlearner.environments.batch import EnvironmentBatch
+from actorlearner.replay.base import Replay
+from actorlearner.runtime.configuration import (
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    parse_strictly,
+)
+from actorlearner.runtime.lifecycle import ExitCode, RoleError
+
+
+@gin.configurable("train", module="actorlearner")
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How long, how often and how much; names are those of the TF-Agents tutorials.
+
+    Attributes:
+      num_iterations: Train steps until training ends.
+      initial_collect_steps: Items the replay must hold before training; until then a random policy acts.
+      collect_steps_per_iteration: Environment steps per train step; with `batch_size` it gives samples per insert.
+      batch_size: Trajectories in one train step, over all replicas together.
+      log_interval: Train steps between two log lines, and between two points in TensorBoard.
+      num_eval_episodes: Episodes of one evaluation.
+      eval_interval: Train steps between two evaluations; 0 evaluates nothing.
+      policy_save_interval: Train steps between two numbered policy checkpoints.
+      num_environments: Environments one collect actor steps as a batch.
+      num_updates_per_call: Train steps in one call of the compiled loop; signals are looked at in between.
+    """
+
+    num_iterations: PositiveInt
+    initial_collect_steps: NonNegativeInt = 1_000
+    collect_steps_per_iteration: PositiveFloat = 1.0
+    batch_size: PositiveInt = 64
+    log_interval: PositiveInt = 1_000
+    num_eval_episodes: PositiveInt = 10
+    eval_interval: NonNegativeInt = 1_000
+    policy_save_interval: PositiveInt = 5_000
+    num_environments: PositiveInt = 1
+    num_updates_per_call: PositiveInt = 50
+
+    @property
+    def samples_per_insert(self) -> float:
+        return self.batch_size / self.collect_steps_per_iteration
+
+
+class EnvironmentFactory(Protocol):
+    """What the experiment needs of an environment suite; a suite need not know this class."""
+
+    def make_environment(self, seed: int) -> py_environment.PyEnvironment:
+        """Returns a new environment; raises `ValueError` when there is none of that name."""
+        ...
+
+    def real_steps_per_second(self, environment: py_environment.PyEnvironment) -> float:
+        """Returns environment steps in one second of the task's own time."""
+        ...
+
+
+@gin.configurable("experiment", module="actorlearner", denylist=["name", "seed", "schedule"])
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What to run; read only, the same in every role.
+
+    Attributes:
+      name: The gin file's name without its ending.
+      seed: Every role's seeds derive from it.
+      schedule: How long and how often.
+      environment, agent, replay: Bound in gin, e.g. `experiment.agent = @sac()`.
+    """
+
+    name: str
+    seed: int
+    schedule: Schedule
+    environment: EnvironmentFactory
+    agent: AgentFactory
+    replay: Replay
+
+    def __post_init__(self) -> None:
+        self.replay.check(
+            batch_size=self.schedule.batch_size, initial_collect_steps=self.schedule.initial_collect_steps
+        )
+
+    def derive_seed(self, *path: Any) -> int:
+        """Returns a seed below 2**31 for whatever `path` names, e.g. `("collect-actor", 3)`; equal paths give equal seeds."""
+        return int(np.random.SeedSequence([self.seed, zlib.crc32(repr(path).encode())]).generate_state(1)[0]) % 2**31
+
+    def seed_process(self, *path: Any) -> None:
+        """Seeds Python's, numpy's and TensorFlow's global generators; some environments draw from them."""
+        seed = self.derive_seed(*path)
+        random.seed(seed)
+        np.random.seed(seed)
+        tf.random.set_seed(seed)
+
+    @functools.cached_property
+    def _specs(self) -> tuple[Any, Any, float]:
+        environment = self.make_environment(self.derive_seed("specs"))
+        _, action_spec, time_step_spec = spec_utils.get_tensor_specs(environment)
+        steps_per_second = self.environment.real_steps_per_second(environment)
+        environment.close()
+        return time_step_spec, action_spec, steps_per_second
+
+    @property
+    def time_step_spec(self) -> Any:
+        return self._specs[0]
+
+    @property
+    def action_spec(self) -> Any:
+        return self._specs[1]
+
+    @property
+    def steps_per_second(self) -> float:
+        """Environment steps in one second of the task's own time."""
+        return self._specs[2]
+
+    def make_environment(self, seed: int) -> py_environment.PyEnvironment:
+        """Returns a new environment.
+
+        Raises:
+          RoleError: The environment is unknown (USAGE).
+        """
+        try:
+            return self.environment.make_environment(seed)
+        except ValueError as error:
+            raise RoleError(str(error), ExitCode.USAGE) from error
+
+    def make_environments(self, num_environments: int, *seed_path: Any) -> EnvironmentBatch:
+        """Returns environments whose seeds derive from `seed_path`."""
+        seeds = (self.derive_seed(*seed_path, number) for number in itertools.count())
+        return EnvironmentBatch(self.make_environment, num_environments, seeds)
+
+    def make_agent(self) -> tuple[tf_agent.TFAgent, tf.Variable]:
+        """Returns the agent and its train step, initialised; call it under the learner's strategy scope.
+
+        Raises:
+          RoleError: The algorithm cannot act in this environment (USAGE).
+        """
+        train_step = train_utils.create_train_step()
+        try:
+            agent = self.agent.make_agent(self.time_step_spec, self.action_spec, train_step)
+        except ValueError as error:
+            raise RoleError(str(error), ExitCode.USAGE) from error
+        return agent, train_step
+
+    def make_acting(self, policy: tf_policy.TFPolicy, num_environments: int) -> CompiledActing:
+        """Returns `policy` compiled for a batch of environments."""
+        return CompiledActing(policy, num_environments)
+
+    def make_random_acting(self, policy: tf_policy.TFPolicy, *seed_path: Any) -> RandomActing:
+        """Returns random actions in the place of `policy`'s."""
+        time_step_spec, action_spec, info_spec = (
+            tensor_spec.to_array_spec(spec) for spec in (self.time_step_spec, self.action_spec, policy.info_spec)
+        )
+        return RandomActing(time_step_spec, action_spec, info_spec, self.derive_seed(*seed_path))
+
+
+def shipped_experiments_folder() -> Path:
+    """Returns the folder of the gin files that come with the package: inside a wheel, or in a checkout."""
+    package = Path(__file__).resolve().parent
+    inside = package / "experiments"
+    return inside if inside.is_dir() else package.parents[1] / "gin"
+
+
+def find_experiment(name_or_path: str) -> Path:
+    """Returns the gin file of an experiment, given its name or a path to a file.
+
+    Raises:
+      RoleError: There is none (USAGE); the message lists what there is.
+    """
+    shipped = shipped_experiments_folder()
+    for path in (Path(name_or_path), shipped / f"{name_or_path}.gin"):
+        if path.is_file():
+            return path
+    names = sorted(path.stem for path in shipped.glob("*.gin") if path.stem != "base")
+    raise RoleError(
+        f"there is no experiment '{name_or_path}': it is neither a gin file nor one of {', '.join(names)} in {shipped}.",
+        ExitCode.USAGE,
+    )
+
+
+def load_experiment(name_or_path: str, gin_bindings: Sequence[str] = (), seed: int = 0) -> Experiment:
+    """Returns the experiment of a gin file with `gin_bindings` on top, checked.
+
+    Args:
+      name_or_path: A shipped experiment's name, or a path to a gin file.
+      gin_bindings: Lines such as "train.num_iterations = 100"; each may hold several, one per line.
+      seed: Every role's seeds derive from it.
+
+    Raises:
+      RoleError: Something is wrong with it (USAGE), before anything has started.
+    """
+    path = find_experiment(name_or_path)
+    lines = [line for binding in gin_bindings for line in binding.splitlines() if line.strip()]
+    parse_strictly(path, lines, [shipped_experiments_folder()])
+    try:
+        # gin fills in what is not given here.
+        return Experiment(name=path.stem, seed=seed, schedule=Schedule())  # type: ignore[call-arg]
+    except (TypeError, ValueError) as error:
+        raise RoleError(f"{path}: {error}", ExitCode.USAGE) from error

@@ -1,0 +1,116 @@
+"""What actors tell the learner, which keeps the run's record: evaluation results and counts of collected steps.
+
+eval actor --result--> [evaluations_done] --take--> learner
+collect actor --counts--> [collect_reports] --take--> learner
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import reverb
+import tensorflow as tf
+
+from actorlearner.runtime import messages
+from actorlearner.runtime.messages import Unreachable
+from actorlearner.variable_container import Purpose
+
+EVALUATIONS_DONE_TABLE = "evaluations_done"
+COLLECT_REPORTS_TABLE = "collect_reports"
+
+_INT64 = tf.TensorSpec((), tf.int64)
+_FLOAT64 = tf.TensorSpec((), tf.float64)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationResult:
+    """What a greedy policy did in `num_episodes` episodes; lengths are in environment steps."""
+
+    train_step: int
+    version: int
+    purpose: int
+    average_return: float
+    average_episode_length: float
+    min_episode_length: int
+    num_episodes: int
+    wall_secs: float
+    task: int
+
+    @property
+    def is_delivered(self) -> bool:
+        return self.purpose == Purpose.DELIVERED
+
+
+@dataclasses.dataclass(frozen=True)
+class CollectReport:
+    """One collect actor's counts since its process began; a later report of the same `actor` replaces an earlier one.
+
+    Attributes:
+      actor: A number of this process, no two alike.
+      task: Which of the collect actors.
+      environment_steps, episodes, environment_crashes: Totals.
+      average_return: Of the last finished episodes; NaN before the first.
+      blocked_secs: Time spent waiting for the server to take items.
+    """
+
+    actor: int
+    task: int
+    environment_steps: int
+    episodes: int
+    environment_crashes: int
+    average_return: float
+    blocked_secs: float
+
+
+def _signature(row: type) -> dict[str, Any]:
+    # Annotations are strings here: `from __future__ import annotations`.
+    return {field.name: _INT64 if field.type == "int" else _FLOAT64 for field in dataclasses.fields(row)}
+
+
+def make_tables() -> list[reverb.Table]:
+    """Returns the server's tables for reports."""
+    return [
+        messages.make_queue(EVALUATIONS_DONE_TABLE, 1_000, _signature(EvaluationResult)),
+        messages.make_queue(COLLECT_REPORTS_TABLE, 10_000, _signature(CollectReport)),
+    ]
+
+
+def _row(report: Any) -> dict[str, Any]:
+    convert = {"int": np.int64, "float": np.float64}
+    return {field.name: convert[field.type](getattr(report, field.name)) for field in dataclasses.fields(report)}
+
+
+def _take(address: str, table: str, kind: type, timeout_secs: float) -> Sequence[Any]:
+    rows = messages.take(address, table, _signature(kind), max_rows=1_000, timeout_secs=timeout_secs)
+    return [kind(**{name: value.item() for name, value in row.items()}) for row in rows]
+
+
+class Reporter:
+    """An actor's side; used from one thread."""
+
+    def __init__(self, address: str):
+        self._sender = messages.Sender(address)
+
+    def send(self, report: EvaluationResult | CollectReport, *, timeout_secs: float = 5.0) -> bool:
+        """Returns whether the server took the report; blocks at most `timeout_secs` seconds."""
+        table = EVALUATIONS_DONE_TABLE if isinstance(report, EvaluationResult) else COLLECT_REPORTS_TABLE
+        try:
+            self._sender.put(table, _row(report), timeout_secs)
+        except Unreachable as error:
+            logging.warning("report not delivered: %s", error)
+            return False
+        return True
+
+
+def take_evaluation_results(address: str, timeout_secs: float = 5.0) -> Sequence[EvaluationResult]:
+    """Returns the results that arrived since the last call. Blocks and raises as `messages.take`."""
+    return _take(address, EVALUATIONS_DONE_TABLE, EvaluationResult, timeout_secs)
+
+
+def take_collect_reports(address: str, timeout_secs: float = 5.0) -> Sequence[CollectReport]:
+    """Returns the reports that arrived since the last call. Blocks and raises as `messages.take`."""
+    return _take(address, COLLECT_REPORTS_TABLE, CollectReport, timeout_secs)

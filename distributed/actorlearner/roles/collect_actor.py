@@ -1,0 +1,264 @@
+"""Collect actor: steps its environments and writes what it sees to replay.
+
+variable container --weights--> [collect actor] --trajectories--> replay
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import os
+import secrets
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gin
+import numpy as np
+from tf_agents.trajectories import trajectory
+
+from actorlearner.cluster import Cluster
+from actorlearner.experiment import Experiment
+from actorlearner.replay.base import (
+    RANDOM_POLICY_STAMP,
+    REPLAY_TABLE,
+    TrajectorySink,
+    await_replay_table,
+    make_stamp,
+    read_account,
+)
+from actorlearner.reports import CollectReport, Reporter
+from actorlearner.run_directory import RunDirectory
+from actorlearner.runtime.lifecycle import SAY_EVERY_SECS, ExitCode, RoleError, Stop, wait_until
+from actorlearner.runtime.messages import Unreachable
+from actorlearner.runtime.telemetry import Events, Rate
+from actorlearner.variable_container import Phase, Subscriber
+
+
+@gin.configurable("collect_actor", module="actorlearner", denylist=["experiment", "cluster", "root_dir", "stop"])
+def run_collect_actor(
+    experiment: Experiment,
+    cluster: Cluster,
+    root_dir: Path,
+    stop: Stop,
+    *,
+    refresh_interval_secs: float = 1.0,
+    report_interval_secs: float = 2.0,
+    events_interval_secs: float = 20.0,
+) -> ExitCode:
+    """Collects experience until training needs no more or `stop` is set.
+
+    Args:
+      experiment: What to run; read only.
+      cluster: Where the replay server and the variable container listen.
+      root_dir: Where TensorBoard's events go, under collect/.
+      stop: Set on SIGTERM; looked at between steps.
+      refresh_interval_secs: Time between two looks for newer weights, in seconds.
+      report_interval_secs: Time between two reports to the learner, in seconds.
+      events_interval_secs: Time between two points in TensorBoard, in seconds.
+
+    Raises:
+      RoleError: A peer is unreachable past the deadline (UNAVAILABLE), or the server's tables are those of another
+        experiment (DATA).
+    """
+    experiment.seed_process("collect-actor", cluster.task)
+    agent, train_step = experiment.make_agent()
+    policy = agent.collect_policy
+    await_replay_table(
+        cluster.replay_address, agent.collect_data_spec, stop=stop, deadline_secs=cluster.peer_patience_secs
+    )
+    weights = Subscriber(
+        cluster.variables_address, policy.variables(), refresh_interval_secs=refresh_interval_secs
+    )
+    collector = Collector(experiment, cluster, agent.train_sequence_length)
+    progress = Progress(cluster, Reporter(cluster.variables_address), Events(RunDirectory(root_dir).collect_events(cluster.task)))
+    acting: Any = experiment.make_random_acting(policy, "collect-actor", cluster.task, "random-actions")
+    stamp, version = RANDOM_POLICY_STAMP, -1
+    warming_up = True
+
+    while not stop.is_set() and weights.phase() == Phase.TRAINING:
+        if warming_up and collector.is_quota_filled():
+            acting = _await_trained_policy(experiment, cluster, policy, weights, stop)
+            if acting is None:
+                break
+            warming_up = False
+            logging.info("the replay is warm: acting with the collect policy from here on")
+        snapshot = weights.latest()
+        if not warming_up and snapshot is not None and snapshot.version != version:
+            snapshot.assign_to(policy.variables())
+            train_step.assign(snapshot.train_step)
+            version, stamp = snapshot.version, make_stamp(snapshot.train_step)
+        collector.step(acting, stamp)
+        collector.await_server(weights, stop)
+        if progress.is_due(report_interval_secs):
+            progress.report(collector, int(train_step), events_interval_secs)
+
+    progress.report(collector, int(train_step), events_interval_secs=0.0)
+    collector.close()
+    weights.close()
+    logging.info("collected %d steps in %d episodes", collector.environment_steps, collector.episodes)
+    return stop.exit_code if stop.is_set() else ExitCode.DONE
+
+
+def _await_trained_policy(
+    experiment: Experiment, cluster: Cluster, policy: Any, weights: Subscriber, stop: Stop
+) -> Any:
+    """Returns the compiled collect policy once there are weights for it; None when training ended meanwhile."""
+    acting = experiment.make_acting(policy, experiment.schedule.num_environments)
+    wait_until(
+        lambda: weights.latest() is not None or weights.phase() != Phase.TRAINING,
+        lambda: f"the learner's first weights at {cluster.variables_address}",
+        stop=stop,
+        deadline_secs=cluster.peer_patience_secs,
+        setting="--peer_patience_secs",
+    )
+    return acting if weights.phase() == Phase.TRAINING else None
+
+
+class Collector:
+    """Steps a batch of environments; each has its own trajectory and its own sink."""
+
+    def __init__(self, experiment: Experiment, cluster: Cluster, num_steps: int):
+        num_environments = experiment.schedule.num_environments
+        self._cluster = cluster
+        self._quota = experiment.schedule.initial_collect_steps
+        # A restarted actor must not repeat the episodes of the process before it.
+        life = os.getpid()
+        self._environments = experiment.make_environments(num_environments, "collect-actor", cluster.task, life)
+        self._sinks: Sequence[TrajectorySink] = [
+            experiment.replay.make_sink(cluster.replay_address, num_steps) for _ in range(num_environments)
+        ]
+        self._time_steps = self._environments.reset()
+        self._returns = np.zeros(num_environments)
+        self._asked_at = 0.0
+        self.recent_returns: collections.deque[float] = collections.deque(maxlen=20)
+        self.environment_steps = 0
+        self.episodes = 0
+        self.blocked_secs = 0.0
+
+    @property
+    def environment_crashes(self) -> int:
+        return self._environments.num_crashes
+
+    def is_quota_filled(self) -> bool:
+        """Returns whether the table as a whole holds `initial_collect_steps`; asks at most five times a second."""
+        if time.monotonic() - self._asked_at < 0.2:
+            return False
+        self._asked_at = time.monotonic()
+        try:
+            account = read_account(self._cluster.replay_address)
+        except Unreachable:
+            return False
+        return account.size >= self._quota
+
+    def step(self, acting: Any, stamp: float) -> None:
+        """Acts once in every environment and hands each step to its sink."""
+        policy_steps = acting.act(self._time_steps)
+        for index, (time_step, policy_step) in enumerate(zip(self._time_steps, policy_steps)):
+            next_time_step = self._environments.step(index, policy_step.action)
+            if next_time_step is None:
+                self._sinks[index].drop_episode()
+                self._time_steps[index] = self._environments.restart(index)
+                self._returns[index] = 0.0
+                continue
+            self._sinks[index].append(trajectory.from_transition(time_step, policy_step, next_time_step), stamp)
+            self._time_steps[index] = next_time_step
+            if not time_step.is_last():
+                self._count(index, next_time_step)
+
+    def _count(self, index: int, next_time_step: Any) -> None:
+        self.environment_steps += 1
+        self._returns[index] += float(next_time_step.reward)
+        if next_time_step.is_last():
+            self.episodes += 1
+            self.recent_returns.append(self._returns[index])
+            self._returns[index] = 0.0
+
+    def await_server(self, weights: Subscriber, stop: Stop) -> None:
+        """Returns when the server has taken enough, or nothing more is wanted.
+
+        Raises:
+          RoleError: The server refused an item (DATA), or neither it nor the learner gave a sign of life for
+            `--peer_patience_secs` (UNAVAILABLE).
+        """
+        start = said = time.monotonic()
+        for sink in self._sinks:
+            while self._is_blocked(sink) and not stop.is_set() and weights.phase() == Phase.TRAINING:
+                now = time.monotonic()
+                silent = min(now - start, weights.learner_silent_secs())
+                if silent > self._cluster.peer_patience_secs:
+                    raise RoleError(
+                        f"the replay server at {self._cluster.replay_address} has taken nothing for {now - start:.0f} s and "
+                        f"the learner has been silent for {silent:.0f} s, longer than --peer_patience_secs = "
+                        f"{self._cluster.peer_patience_secs:g}. Start what is missing, or raise it.",
+                        ExitCode.UNAVAILABLE,
+                    )
+                if now - said > SAY_EVERY_SECS:
+                    said = now
+                    logging.info("waiting for the learner to use what is collected (%s)", self._describe_server())
+        self.blocked_secs += time.monotonic() - start
+
+    def _is_blocked(self, sink: TrajectorySink) -> bool:
+        try:
+            return sink.is_blocked()
+        except RuntimeError as error:
+            raise RoleError(
+                f"the replay server at {self._cluster.replay_address} refused a trajectory: {error}", ExitCode.DATA
+            ) from error
+
+    def _describe_server(self) -> str:
+        try:
+            return f"table '{REPLAY_TABLE}' at {self._cluster.replay_address}: {read_account(self._cluster.replay_address)}"
+        except Unreachable as error:
+            return str(error)
+
+    def close(self) -> None:
+        for sink in self._sinks:
+            sink.close(timeout_secs=0.2)
+        self._environments.close()
+
+
+class Progress:
+    """Tells the learner and TensorBoard how collecting goes."""
+
+    def __init__(self, cluster: Cluster, reporter: Reporter, events: Events):
+        self._actor = secrets.randbits(62)
+        self._task = cluster.task
+        self._reporter = reporter
+        self._events = events
+        self._rate = Rate()
+        self._reported_at = self._shown_at = time.monotonic()
+
+    def is_due(self, interval_secs: float) -> bool:
+        return time.monotonic() - self._reported_at >= interval_secs
+
+    def report(self, collector: Collector, train_step: int, events_interval_secs: float) -> None:
+        """Sends the counts so far; blocks at most a second when the server is away."""
+        self._reported_at = time.monotonic()
+        rate = self._rate.update(collector.environment_steps)
+        average_return = float(np.mean(collector.recent_returns)) if collector.recent_returns else float("nan")
+        self._reporter.send(
+            CollectReport(
+                actor=self._actor,
+                task=self._task,
+                environment_steps=collector.environment_steps,
+                episodes=collector.episodes,
+                environment_crashes=collector.environment_crashes,
+                average_return=average_return,
+                blocked_secs=collector.blocked_secs,
+            ),
+            timeout_secs=1.0,
+        )
+        if self._reported_at - self._shown_at >= events_interval_secs:
+            self._shown_at = self._reported_at
+            scalars = {
+                "EnvironmentSteps": collector.environment_steps,
+                "EnvironmentStepsPerSec": rate,
+                "NumberOfEpisodes": collector.episodes,
+                "EnvironmentCrashes": collector.environment_crashes,
+                "BlockedSecs": collector.blocked_secs,
+            }
+            if collector.recent_returns:
+                scalars["AverageReturn"] = average_return
+            self._events.write(train_step, scalars)

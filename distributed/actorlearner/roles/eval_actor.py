@@ -1,0 +1,157 @@
+"""Eval actor: plays the greedy policy of each snapshot that is due and reports how it did.
+
+variable container --due snapshots--> [eval actor] --results--> learner
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any, Optional
+
+import gin
+import numpy as np
+from tf_agents.policies import greedy_policy
+
+from actorlearner import variable_container
+from actorlearner.cluster import Cluster
+from actorlearner.environments.batch import EnvironmentBatch
+from actorlearner.experiment import Experiment
+from actorlearner.reports import EvaluationResult, Reporter
+from actorlearner.runtime.lifecycle import ExitCode, RoleError, Stop, Stopped, wait_until
+from actorlearner.runtime.messages import Unreachable
+from actorlearner.variable_container import EvaluationRequest, Phase
+
+
+@gin.configurable("eval_actor", module="actorlearner", denylist=["experiment", "cluster", "stop"])
+def run_eval_actor(
+    experiment: Experiment, cluster: Cluster, stop: Stop, *, max_environments: int = 20, poll_interval_secs: float = 0.5
+) -> ExitCode:
+    """Evaluates until training is over or `stop` is set.
+
+    Args:
+      experiment: What to run; read only.
+      cluster: Where the variable container listens.
+      stop: Set on SIGTERM; looked at between steps.
+      max_environments: Episodes played side by side, with one policy call for all.
+      poll_interval_secs: Time between two looks for a due snapshot, in seconds.
+
+    Raises:
+      RoleError: The container is unreachable past the deadline (UNAVAILABLE) or another experiment's (DATA).
+    """
+    experiment.seed_process("eval-actor", cluster.task)
+    agent, _ = experiment.make_agent()
+    variables = agent.collect_policy.variables()
+    variable_container.await_container(
+        cluster.variables_address, variables, stop=stop, deadline_secs=cluster.peer_patience_secs
+    )
+    num_episodes = experiment.schedule.num_eval_episodes
+    num_environments = min(num_episodes, max_environments)
+    policy = agent.policy if isinstance(agent.policy, greedy_policy.GreedyPolicy) else greedy_policy.GreedyPolicy(agent.policy)
+    acting = experiment.make_acting(policy, num_environments)
+    reporter = Reporter(cluster.variables_address)
+    answered_at = time.monotonic()
+
+    while not stop.is_set():
+        try:
+            request = variable_container.take_evaluation(cluster.variables_address, variables)
+            over = request is None and _is_over(cluster)
+            answered_at = time.monotonic()
+        except Unreachable as error:
+            if time.monotonic() - answered_at > cluster.peer_patience_secs:
+                raise RoleError(
+                    f"{error}, for longer than --peer_patience_secs = {cluster.peer_patience_secs:g}. "
+                    "Start the replay server, or mend --variables_address.",
+                    ExitCode.UNAVAILABLE,
+                ) from error
+            request, over = None, False
+        if over:
+            return ExitCode.DONE
+        if request is None:
+            stop.wait(poll_interval_secs)
+            continue
+        request.snapshot.assign_to(variables)
+        environments = experiment.make_environments(
+            num_environments, "eval-actor", request.snapshot.train_step, int(request.purpose)
+        )
+        result = evaluate(acting, environments, num_episodes, request, cluster.task, stop)
+        environments.close()
+        _report(reporter, result, cluster, stop)
+    return stop.exit_code
+
+
+def evaluate(
+    acting: Any, environments: EnvironmentBatch, num_episodes: int, request: EvaluationRequest, task: int, stop: Stop
+) -> EvaluationResult:
+    """Returns what `num_episodes` whole episodes gave.
+
+    Which environment plays how many episodes is settled beforehand; taking whichever end first would favour short ones.
+    An episode whose environment crashes is played again.
+
+    Raises:
+      Stopped: `stop` was set before the end.
+    """
+    start = time.monotonic()
+    num_environments = len(environments)
+    episodes_left = [len(range(index, num_episodes, num_environments)) for index in range(num_environments)]
+    time_steps = environments.reset()
+    returns = np.zeros(num_environments)
+    lengths = np.zeros(num_environments, int)
+    all_returns: list[float] = []
+    all_lengths: list[int] = []
+    while any(episodes_left):
+        if stop.is_set():
+            raise Stopped(f"stopped while evaluating train step {request.snapshot.train_step}")
+        policy_steps = acting.act(time_steps)
+        for index in range(num_environments):
+            if not episodes_left[index]:
+                continue
+            time_step: Optional[Any] = environments.step(index, policy_steps[index].action)
+            if time_step is None:
+                time_step = environments.restart(index)
+            if time_step.is_first():
+                returns[index], lengths[index] = 0.0, 0
+            else:
+                returns[index] += float(time_step.reward)
+                lengths[index] += 1
+            if time_step.is_last():
+                episodes_left[index] -= 1
+                all_returns.append(float(returns[index]))
+                all_lengths.append(int(lengths[index]))
+            time_steps[index] = time_step
+    return EvaluationResult(
+        train_step=request.snapshot.train_step,
+        version=request.snapshot.version,
+        purpose=int(request.purpose),
+        average_return=float(np.mean(all_returns)),
+        average_episode_length=float(np.mean(all_lengths)),
+        min_episode_length=min(all_lengths),
+        num_episodes=len(all_returns),
+        wall_secs=time.monotonic() - start,
+        task=task,
+    )
+
+
+def _is_over(cluster: Cluster) -> bool:
+    version = variable_container.read_version(cluster.variables_address)
+    return version is not None and version.phase == Phase.OVER
+
+
+def _report(reporter: Reporter, result: EvaluationResult, cluster: Cluster, stop: Stop) -> None:
+    """Returns once the learner's queue has the result."""
+    wait_until(
+        lambda: reporter.send(result),
+        lambda: f"the variable container at {cluster.variables_address} to take an evaluation's result",
+        stop=stop,
+        deadline_secs=cluster.peer_patience_secs,
+        setting="--peer_patience_secs",
+    )
+    logging.info(
+        "train step %d: average return %.2f, average length %.1f, shortest %d, %d episodes, %.1f s",
+        result.train_step,
+        result.average_return,
+        result.average_episode_length,
+        result.min_episode_length,
+        result.num_episodes,
+        result.wall_secs,
+    )

@@ -1,0 +1,585 @@
+"""Learner: trains the agent on what the replay holds, publishes its weights and keeps the run's record.
+
+replay --batches--> [learner] --weights--> variable container
+                        ^ evaluation results, counts of collected steps
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Optional
+
+import gin
+import numpy as np
+import tensorflow as tf
+from tf_agents.agents import tf_agent
+from tf_agents.policies import greedy_policy, policy_saver
+from tf_agents.specs import tensor_spec
+
+from actorlearner import reports, variable_container
+from actorlearner.cluster import Cluster
+from actorlearner.evaluations import EvaluationLedger
+from actorlearner.experiment import Experiment
+from actorlearner.replay.base import BatchSource, await_replay_table, read_account
+from actorlearner.run_directory import RunDirectory
+from actorlearner.runtime.checkpoints import Checkpoints
+from actorlearner.runtime.lifecycle import SAY_EVERY_SECS, ExitCode, RoleError, Stop, Stopped, wait_until
+from actorlearner.runtime.messages import Unreachable
+from actorlearner.runtime.telemetry import Events, Rate
+from actorlearner.variable_container import EvaluationRequests, Phase, Publisher, Purpose
+
+
+@gin.configurable(
+    "learner", module="actorlearner", denylist=["experiment", "cluster", "root_dir", "strategy", "versions", "stop"]
+)
+def run_learner(
+    experiment: Experiment,
+    cluster: Cluster,
+    root_dir: Path,
+    strategy: tf.distribute.Strategy,
+    versions: dict[str, str],
+    stop: Stop,
+    *,
+    publish_interval_secs: float = 1.0,
+    checkpoint_interval_secs: float = 60.0,
+    evaluation_patience_secs: float = 1_800.0,
+) -> ExitCode:
+    """Trains until `train.num_iterations`, waits for the evaluations due, and writes the run's summary.
+
+    Args:
+      experiment: What to run; read only.
+      cluster: Where the replay server and the variable container listen.
+      root_dir: The run directory; holds checkpoints to go on from, or becomes a new run.
+      strategy: The agent's variables live under it; the batch is divided over its replicas.
+      versions: Of the packages at work, for the summary.
+      stop: Set on SIGTERM; looked at between calls of the compiled loop. A checkpoint is saved before returning.
+      publish_interval_secs: Least time between two publishes, in seconds.
+      checkpoint_interval_secs: Time between two checkpoints, in seconds.
+      evaluation_patience_secs: At the end, the longest wait for the next evaluation's result, in seconds.
+
+    Raises:
+      RoleError: The run directory is unfit or occupied, a peer is unreachable past the deadline, the tables are another
+        experiment's, or evaluations do not come back.
+    """
+    experiment.seed_process("learner")
+    directory = RunDirectory(root_dir)
+    directory.hold()
+    schedule = experiment.schedule
+    check_batch(schedule.batch_size, strategy.num_replicas_in_sync)
+    with strategy.scope():
+        agent, train_step = experiment.make_agent()
+    variables = agent.collect_policy.variables()
+    directory.check_identity(_identity(experiment, agent))
+
+    patience = {"stop": stop, "deadline_secs": cluster.peer_patience_secs}
+    await_replay_table(cluster.replay_address, agent.collect_data_spec, **patience)
+    variable_container.await_container(cluster.variables_address, variables, **patience)
+    _refuse_second_learner(cluster, stop)
+
+    source = experiment.replay.make_source(
+        cluster.replay_address,
+        tensor_spec.from_spec(agent.collect_data_spec),
+        num_steps=agent.train_sequence_length,
+        batch_size=schedule.batch_size,
+        strategy=strategy,
+    )
+    train = make_train_function(agent, train_step, source, strategy)
+    checkpoints = Checkpoints(directory.checkpoints, train_step, {"agent": agent})
+    counts = checkpoints.restore()
+    publisher = Publisher(cluster.variables_address, secrets.randbits(62), first_version=counts.get("version", 0))
+    ledger = EvaluationLedger(EvaluationRequests(cluster.variables_address), directory.evaluated)
+    record = RunRecord(experiment, cluster, directory, ledger, versions, counts)
+    loop = TrainingLoop(experiment, cluster, agent, train_step, source, train, publisher, ledger, record, checkpoints)
+    loop.publish_interval_secs = publish_interval_secs
+    loop.checkpoint_interval_secs = checkpoint_interval_secs
+    try:
+        record.save_configuration(gin.operative_config_str())
+        loop.run(directory, stop)
+        publisher.announce(Phase.EVALUATING)
+        finish(experiment, agent, train_step, directory, ledger, record, stop, evaluation_patience_secs)
+        publisher.announce(Phase.OVER)
+    except Stopped as stopped:
+        logging.info("%s at train step %d", stopped, int(train_step))
+        return stop.exit_code
+    finally:
+        record.close()
+        publisher.close()
+    return ExitCode.DONE
+
+
+def check_batch(batch_size: int, num_replicas: int) -> None:
+    """Says how the global batch is divided.
+
+    Raises:
+      RoleError: It cannot be divided evenly (USAGE).
+    """
+    if batch_size % num_replicas:
+        raise RoleError(
+            f"train.batch_size = {batch_size} is the global batch and cannot be divided over {num_replicas} replicas. "
+            f"Give a multiple of {num_replicas}.",
+            ExitCode.USAGE,
+        )
+    logging.info("batch size %d: %d replica(s) of %d", batch_size, num_replicas, batch_size // num_replicas)
+
+
+def _identity(experiment: Experiment, agent: tf_agent.TFAgent) -> dict[str, Any]:
+    """What must not change between two starts on one run directory."""
+    return {
+        "agent": type(agent).__name__,
+        "environment": experiment.environment.env_name,
+        "observation": str(experiment.time_step_spec.observation),
+        "action": str(experiment.action_spec),
+        "variables": [f"{v.name.split(':')[0]} {v.shape.as_list()}" for v in agent.collect_policy.variables()],
+    }
+
+
+def _refuse_second_learner(cluster: Cluster, stop: Stop, watch_secs: float = 3.0) -> None:
+    """Returns when no other learner's heartbeat goes on at the container, after watching for `watch_secs` if one ever did."""
+    try:
+        before = variable_container.read_version(cluster.variables_address)
+        if before is None or before.phase is Phase.OVER:
+            return
+        stop.wait(watch_secs)
+        now = variable_container.read_version(cluster.variables_address)
+    except Unreachable:
+        return
+    if now is not None and (now.learner, now.heartbeat) != (before.learner, before.heartbeat):
+        raise RoleError(
+            f"another learner publishes to the variable container at {cluster.variables_address} (train step "
+            f"{now.train_step:,}). Stop it, or give this run a replay server of its own.",
+            ExitCode.OCCUPIED,
+        )
+
+
+def make_train_function(
+    agent: tf_agent.TFAgent, train_step: tf.Variable, source: BatchSource, strategy: tf.distribute.Strategy
+) -> Callable[[Any, tf.Tensor], dict[str, tf.Tensor]]:
+    """Returns `train(handle, num_updates)`: that many of the agent's own updates in one compiled call.
+
+    It returns the last update's scalars: `loss`, the agent's extra losses, and `staleness`, the mean number of train
+    steps between the weights that made the batch and those trained on it. Under several replicas the losses are summed
+    (TF-Agents scales each replica's by the global batch) and staleness is averaged.
+    """
+    update = tf.autograph.experimental.do_not_convert(agent.train)
+
+    def replica_step(experience: Any, stamps: tf.Tensor) -> dict[str, tf.Tensor]:
+        acted = stamps >= 0
+        age = tf.where(acted, tf.cast(train_step, tf.int64) - stamps, 0)
+        staleness = tf.math.divide_no_nan(
+            tf.cast(tf.reduce_sum(age), tf.float32), tf.reduce_sum(tf.cast(acted, tf.float32))
+        )
+        loss_info = update(experience)
+        extra = loss_info.extra._asdict() if hasattr(loss_info.extra, "_asdict") else {}
+        scalars = {name: value for name, value in extra.items() if tf.is_tensor(value) and value.shape.rank == 0}
+        return {"loss": loss_info.loss, **scalars, "staleness": staleness / strategy.num_replicas_in_sync}
+
+    def one_step(handle: Any) -> dict[str, tf.Tensor]:
+        experience, stamps = source.draw(handle)
+        per_replica = strategy.run(replica_step, args=(experience, stamps))
+        return {name: strategy.reduce(tf.distribute.ReduceOp.SUM, value, axis=None) for name, value in per_replica.items()}
+
+    @tf.function
+    def train(handle: Any, num_updates: tf.Tensor) -> dict[str, tf.Tensor]:
+        scalars = one_step(handle)  # once outside the loop: autograph must know the shapes
+        for _ in tf.range(num_updates - 1):
+            scalars = one_step(handle)
+        return scalars
+
+    # Traced here so that the optimizers' variables exist before a checkpoint is restored.
+    with strategy.scope():
+        train.get_concrete_function(source.handle, tf.constant(1))
+    return train
+
+
+class TrainingLoop:
+    """Calls the compiled function until `num_iterations`; all else is done between two calls."""
+
+    publish_interval_secs: float
+    checkpoint_interval_secs: float
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        cluster: Cluster,
+        agent: tf_agent.TFAgent,
+        train_step: tf.Variable,
+        source: BatchSource,
+        train: Callable[[Any, tf.Tensor], dict[str, tf.Tensor]],
+        publisher: Publisher,
+        ledger: EvaluationLedger,
+        record: RunRecord,
+        checkpoints: Checkpoints,
+    ):
+        self._schedule = experiment.schedule
+        self._cluster = cluster
+        self._variables = agent.collect_policy.variables()
+        self._agent = agent
+        self._train_step = train_step
+        self._source = source
+        self._train = train
+        self._publisher = publisher
+        self._ledger = ledger
+        self._record = record
+        self._checkpoints = checkpoints
+
+    def run(self, directory: RunDirectory, stop: Stop) -> None:
+        """Trains to the last train step, saving on the way and at the end.
+
+        Raises:
+          Stopped: `stop` was set; a checkpoint was saved.
+          RoleError: The replay server was away longer than the deadline.
+        """
+        step = int(self._train_step)
+        self._record.note_train_step(step)
+        snapshot = self._publisher.publish(step, self._variables)
+        if self._is_due(step, self._schedule.eval_interval):
+            self._ledger.request(snapshot)
+        try:
+            self._await_first_data(stop)
+            published_at = saved_at = time.monotonic()
+            while step < self._schedule.num_iterations:
+                if stop.is_set():
+                    raise Stopped("stopped")
+                step, scalars = self._call(step)
+                self._record.note_train_step(step)
+                now = time.monotonic()
+                evaluation_is_due = self._is_due(step, self._schedule.eval_interval) or step == self._schedule.num_iterations
+                if evaluation_is_due or now - published_at >= self.publish_interval_secs:
+                    published_at = now
+                    snapshot = self._publisher.take_snapshot(step, self._variables)
+                    if evaluation_is_due and self._schedule.eval_interval:
+                        self._ledger.request(snapshot)
+                if scalars is not None and self._is_due(step, self._schedule.log_interval):
+                    self._record.log_training(step, scalars)
+                if self._is_due(step, self._schedule.policy_save_interval):
+                    save_policy_checkpoint(self._agent, self._train_step, directory.policies)
+                if now - saved_at >= self.checkpoint_interval_secs:
+                    saved_at = now
+                    self._save(snapshot.version)
+        finally:
+            self._save(snapshot.version)
+
+    def _is_due(self, step: int, interval: int) -> bool:
+        return interval > 0 and step % interval == 0
+
+    def _await_first_data(self, stop: Stop) -> None:
+        """Returns when the replay holds enough to train on."""
+        account: list[Any] = []
+
+        def poll() -> bool:
+            try:
+                account[:] = [read_account(self._cluster.replay_address)]
+            except Unreachable as error:
+                account[:] = [error]
+                return False
+            self._record.note_waiting(f"{account[0]}")
+            return account[0].can_start
+
+        wait_until(
+            poll,
+            lambda: f"collect actors to fill the replay at {self._cluster.replay_address}: {account[0]}",
+            stop=stop,
+            deadline_secs=self._cluster.peer_patience_secs,
+            setting="--peer_patience_secs",
+        )
+        self._record.note_waiting(None)
+
+    def _call(self, step: int) -> tuple[int, Optional[dict[str, float]]]:
+        """Returns the train step reached and the last update's scalars; None when data ran out during the call."""
+        schedule = self._schedule
+        boundaries = [schedule.num_iterations, *(
+            (step // interval + 1) * interval
+            for interval in (schedule.eval_interval, schedule.log_interval, schedule.policy_save_interval)
+            if interval
+        )]
+        num_updates = min(schedule.num_updates_per_call, min(boundaries) - step)
+        try:
+            scalars = self._train(self._source.handle, tf.constant(num_updates))
+        except (tf.errors.OutOfRangeError, tf.errors.UnavailableError):
+            self._await_more_data()
+            return int(self._train_step), None
+        self._record.note_waiting(None)
+        self._starved_since = None
+        return int(self._train_step), {name: float(value) for name, value in scalars.items()}
+
+    _starved_since: Optional[float] = None
+    _said_at = 0.0
+
+    def _await_more_data(self) -> None:
+        """Makes the source ready to be asked again; says what is missing.
+
+        Raises:
+          RoleError: No data for longer than the deadline (UNAVAILABLE).
+        """
+        now = time.monotonic()
+        self._starved_since = self._starved_since or now
+        try:
+            account = str(read_account(self._cluster.replay_address))
+        except Unreachable as error:
+            account = str(error)
+        what = f"collect actors: no batch from the replay at {self._cluster.replay_address} ({account})"
+        self._record.note_waiting(what)
+        if now - self._said_at > SAY_EVERY_SECS:
+            self._said_at = now
+            logging.info("waiting for %s", what)
+        if now - self._starved_since > self._cluster.peer_patience_secs:
+            raise RoleError(
+                f"waited {now - self._starved_since:.0f} s for {what}, longer than --peer_patience_secs = "
+                f"{self._cluster.peer_patience_secs:g}. Start collect actors, or raise it.",
+                ExitCode.UNAVAILABLE,
+            )
+        try:
+            self._source.renew()
+        except tf.errors.OpError as error:
+            logging.debug("the replay server is away: %s", error)
+            time.sleep(1.0)  # nothing to await: the server is gone
+
+    def _save(self, version: int) -> None:
+        step = int(self._train_step)
+        counts = self._record.counts()
+        counts.update(version=version + 1, samples=step * self._schedule.batch_size)
+        try:
+            counts["inserts"] = read_account(self._cluster.replay_address, timeout_secs=1).inserts
+        except Unreachable:
+            pass
+        self._checkpoints.save(counts)
+
+
+def finish(
+    experiment: Experiment,
+    agent: tf_agent.TFAgent,
+    train_step: tf.Variable,
+    directory: RunDirectory,
+    ledger: EvaluationLedger,
+    record: RunRecord,
+    stop: Stop,
+    patience_secs: float,
+) -> None:
+    """Chooses the best evaluated policy, has it evaluated once more, and saves it as the run's policy.
+
+    Raises:
+      Stopped: `stop` was set.
+      RoleError: A result did not come within `patience_secs` seconds after the one before (UNAVAILABLE).
+    """
+    if experiment.schedule.eval_interval:
+        record.note_phase("final evaluation")
+        while pending := ledger.pending():
+            _await_result(lambda count=len(pending): len(ledger.pending()) < count, f"evaluations of {pending}", record, ledger, stop, patience_secs)
+        best = ledger.best()
+        assert best is not None, "step 0 or the last step is always evaluated"
+        ledger.request(best, Purpose.DELIVERED)
+        _await_result(
+            lambda: ledger.delivered() is not None, "the delivered policy's evaluation", record, ledger, stop, patience_secs
+        )
+        best.assign_to(agent.collect_policy.variables())
+        train_step.assign(best.train_step)
+    record.note_phase("reporting")
+    save_policies(agent, train_step, directory.policies)
+    record.write_summary()
+
+
+def _await_result(
+    poll: Callable[[], bool], what: str, record: RunRecord, ledger: EvaluationLedger, stop: Stop, patience_secs: float
+) -> None:
+    def poll_and_send() -> bool:
+        ledger.send_unsent()
+        return poll()
+
+    record.note_waiting(what)
+    wait_until(
+        poll_and_send,
+        lambda: f"eval actors: {what}",
+        stop=stop,
+        deadline_secs=patience_secs,
+        setting="learner.evaluation_patience_secs",
+    )
+    record.note_waiting(None)
+
+
+def _policies(agent: tf_agent.TFAgent) -> dict[str, Any]:
+    """Returns the policies by the names TF-Agents' `PolicySavedModelTrigger` gives their folders."""
+    greedy = agent.policy
+    raw = greedy.wrapped_policy if isinstance(greedy, greedy_policy.GreedyPolicy) else greedy
+    if raw is greedy:
+        greedy = greedy_policy.GreedyPolicy(raw)
+    return {"policy": raw, "collect_policy": agent.collect_policy, "greedy_policy": greedy}
+
+
+def save_policies(agent: tf_agent.TFAgent, train_step: tf.Variable, folder: Path) -> None:
+    """Writes the three SavedModels with the weights the agent has now; takes some seconds."""
+    for name, policy in _policies(agent).items():
+        policy_saver.PolicySaver(policy, batch_size=None, train_step=train_step).save(str(folder / name))
+
+
+def save_policy_checkpoint(agent: tf_agent.TFAgent, train_step: tf.Variable, folder: Path) -> None:
+    """Writes the policy's variables to a folder with the train step in its name, as `PolicySavedModelTrigger` does.
+
+    They can be loaded into `policies/policy` with `PolicyLoader`-like `tf.train.Checkpoint` restores.
+    """
+    path = folder / "checkpoints" / f"policy_checkpoint_{int(train_step):010d}"
+    tf.train.Checkpoint(policy=_policies(agent)["policy"]).write(str(path / "variables" / "variables"))
+
+
+class RunRecord:
+    """Keeps the run's numbers: takes reports from actors in a thread and writes what people and tools read."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        cluster: Cluster,
+        directory: RunDirectory,
+        ledger: EvaluationLedger,
+        versions: dict[str, str],
+        counts: dict[str, Any],
+    ):
+        self._experiment = experiment
+        self._cluster = cluster
+        self._directory = directory
+        self._ledger = ledger
+        self._versions = versions
+        self._wall_secs_before = counts.get("wall_secs", 0.0)
+        self._collected: dict[str, int] = counts.get("collected", {})
+        self._crashes: dict[str, int] = counts.get("crashes", {})
+        self._started_at = time.monotonic()
+        self._train_step = 0
+        self._phase = "waiting"
+        self._waiting_for: Optional[str] = None
+        self._reports: dict[int, reports.CollectReport] = {}
+        self._train_rate, self._collect_rate = Rate(), Rate()
+        self._train_events, self._eval_events = Events(directory.train_events), Events(directory.eval_events)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="record", daemon=True)
+        self._thread.start()
+
+    @property
+    def environment_steps(self) -> int:
+        return sum(self._collected.values())
+
+    def counts(self) -> dict[str, Any]:
+        """Returns what a checkpoint keeps of this record."""
+        return {"wall_secs": self._wall_secs(), "collected": dict(self._collected), "crashes": dict(self._crashes)}
+
+    def _wall_secs(self) -> float:
+        return self._wall_secs_before + time.monotonic() - self._started_at
+
+    def note_train_step(self, step: int) -> None:
+        self._train_step = step
+
+    def note_waiting(self, what: Optional[str]) -> None:
+        self._waiting_for = what
+        if self._phase in ("waiting", "training"):
+            self._phase = "training" if what is None else "waiting"
+
+    def note_phase(self, phase: str) -> None:
+        self._phase = phase
+
+    def save_configuration(self, operative_config: str) -> None:
+        """Writes the operative configuration beside the run and to TensorBoard."""
+        self._directory.write_text(self._directory.operative_config, operative_config)
+        self._train_events.write_text("operative_config", operative_config)
+
+    def log_training(self, step: int, scalars: dict[str, float]) -> None:
+        """Writes one point of training to the log, TensorBoard and metrics.jsonl."""
+        status = self._status()
+        values = {
+            **scalars,
+            "train_steps_per_sec": status["train_steps_per_sec"],
+            "environment_steps_per_sec": status["environment_steps_per_sec"],
+        }
+        logging.info(
+            "train step %d: loss %.4f, %.0f train steps/s, %.0f environment steps/s, data %.0f train steps old",
+            step,
+            scalars["loss"],
+            values["train_steps_per_sec"],
+            values["environment_steps_per_sec"],
+            scalars["staleness"],
+        )
+        self._train_events.write(step, values)
+        self._directory.add_metrics("train", {"train_step": step, "environment_steps": self.environment_steps, **values})
+
+    def _keep(self) -> None:
+        while not self._closing.wait(1.0):
+            self._take_reports()
+            self._directory.write_json(self._directory.status, self._status())
+
+    def _take_reports(self) -> None:
+        try:
+            for report in reports.take_collect_reports(self._cluster.variables_address):
+                self._reports[report.actor] = report
+                key = str(report.actor)
+                self._collected[key] = max(report.environment_steps, self._collected.get(key, 0))
+                self._crashes[key] = report.environment_crashes
+            for result in reports.take_evaluation_results(self._cluster.variables_address):
+                self._record_evaluation(result)
+        except Unreachable as error:
+            logging.debug("%s", error)
+
+    def _record_evaluation(self, result: reports.EvaluationResult) -> None:
+        entry = self._ledger.record(result, self.environment_steps)
+        if entry is None:
+            return
+        logging.info(
+            "evaluation at train step %d: average return %.2f over %d episodes, average length %.1f",
+            entry["train_step"],
+            entry["average_return"],
+            entry["num_episodes"],
+            entry["average_episode_length"],
+        )
+        self._eval_events.write(
+            entry["train_step"],
+            {"AverageReturn": entry["average_return"], "AverageEpisodeLength": entry["average_episode_length"]},
+        )
+        self._directory.add_metrics("evaluation", entry)
+
+    def _status(self) -> dict[str, Any]:
+        num_iterations = self._experiment.schedule.num_iterations
+        train_rate = self._train_rate.update(self._train_step)
+        return {
+            "phase": self._phase,
+            "train_step": self._train_step,
+            "num_iterations": num_iterations,
+            "train_steps_per_sec": train_rate,
+            "environment_steps": self.environment_steps,
+            "environment_steps_per_sec": self._collect_rate.update(self.environment_steps),
+            "environment_crashes": sum(self._crashes.values()),
+            "last_evaluation": self._ledger.newest(),
+            "seconds_left": (num_iterations - self._train_step) / train_rate if train_rate else None,
+            "waiting_for": self._waiting_for,
+            "time": time.time(),
+        }
+
+    def write_summary(self) -> None:
+        """Writes summary.json."""
+        delivered = self._ledger.delivered()
+        self._directory.write_json(
+            self._directory.summary,
+            {
+                "experiment": self._experiment.name,
+                "seed": self._experiment.seed,
+                "versions": self._versions,
+                "wall_seconds": round(self._wall_secs(), 1),
+                "train_steps": self._train_step,
+                "environment_steps": self.environment_steps,
+                "environment_crashes": sum(self._crashes.values()),
+                "evaluations": self._ledger.results(),
+                "delivered": delivered
+                and {
+                    "train_step": delivered.train_step,
+                    "average_return": delivered.average_return,
+                    "average_episode_length": delivered.average_episode_length,
+                    "min_episode_length": delivered.min_episode_length,
+                    "num_episodes": delivered.num_episodes,
+                },
+            },
+        )
+
+    def close(self) -> None:
+        """Takes the last reports and stops; blocks at most some seconds."""
+        self._closing.set()
+        self._thread.join(timeout=15)
+        self._directory.write_json(self._directory.status, self._status())

@@ -1,0 +1,120 @@
+"""What a run leaves behind, and where: every file name under --root_dir is here.
+
+operative_config.gin  summary.json  status.json  metrics.jsonl  learning_curve.png  run.json
+checkpoints/  policies/  train/ eval/ collect/ (TensorBoard)  logs/  videos/
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any, Optional
+
+from actorlearner.runtime.lifecycle import ExitCode, RoleError
+
+
+class RunDirectory:
+    """The files of one run. One learner at a time holds it; writing is atomic, so a reader never sees half a file."""
+
+    def __init__(self, root_dir: Path):
+        self.root = Path(root_dir)
+        self.checkpoints = self.root / "checkpoints"
+        self.evaluated = self.checkpoints / "evaluated"
+        self.policies = self.root / "policies"
+        self.train_events = self.root / "train"
+        self.eval_events = self.root / "eval"
+        self.summary = self.root / "summary.json"
+        self.status = self.root / "status.json"
+        self.metrics = self.root / "metrics.jsonl"
+        self.operative_config = self.root / "operative_config.gin"
+        self.identity = self.root / "run.json"
+        self._lock: Optional[Any] = None
+
+    def collect_events(self, task: int) -> Path:
+        return self.root / "collect" / str(task)
+
+    def hold(self) -> None:
+        """Makes the directory and keeps other learners out of it until this process ends.
+
+        Raises:
+          RoleError: It cannot be written (CANNOT_CREATE), or another learner holds it (OCCUPIED).
+        """
+        try:
+            self.evaluated.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.root / ".learner.lock", "w")
+        except OSError as error:
+            raise RoleError(
+                f"--root_dir = '{self.root}' cannot be written: {error.strerror} ({error.filename}). "
+                "Give a directory that this user may write to.",
+                ExitCode.CANNOT_CREATE,
+            ) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RoleError(
+                f"another learner is at work in --root_dir = '{self.root}'. Stop it, or give another directory.",
+                ExitCode.OCCUPIED,
+            ) from error
+
+    def check_identity(self, identity: dict[str, Any]) -> None:
+        """Writes who this run is, or compares it with who it was.
+
+        Args:
+          identity: What must not change between two starts on one directory, as JSON.
+
+        Raises:
+          RoleError: The directory holds another run (DATA); the message lists what differs.
+        """
+        if not self.identity.exists():
+            self.write_json(self.identity, identity)
+            return
+        try:
+            held = json.loads(self.identity.read_text())
+        except (OSError, ValueError) as error:
+            raise RoleError(
+                f"{self.identity} cannot be read ({error}). Give another --root_dir, or remove the file if you are sure "
+                "that its checkpoints are of this experiment.",
+                ExitCode.DATA,
+            ) from error
+        wanted = json.loads(json.dumps(identity))
+        differences = [
+            f"{key}: the directory has {held.get(key)!r}, this run {wanted.get(key)!r}"
+            for key in sorted({*held, *wanted})
+            if held.get(key) != wanted.get(key)
+        ]
+        if differences:
+            raise RoleError(
+                f"--root_dir = '{self.root}' holds the run of another experiment:\n  "
+                + "\n  ".join(differences)
+                + "\nGive another directory; nothing in this one was changed.",
+                ExitCode.DATA,
+            )
+
+    def write_json(self, path: Path, content: Any) -> None:
+        """Replaces `path` by `content`; not-a-number becomes null."""
+        self.write_text(path, json.dumps(_finite(content), indent=2) + "\n")
+
+    def write_text(self, path: Path, text: str) -> None:
+        """Replaces `path` by `text`."""
+        temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
+        temporary.write_text(text)
+        os.replace(temporary, path)
+
+    def add_metrics(self, kind: str, values: dict[str, Any]) -> None:
+        """Appends one line to metrics.jsonl."""
+        line = json.dumps(_finite({"kind": kind, "time": time.time(), **values}))
+        with open(self.metrics, "a") as file:
+            file.write(line + "\n")
+
+
+def _finite(content: Any) -> Any:
+    """Returns `content` with what JSON cannot hold replaced by null."""
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -1,0 +1,1 @@
+"""Knows no reinforcement learning: lifecycle, configuration, messages between processes, checkpoints, telemetry."""

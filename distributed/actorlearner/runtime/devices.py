@@ -1,0 +1,69 @@
+"""Which devices a process computes on."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Literal, Optional, get_args
+
+import tensorflow as tf
+from tf_agents.train.utils import strategy_utils
+
+from actorlearner.runtime.lifecycle import ExitCode, RoleError
+
+StrategyName = Literal["default", "mirrored", "tpu"]
+
+
+def hold_to_one_thread() -> None:
+    """Keeps TensorFlow to one thread and off the GPU: acting is small, and the learner needs the rest.
+
+    Call it before anything is computed.
+    """
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+    tf.config.set_visible_devices([], "GPU")
+
+
+def make_strategy(name: StrategyName, *, tpu: Optional[str] = None, num_logical_cpus: int = 1) -> tf.distribute.Strategy:
+    """Returns the strategy under which the learner's variables live.
+
+    Args:
+      name: "default" computes on one device, the first GPU or the CPU; "mirrored" on every visible GPU, or on every
+        logical CPU where there is no GPU; "tpu" on a TPU.
+      tpu: Its name or address; "local" on a TPU VM.
+      num_logical_cpus: Splits the CPU into so many devices, to try several replicas without GPUs.
+
+    Raises:
+      RoleError: The flags contradict each other, or there is no such device (USAGE).
+    """
+    if name not in get_args(StrategyName):
+        raise RoleError(
+            f"--strategy = '{name}': expected one of {', '.join(get_args(StrategyName))}", ExitCode.USAGE
+        )
+    if num_logical_cpus > 1:
+        cpu = tf.config.list_physical_devices("CPU")[0]
+        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * num_logical_cpus)
+    if name == "tpu":
+        return _make_tpu_strategy(tpu or os.environ.get("TPU_NAME"))
+    if name == "mirrored" and num_logical_cpus > 1 and not tf.config.list_physical_devices("GPU"):
+        # TF-Agents' strategy_utils offers MirroredStrategy over GPUs only.
+        strategy = tf.distribute.MirroredStrategy([f"/cpu:{index}" for index in range(num_logical_cpus)])
+    else:
+        strategy = strategy_utils.get_strategy(tpu=False, use_gpu=name == "mirrored")
+    logging.info("strategy %s: %d replica(s)", name, strategy.num_replicas_in_sync)
+    return strategy
+
+
+def _make_tpu_strategy(tpu: Optional[str]) -> tf.distribute.Strategy:
+    if not tpu:
+        raise RoleError(
+            "--strategy = 'tpu' needs --tpu: the TPU's name or address, or 'local' on a TPU VM.", ExitCode.USAGE
+        )
+    try:
+        return strategy_utils.get_strategy(tpu=tpu, use_gpu=False)
+    except (ValueError, RuntimeError, tf.errors.OpError) as error:
+        raise RoleError(
+            f"--tpu = '{tpu}': no TPU answers there ({str(error).splitlines()[0]}). Mend the name, or use "
+            "--strategy=default on this machine.",
+            ExitCode.USAGE,
+        ) from error

@@ -1,0 +1,149 @@
+"""How a role begins, waits and ends: stop signals, deadlines, errors with an exit code.
+
+Every wait in the system goes through `wait_until`, so every wait has a deadline and says what it waits for.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import NoReturn, Optional, TypeVar
+
+T = TypeVar("T")
+
+SAY_EVERY_SECS = 30.0
+"""A wait that goes on says what it waits for this often, in seconds."""
+
+
+class ExitCode(enum.IntEnum):
+    """What a role's exit status means; numbers are those of BSD's sysexits.h where there is one."""
+
+    DONE = 0  # training reached its end
+    CRASH = 1  # a defect of ours; the log has the traceback
+    USAGE = 64  # the user's settings are wrong; starting again cannot help
+    DATA = 65  # data does not fit the experiment: a table's signature, a checkpoint of another run
+    UNAVAILABLE = 69  # a peer did not answer within the deadline, or the port is taken
+    CANNOT_CREATE = 73  # the run directory cannot be written
+    OCCUPIED = 75  # another learner is at work on this run
+    INTERRUPTED = 130  # stopped by SIGINT
+    TERMINATED = 143  # stopped by SIGTERM
+
+
+class RoleError(Exception):
+    """Ends a role with one message for the user: what is wrong, what was expected, what to do."""
+
+    def __init__(self, message: str, exit_code: ExitCode):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Stopped(Exception):
+    """Raised out of a wait when the role was asked to stop."""
+
+
+class Stop:
+    """Set once, by SIGTERM, SIGINT or `set`; the second signal ends the process at once."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self._signal: Optional[int] = None
+
+    def install_signal_handlers(self) -> None:
+        """Makes SIGTERM and SIGINT set this stop. Only the main thread may call it."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        if self._event.is_set():
+            os._exit(128 + number)
+        self._signal = number
+        self._event.set()
+
+    def set(self) -> None:
+        self._event.set()
+
+    def is_set(self) -> bool:
+        return self._event.is_set()
+
+    def wait(self, secs: float) -> bool:
+        """Returns whether stop is set; blocks at most `secs` seconds."""
+        return self._event.wait(secs)
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """The exit status of a role that ends because of this stop."""
+        return ExitCode.INTERRUPTED if self._signal == signal.SIGINT else ExitCode.TERMINATED
+
+
+def wait_until(
+    poll: Callable[[], Optional[T]],
+    what: Callable[[], str],
+    *,
+    stop: Stop,
+    deadline_secs: float,
+    setting: str,
+    every_secs: float = 0.25,
+    clock: Callable[[], float] = time.monotonic,
+) -> T:
+    """Returns the first result of `poll` that is neither None nor False.
+
+    Args:
+      poll: Looked at every `every_secs` seconds.
+      what: Says what is waited for, with figures; logged every 30 s and told in the error.
+      stop: Ends the wait.
+      deadline_secs: Longest wait, in seconds.
+      setting: The setting that holds the deadline; the error names it.
+
+    Raises:
+      Stopped: `stop` was set.
+      RoleError: The deadline passed (UNAVAILABLE).
+    """
+    start = clock()
+    said = start
+    while True:
+        result = poll()
+        if result is not None and result is not False:
+            return result
+        now = clock()
+        if now - start > deadline_secs:
+            raise RoleError(
+                f"waited {now - start:.0f} s for {what()}, longer than {setting} = {deadline_secs:g} s. "
+                f"Start what is missing, mend the address, or raise {setting}.",
+                ExitCode.UNAVAILABLE,
+            )
+        if now - said >= SAY_EVERY_SECS:
+            said = now
+            logging.info("waiting for %s (%.0f s)", what(), now - start)
+        if stop.wait(every_secs):
+            raise Stopped(f"stopped while waiting for {what()}")
+
+
+def run_to_exit(run: Callable[[Stop], ExitCode]) -> NoReturn:
+    """Runs a role's body under stop signals and ends the process with its exit code.
+
+    A `RoleError` becomes one `error: ...` line on stderr. The process ends through `os._exit`: threads may be blocked
+    inside Reverb's clients, which no interpreter shutdown can interrupt.
+    """
+    stop = Stop()
+    stop.install_signal_handlers()
+    try:
+        code = run(stop)
+    except RoleError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = error.exit_code
+    except Stopped as stopped:
+        logging.info("%s", stopped)
+        code = stop.exit_code
+    except BaseException:
+        logging.exception("crashed")
+        code = ExitCode.CRASH
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,171 @@
+"""Rows that processes leave for one another in Reverb tables: put with a deadline, taken with a deadline.
+
+A table is either a *board* (one row, the newest wins, reading leaves it there) or a *queue* (each row is taken once).
+Stock clients (`reverb.Client`, TF-Agents' `ReverbVariableContainer`) can read and write the same tables.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, Optional
+
+import numpy as np
+import reverb
+import tensorflow as tf
+import tree
+
+from actorlearner.runtime.lifecycle import ExitCode, RoleError, Stop, wait_until
+
+Signature = Any
+"""A nest of `tf.TensorSpec`: one row, without a time dimension."""
+
+
+def make_board(name: str, signature: Signature) -> reverb.Table:
+    """Returns a table of one row: what is put last is what everybody reads."""
+    return reverb.Table(
+        name,
+        sampler=reverb.selectors.Fifo(),
+        remover=reverb.selectors.Fifo(),
+        max_size=1,
+        rate_limiter=reverb.rate_limiters.MinSize(1),
+        signature=signature,
+    )
+
+
+def make_queue(name: str, max_size: int, signature: Signature) -> reverb.Table:
+    """Returns a table that hands each row to exactly one reader, oldest first; writers wait when it is full."""
+    return reverb.Table.queue(name, max_size=max_size, signature=signature)
+
+
+class Unreachable(Exception):
+    """A Reverb server did not answer within the deadline."""
+
+
+def read_server_info(address: str, timeout_secs: float) -> Mapping[str, Any]:
+    """Returns Reverb's `TableInfo` by table name; blocks at most `timeout_secs` seconds.
+
+    Raises:
+      Unreachable: No Reverb server answers there within the deadline.
+    """
+    try:
+        return reverb.Client(address).server_info(timeout=max(1, int(timeout_secs)))
+    except (reverb.errors.ReverbError, RuntimeError) as error:
+        raise Unreachable(f"no Reverb server answers at {address} within {timeout_secs:g} s") from error
+
+
+def await_server(what: str, address: str, *, stop: Stop, deadline_secs: float) -> Mapping[str, Any]:
+    """Returns Reverb's `TableInfo` by table name once the server at `address` answers. Raises as `wait_until`."""
+
+    def poll() -> Optional[Mapping[str, Any]]:
+        try:
+            return read_server_info(address, timeout_secs=2)
+        except Unreachable:
+            return None
+
+    return wait_until(
+        poll, lambda: f"{what} at {address}", stop=stop, deadline_secs=deadline_secs, setting="--peer_patience_secs"
+    )
+
+
+def check_signature(what: str, address: str, found: Signature, expected: Signature) -> None:
+    """Returns when a server's table holds what this experiment writes and reads.
+
+    Args:
+      what: The table, as the error names it.
+      address: Of the server.
+      found, expected: Nests of tensor specs: the table's and the experiment's.
+
+    Raises:
+      RoleError: They differ (DATA); the message lists each difference.
+    """
+    has, wants = _describe_leaves(found), _describe_leaves(expected)
+    differences = [
+        f"{path}: the server has {has.get(path, 'nothing')}, this experiment {wants.get(path, 'nothing')}"
+        for path in sorted({*has, *wants})
+        if has.get(path) != wants.get(path)
+    ]
+    if differences:
+        raise RoleError(
+            f"{what} at {address} belongs to another experiment or another setting of this one:\n  "
+            + "\n  ".join(differences)
+            + "\nStart the replay server with the same experiment and --gin_bindings as this role, or mend the address.",
+            ExitCode.DATA,
+        )
+
+
+def _describe_leaves(signature: Signature) -> dict[str, str]:
+    return {
+        "/".join(map(str, path)) or "row": f"{spec.dtype.name}{list(spec.shape)}"
+        for path, spec in tree.flatten_with_path(signature)
+    }
+
+
+class Sender:
+    """Puts rows into one server's tables. Not thread-safe: one sender per thread."""
+
+    def __init__(self, address: str):
+        self.address = address
+        self._writers: dict[str, reverb.TrajectoryWriter] = {}
+
+    def put(self, table: str, row: Any, timeout_secs: float) -> None:
+        """Puts one row; returns when the server has it. `row` has the structure of the table's signature.
+
+        Raises:
+          Unreachable: The server did not confirm within `timeout_secs` seconds (dead, unreachable, or a full queue).
+            The row may still arrive.
+        """
+        writer = self._writers.get(table)
+        if writer is None:
+            client = reverb.Client(self.address)
+            # validate_items compares with the time dimension that TF-Agents' container signatures lack.
+            writer = self._writers[table] = client.trajectory_writer(num_keep_alive_refs=1, validate_items=False)
+        try:
+            writer.append(row)
+            writer.create_item(table, priority=1.0, trajectory=tree.map_structure(lambda column: column[-1:], writer.history))
+            writer.flush(timeout_ms=int(timeout_secs * 1000))
+        except (reverb.errors.ReverbError, RuntimeError, ValueError) as error:
+            # A writer keeps its first error for ever: the next put starts with a new one.
+            del self._writers[table]
+            raise Unreachable(f"{self.address} did not take a row for table '{table}': {error}") from error
+
+
+def take(address: str, table: str, signature: Signature, *, max_rows: int = 1, timeout_secs: float = 5.0) -> Sequence[Any]:
+    """Returns up to `max_rows` rows as nests of numpy arrays; fewer, or none, when no more came within the deadline.
+
+    From a queue rows are removed; a board's row stays. Blocks at most about twice `timeout_secs`.
+
+    Raises:
+      Unreachable: The server does not answer within the deadline.
+    """
+    info = read_server_info(address, timeout_secs)
+    if table not in info:
+        raise Unreachable(f"{address} has no table '{table}'; it has {', '.join(sorted(info)) or 'none'}")
+    available = info[table].current_size
+    if not available:
+        return ()
+    dataset = reverb.TimestepDataset(
+        address,
+        table,
+        dtypes=tree.map_structure(lambda spec: spec.dtype, signature),
+        shapes=tree.map_structure(lambda spec: spec.shape, signature),
+        max_in_flight_samples_per_worker=1,
+        num_workers_per_iterator=1,
+        rate_limiter_timeout_ms=int(timeout_secs * 1000),
+        max_samples=min(available, max_rows),
+    )
+    rows = []
+    try:
+        for row in dataset:
+            rows.append(tree.map_structure(np.asarray, row.data))
+    except tf.errors.OpError as error:
+        if not rows:
+            raise Unreachable(f"reading table '{table}' at {address} failed: {error.message}") from error
+        logging.warning("reading table '%s' at %s broke off after %d rows: %s", table, address, len(rows), error.message)
+    return rows
+
+
+def read(address: str, table: str, signature: Signature, *, timeout_secs: float = 5.0) -> Optional[Any]:
+    """Returns a board's row, or None while nothing has been put there. Blocks and raises as `take`."""
+    rows = take(address, table, signature, timeout_secs=timeout_secs)
+    return rows[0] if rows else None

@@ -1,0 +1,340 @@
+"""Edge 2: weights on their way from the learner to the actors.
+
+learner --publish--> [variables, variables_version] --refresh--> collect actors
+learner --request--> [evaluations_due] --take--> eval actors
+
+`variables` is the table of TF-Agents' `ReverbVariableContainer`, so its `pull` and `update` work on it unchanged.
+`variables_version` is some bytes beside it that say whether pulling would bring anything new.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any, Optional
+
+import numpy as np
+import reverb
+import tensorflow as tf
+from tf_agents.experimental.distributed import reverb_variable_container as stock
+
+from actorlearner.runtime import messages
+from actorlearner.runtime.lifecycle import ExitCode, RoleError, Stop
+from actorlearner.runtime.messages import Unreachable
+
+VARIABLES_TABLE = stock.DEFAULT_TABLE
+VERSION_TABLE = "variables_version"
+EVALUATIONS_TABLE = "evaluations_due"
+MAX_EVALUATIONS_DUE = 1_000
+
+_INT64 = tf.TensorSpec((), tf.int64)
+VERSION_SIGNATURE = {"version": _INT64, "train_step": _INT64, "phase": _INT64, "learner": _INT64, "heartbeat": _INT64}
+
+
+class Phase(enum.IntEnum):
+    """How far training is, as every role sees it."""
+
+    TRAINING = 0
+    EVALUATING = 1  # the last train step is done: no more data is needed, evaluations are
+    OVER = 2
+
+
+class Purpose(enum.IntEnum):
+    """Why a snapshot is evaluated."""
+
+    PERIODIC = 0
+    DELIVERED = 1  # the policy the run hands over
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """Acting variables at one moment. `variables` are in the order of `agent.collect_policy.variables()`."""
+
+    version: int
+    train_step: int
+    variables: Sequence[np.ndarray]
+
+    def assign_to(self, variables: Sequence[tf.Variable]) -> None:
+        """Copies the values into `variables`, one by one."""
+        for variable, value in zip(variables, self.variables):
+            variable.assign(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationRequest:
+    """A snapshot that is due for evaluation."""
+
+    snapshot: Snapshot
+    purpose: Purpose
+
+
+@dataclasses.dataclass(frozen=True)
+class Version:
+    """What the version board says."""
+
+    version: int
+    train_step: int
+    phase: Phase
+    learner: int
+    heartbeat: int
+
+
+def variables_signature(variables: Sequence[tf.Variable]) -> dict[str, Any]:
+    """Returns the signature that the stock distributed examples give their variable container."""
+    return {
+        stock.POLICY_KEY: [tf.TensorSpec(v.shape, v.dtype, v.name.split(":")[0]) for v in variables],
+        stock.TRAIN_STEP_KEY: tf.TensorSpec((), tf.int64, stock.TRAIN_STEP_KEY),
+    }
+
+
+def evaluation_signature(variables: Sequence[tf.Variable]) -> dict[str, Any]:
+    """Returns the signature of a row of `evaluations_due`."""
+    return {
+        "policy_variables": [tf.TensorSpec(v.shape, v.dtype) for v in variables],
+        "purpose": _INT64,
+        "train_step": _INT64,
+        "version": _INT64,
+    }
+
+
+def make_tables(variables: Sequence[tf.Variable]) -> list[reverb.Table]:
+    """Returns the container's tables for acting variables of these shapes."""
+    return [
+        messages.make_board(VARIABLES_TABLE, variables_signature(variables)),
+        messages.make_board(VERSION_TABLE, VERSION_SIGNATURE),
+        messages.make_queue(EVALUATIONS_TABLE, MAX_EVALUATIONS_DUE, evaluation_signature(variables)),
+    ]
+
+
+def await_container(address: str, variables: Sequence[tf.Variable], *, stop: Stop, deadline_secs: float) -> None:
+    """Returns once the container answers and holds variables of these shapes.
+
+    Raises:
+      RoleError: It did not answer within `deadline_secs` seconds (UNAVAILABLE), or holds others (DATA).
+      Stopped: `stop` was set.
+    """
+    tables = messages.await_server("the variable container", address, stop=stop, deadline_secs=deadline_secs)
+    if VARIABLES_TABLE not in tables:
+        raise RoleError(
+            f"the Reverb server at {address} has no table '{VARIABLES_TABLE}': it is no variable container. "
+            "Mend --variables_address.",
+            ExitCode.DATA,
+        )
+    messages.check_signature(
+        "the variable container", address, tables[VARIABLES_TABLE].signature, variables_signature(variables)
+    )
+
+
+def read_version(address: str, timeout_secs: float = 5.0) -> Optional[Version]:
+    """Returns the version board, or None before the first publish; blocks at most about twice `timeout_secs`.
+
+    Raises:
+      Unreachable: The server does not answer within the deadline.
+    """
+    row = messages.read(address, VERSION_TABLE, VERSION_SIGNATURE, timeout_secs=timeout_secs)
+    if row is None:
+        return None
+    return Version(
+        version=int(row["version"]),
+        train_step=int(row["train_step"]),
+        phase=Phase(int(row["phase"])),
+        learner=int(row["learner"]),
+        heartbeat=int(row["heartbeat"]),
+    )
+
+
+class Publisher:
+    """The learner's side: puts snapshots into the container and keeps its heartbeat going from a thread.
+
+    A container that comes back empty (its server was restarted) is filled again with the last snapshot.
+    """
+
+    def __init__(self, address: str, learner: int, *, first_version: int = 0, heartbeat_secs: float = 1.0):
+        """Args:
+        address: The container's.
+        learner: A number no other learner has.
+        first_version: Version of the first snapshot published.
+        heartbeat_secs: Time between two heartbeats, in seconds.
+        """
+        self.address = address
+        self._learner = learner
+        self._next_version = first_version
+        self._heartbeat_secs = heartbeat_secs
+        self._heartbeat = 0
+        self._phase = Phase.TRAINING
+        self._snapshot: Optional[Snapshot] = None
+        self._unpublished = False
+        self._lock = threading.Lock()  # guards the fields above; never held while talking to the server
+        self._talking = threading.Lock()  # one conversation with the server at a time
+        self._sender = messages.Sender(address)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="publisher", daemon=True)
+        self._thread.start()
+
+    def publish(self, train_step: int, variables: Sequence[tf.Variable], *, timeout_secs: float = 5.0) -> Snapshot:
+        """Returns the snapshot it made, now in the container, or on its way there while the server is away.
+
+        Blocks at most about `timeout_secs` seconds.
+        """
+        snapshot = self.take_snapshot(train_step, variables)
+        self._send(timeout_secs)
+        return snapshot
+
+    def take_snapshot(self, train_step: int, variables: Sequence[tf.Variable]) -> Snapshot:
+        """Returns a snapshot for the next heartbeat to publish; never blocks on the network."""
+        values = [np.asarray(variable) for variable in variables]
+        with self._lock:
+            self._snapshot = Snapshot(self._next_version, train_step, values)
+            self._next_version += 1
+            self._unpublished = True
+            return self._snapshot
+
+    def announce(self, phase: Phase, *, timeout_secs: float = 5.0) -> None:
+        """Tells every role how far training is. Blocks at most about `timeout_secs` seconds."""
+        with self._lock:
+            self._phase = phase
+        self._send(timeout_secs)
+
+    def close(self) -> None:
+        """Stops the heartbeat; blocks at most a few seconds."""
+        self._closing.set()
+        self._thread.join(timeout=10)
+
+    def _beat(self) -> None:
+        while not self._closing.wait(self._heartbeat_secs):
+            try:
+                self._republish_if_lost()
+            except Unreachable as error:
+                logging.debug("%s", error)
+                continue
+            self._send(timeout_secs=5.0)
+
+    def _republish_if_lost(self) -> None:
+        size = messages.read_server_info(self.address, timeout_secs=5)[VARIABLES_TABLE].current_size
+        with self._lock:
+            if not size and self._snapshot is not None:
+                self._unpublished = True
+
+    def _send(self, timeout_secs: float) -> None:
+        with self._talking:
+            with self._lock:
+                snapshot, phase, unpublished = self._snapshot, self._phase, self._unpublished
+                self._unpublished = False
+                self._heartbeat += 1
+                heartbeat = self._heartbeat
+            if snapshot is None:
+                return
+            train_step = np.int64(snapshot.train_step)
+            try:
+                if unpublished:  # first the weights, then the version that points at them
+                    row = {stock.POLICY_KEY: list(snapshot.variables), stock.TRAIN_STEP_KEY: train_step}
+                    self._sender.put(VARIABLES_TABLE, row, timeout_secs)
+                board = {
+                    "version": np.int64(snapshot.version),
+                    "train_step": train_step,
+                    "phase": np.int64(phase),
+                    "learner": np.int64(self._learner),
+                    "heartbeat": np.int64(heartbeat),
+                }
+                self._sender.put(VERSION_TABLE, board, timeout_secs)
+            except Unreachable as error:
+                logging.warning("weights of train step %d not published yet: %s", snapshot.train_step, error)
+                with self._lock:
+                    self._unpublished = True
+
+
+class EvaluationRequests:
+    """The learner's queue of snapshots to evaluate; used from one thread."""
+
+    def __init__(self, address: str):
+        self._sender = messages.Sender(address)
+
+    def put(self, request: EvaluationRequest, *, timeout_secs: float = 5.0) -> None:
+        """Queues one snapshot. Raises `Unreachable` when the server did not take it within the deadline."""
+        row = {
+            "policy_variables": list(request.snapshot.variables),
+            "purpose": np.int64(request.purpose),
+            "train_step": np.int64(request.snapshot.train_step),
+            "version": np.int64(request.snapshot.version),
+        }
+        self._sender.put(EVALUATIONS_TABLE, row, timeout_secs)
+
+
+def take_evaluation(
+    address: str, variables: Sequence[tf.Variable], *, timeout_secs: float = 5.0
+) -> Optional[EvaluationRequest]:
+    """Returns the oldest snapshot due, which no other eval actor will get; None when none is due.
+
+    Blocks at most about twice `timeout_secs` seconds.
+
+    Raises:
+      Unreachable: The server does not answer within the deadline.
+    """
+    rows = messages.take(address, EVALUATIONS_TABLE, evaluation_signature(variables), timeout_secs=timeout_secs)
+    if not rows:
+        return None
+    row = rows[0]
+    snapshot = Snapshot(int(row["version"]), int(row["train_step"]), list(row["policy_variables"]))
+    return EvaluationRequest(snapshot, Purpose(int(row["purpose"])))
+
+
+class Subscriber:
+    """An actor's side: a thread looks at the version board and pulls weights only when they are newer.
+
+    `latest` and `phase` never block, so the environment never waits for the network.
+    """
+
+    def __init__(self, address: str, variables: Sequence[tf.Variable], *, refresh_interval_secs: float):
+        self.address = address
+        self._signature = variables_signature(variables)
+        self._refresh_interval_secs = refresh_interval_secs
+        self._snapshot: Optional[Snapshot] = None
+        self._version: Optional[Version] = None
+        self._heard_at = time.monotonic()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._refresh, name="subscriber", daemon=True)
+        self._thread.start()
+
+    def latest(self) -> Optional[Snapshot]:
+        """Returns the newest weights pulled, or None before the first."""
+        return self._snapshot
+
+    def phase(self) -> Phase:
+        """Returns how far training is; TRAINING before the learner's first word."""
+        return self._version.phase if self._version else Phase.TRAINING
+
+    def learner_silent_secs(self) -> float:
+        """Returns seconds since the learner's last heartbeat arrived."""
+        return time.monotonic() - self._heard_at
+
+    def close(self) -> None:
+        """Stops looking; never blocks."""
+        self._closing.set()
+
+    def _refresh(self) -> None:
+        while not self._closing.is_set():
+            try:
+                version = read_version(self.address)
+                if version is not None and version != self._version:
+                    self._heard_at = time.monotonic()
+                    if self._is_newer(version):
+                        self._pull(version)
+                    self._version = version
+            except Unreachable as error:
+                logging.debug("%s", error)
+            self._closing.wait(self._refresh_interval_secs)
+
+    def _is_newer(self, version: Version) -> bool:
+        if self._snapshot is None or self._version is None:
+            return True
+        # Another learner's versions are its own: a restarted one may have begun at a lower number.
+        return version.version > self._snapshot.version or version.learner != self._version.learner
+
+    def _pull(self, version: Version) -> None:
+        row = messages.read(self.address, VARIABLES_TABLE, self._signature)
+        if row is not None:
+            self._snapshot = Snapshot(version.version, int(row[stock.TRAIN_STEP_KEY]), list(row[stock.POLICY_KEY]))
