@@ -176,7 +176,7 @@ fetch_python() {
   local directory=$checkout/.setup/python uv
   say "found no CPython 3.9-3.11 with venv; fetching CPython 3.11 into $directory with uv"
   find_uv
-  UV_PYTHON_INSTALL_DIR=$directory UV_PYTHON_INSTALL_BIN=0 "$uv" python install --quiet 3.11 || fail \
+  UV_PYTHON_INSTALL_DIR=$directory UV_PYTHON_INSTALL_BIN=0 "$uv" python install --no-progress 3.11 || fail \
     "could not fetch a CPython 3.11; the reason is above." \
     "Install one (Debian 12: apt install python3-venv; elsewhere pyenv or conda) and start again, with PYTHON=/path/to/python" \
     "if it is not on PATH; or use Docker: see docker/ in the repository."
