@@ -700,7 +700,7 @@ class _Launcher:
                 "\n".join(process.errors) or f"error: {role.name} {describe_exit(returncode)}; see {role.log_path}"
             )
             return _Ending(returncode, message, is_failure=True)
-        if returncode == 0 and role.kind in ACTORS and self._is_after_training():
+        if returncode == 0 and self._is_after_training():
             return None
         if returncode == UNREACHABLE and role is self._replay_server and self._may_change_port(role, lived_secs):
             self._say(f"port {self._port} was taken; starting all roles on another")
@@ -722,7 +722,7 @@ class _Launcher:
         return None
 
     def _restart(self, role: _Role) -> None:
-        if role.kind in ACTORS and self._is_after_training():
+        if role is not self._learner and self._is_after_training():
             role.restart_at = None  # it ended just before the learner said that training is over
             return
         self._start(role)

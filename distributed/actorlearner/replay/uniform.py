@@ -38,6 +38,7 @@ class UniformReplay:
       num_workers: Streams that fetch samples.
       max_in_flight: Items each stream asks for ahead; None takes two batches.
       wait_secs: How long a batch may be awaited before the learner looks up, says so and tries again.
+      chunk_length: Steps an actor's writer sends in one piece; items share pieces, and few long ones sample fastest.
       max_pending_items: Items one environment's writer may have unconfirmed before it waits for the server.
     """
 
@@ -50,6 +51,7 @@ class UniformReplay:
     num_workers: PositiveInt = 2
     max_in_flight: Optional[PositiveInt] = None
     wait_secs: PositiveFloat = 5.0
+    chunk_length: PositiveInt = 16
     max_pending_items: NonNegativeInt = 64
 
     def check(self, *, batch_size: int, initial_collect_steps: int) -> None:
@@ -104,7 +106,7 @@ class UniformReplay:
 
     def make_sink(self, address: str, num_steps: int) -> WindowSink:
         """Returns a writer of overlapping `num_steps`-step items for one environment."""
-        return WindowSink(reverb.Client(address), num_steps, self.max_pending_items)
+        return WindowSink(reverb.Client(address), num_steps, self.chunk_length, self.max_pending_items)
 
     def make_source(
         self, address: str, step_spec: Any, *, num_steps: int, batch_size: int, strategy: tf.distribute.Strategy
@@ -152,23 +154,31 @@ class WindowSink:
     episode of N environment steps has N + 1 steps here, the last one its boundary, and gives N + 2 - num_steps items.
     """
 
-    def __init__(self, client: reverb.Client, num_steps: int, max_pending_items: int):
+    def __init__(self, client: reverb.Client, num_steps: int, chunk_length: int, max_pending_items: int):
         self._client = client
         self._num_steps = num_steps
+        self._chunk_length = chunk_length
+        self._num_kept = num_steps + chunk_length
         self._max_pending_items = max_pending_items
         self._must_end_episode = False
         self._open()
 
     def _open(self) -> None:
         # validate_items would compare every item in Python; the actor compared the signatures at its start.
-        self._writer = self._client.trajectory_writer(num_keep_alive_refs=self._num_steps, validate_items=False)
-        self._num_cached = 0
+        self._writer = self._client.trajectory_writer(num_keep_alive_refs=self._num_kept, validate_items=False)
+        self._num_cached = self._num_unflushed = 0
+        self._is_configured = False
 
     def append(self, step: Any, stamp: float) -> None:
         """Adds one step; never blocks. See `TrajectorySink.append`."""
         assert not self._must_end_episode, "append after a blocked boundary: ask is_blocked first"
+        if not self._is_configured:
+            for path, _ in tree.flatten_with_path(step):
+                self._writer.configure(path, num_keep_alive_refs=self._num_kept, max_chunk_length=self._chunk_length)
+            self._is_configured = True
         self._writer.append(step)
         self._num_cached += 1
+        self._num_unflushed += 1
         if self._num_cached >= self._num_steps:
             window = tree.map_structure(lambda column: column[-self._num_steps :], self._writer.history)
             self._writer.create_item(REPLAY_TABLE, priority=stamp, trajectory=window)
@@ -183,9 +193,11 @@ class WindowSink:
         try:
             if self._must_end_episode:
                 self._writer.end_episode(clear_buffers=True, timeout_ms=500)
-                self._must_end_episode, self._num_cached = False, 0
-            else:
+                self._must_end_episode, self._num_cached, self._num_unflushed = False, 0, 0
+            elif self._num_unflushed >= self._max_pending_items:
+                # Rarely: each flush closes the chunk under way, and an item of many short chunks is slow to sample.
                 self._writer.flush(block_until_num_items=self._max_pending_items, timeout_ms=500)
+                self._num_unflushed = 0
         except reverb.errors.DeadlineExceededError:
             return True
         return False
