@@ -36,7 +36,7 @@ def read(*path: str) -> str:
 
 def read_version() -> str:
     match = re.search(r'^__version__ = "([^"]+)"$', read("distributed", "actorlearner", "__init__.py"), re.MULTILINE)
-    assert match, "distributed/actorlearner/__init__.py has no line __version__ = \"...\""
+    assert match, 'distributed/actorlearner/__init__.py has no line __version__ = "..."'
     return match.group(1)
 
 

@@ -15,8 +15,9 @@ import time
 import uuid
 from pathlib import Path
 
-import actorlearner
 import pytest
+
+import actorlearner
 from actorlearner import local
 
 DEADLINE_SECS = 10.0  # of every wait; a test that holds does not come near it
@@ -428,7 +429,7 @@ def test_an_error_all_roles_find_is_shown_once_and_its_code_returned(launch, cod
     part = (
         f"log('reading'); print('error: no such binding: tran.gamma\\n  did you mean train.gamma?'); sys.exit({code})"
     )
-    launch.start({kind: part for kind in ("replay-server", "learner", "eval-actor", "collect-actor")})
+    launch.start(dict.fromkeys(("replay-server", "learner", "eval-actor", "collect-actor"), part))
     assert launch.finish() == code
     assert launch.stderr == "error: no such binding: tran.gamma\n  did you mean train.gamma?\n"
     assert "error:" not in launch.stdout
@@ -477,7 +478,7 @@ note("ready")"""
 def test_a_second_signal_kills_what_will_not_stop(launch):
     deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN); note('deaf')"
     launch.start(
-        {kind: deaf for kind in ("replay-server", "learner", "collect-actor")}, timing={"second_signal_secs": 0}
+        dict.fromkeys(("replay-server", "learner", "collect-actor"), deaf), timing={"second_signal_secs": 0}
     )
     wait_until(lambda: len(launch.words("deaf")) == 3, "three deaf roles")
     launch.process.send_signal(signal.SIGINT)

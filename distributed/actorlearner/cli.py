@@ -38,13 +38,17 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     experiment, peers, run_directory = _experiment_flags(), _peer_flags(), _run_directory_flag()
 
-    train = _add(commands, "train", _train, "train an experiment on this machine: starts and watches every role", [experiment])
+    train = _add(
+        commands, "train", _train, "train an experiment on this machine: starts and watches every role", [experiment]
+    )
     train.add_argument("--root_dir", type=Path, help="run directory (default: runs/<experiment>-<time>)")
     train.add_argument("--num_collect_actors", type=int, default=1, metavar="N", help="collect actors (default: 1)")
     train.add_argument("--num_eval_actors", type=int, default=1, metavar="N", help="eval actors (default: 1)")
     _add_learner_flags(train)
 
-    server = _add(commands, "replay-server", _replay_server, "serve replay and variables", [experiment, peers, run_directory])
+    server = _add(
+        commands, "replay-server", _replay_server, "serve replay and variables", [experiment, peers, run_directory]
+    )
     server.add_argument("--port", type=int, default=None, help="port to listen on (default: that of --replay_address)")
 
     learner = _add(commands, "learner", _learner, "train on what the replay holds", [experiment, peers, run_directory])
@@ -63,7 +67,9 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add(commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str, parents: list[Any]) -> argparse.ArgumentParser:
+def _add(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str, parents: list[Any]
+) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", parents=parents)
     command.set_defaults(run=run)
     return command
@@ -71,7 +77,9 @@ def _add(commands: Any, name: str, run: Callable[[argparse.Namespace], int], tex
 
 def _experiment_flags() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(add_help=False)
-    flags.add_argument("experiment", metavar="EXPERIMENT", help="a shipped experiment (sac_minitaur, dqn_cartpole) or a gin file")
+    flags.add_argument(
+        "experiment", metavar="EXPERIMENT", help="a shipped experiment (sac_minitaur, dqn_cartpole) or a gin file"
+    )
     flags.add_argument(
         "--gin_bindings",
         action="append",
@@ -79,7 +87,9 @@ def _experiment_flags() -> argparse.ArgumentParser:
         metavar="BINDING",
         help="overrides the gin file, e.g. 'train.num_iterations = 100'; may be repeated",
     )
-    flags.add_argument("--seed", type=int, default=None, help="every role's seeds derive from it (default: 0; train: a new one)")
+    flags.add_argument(
+        "--seed", type=int, default=None, help="every role's seeds derive from it (default: 0; train: a new one)"
+    )
     flags.add_argument(
         "--peer_patience_secs", type=float, default=300.0, metavar="SECS",
         help="how long an unreachable peer is waited for (default: 300)",
@@ -90,12 +100,17 @@ def _experiment_flags() -> argparse.ArgumentParser:
 def _peer_flags() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(add_help=False)
     flags.add_argument(
-        "--replay_address", default="localhost:8008", metavar="HOST:PORT", help="of the replay server (default: localhost:8008)"
+        "--replay_address",
+        default="localhost:8008",
+        metavar="HOST:PORT",
+        help="of the replay server (default: localhost:8008)",
     )
     flags.add_argument(
         "--variables_address", metavar="HOST:PORT", help="of the variable container (default: the replay server's)"
     )
-    flags.add_argument("--task", type=int, default=0, metavar="N", help="which of its kind this process is (default: 0)")
+    flags.add_argument(
+        "--task", type=int, default=0, metavar="N", help="which of its kind this process is (default: 0)"
+    )
     return flags
 
 
@@ -249,7 +264,7 @@ def _video(arguments: argparse.Namespace) -> int:
     from actorlearner.runtime.telemetry import set_up_logging
 
     set_up_logging()
-    from actorlearner.runtime.lifecycle import RoleError, run_to_exit, ExitCode
+    from actorlearner.runtime.lifecycle import ExitCode, RoleError, run_to_exit
 
     def run(_stop: Stop) -> ExitCode:
         from actorlearner.experiment import load_experiment

@@ -10,7 +10,8 @@ import tensorflow as tf
 import tree
 from tf_agents.policies import random_py_policy, tf_policy
 from tf_agents.specs import tensor_spec
-from tf_agents.trajectories import policy_step, time_step as ts
+from tf_agents.trajectories import policy_step
+from tf_agents.trajectories import time_step as ts
 from tf_agents.utils import nest_utils
 
 
@@ -38,7 +39,9 @@ class CompiledActing:
 
         # Flat arguments: structured ones cost as much again as the network, at every call.
         def act(time_step: Any, state: Any) -> list[tf.Tensor]:
-            step = policy.action(tf.nest.pack_sequence_as(specs, time_step), tf.nest.pack_sequence_as(state_specs, state))
+            step = policy.action(
+                tf.nest.pack_sequence_as(specs, time_step), tf.nest.pack_sequence_as(state_specs, state)
+            )
             self._step_structure = step
             return tf.nest.flatten(step)
 

@@ -68,11 +68,11 @@ def run_collect_actor(
     await_replay_table(
         cluster.replay_address, agent.collect_data_spec, stop=stop, deadline_secs=cluster.peer_patience_secs
     )
-    weights = Subscriber(
-        cluster.variables_address, policy.variables(), refresh_interval_secs=refresh_interval_secs
-    )
+    weights = Subscriber(cluster.variables_address, policy.variables(), refresh_interval_secs=refresh_interval_secs)
     collector = Collector(experiment, cluster, agent.train_sequence_length)
-    progress = Progress(cluster, Reporter(cluster.variables_address), Events(RunDirectory(root_dir).collect_events(cluster.task)))
+    progress = Progress(
+        cluster, Reporter(cluster.variables_address), Events(RunDirectory(root_dir).collect_events(cluster.task))
+    )
     acting: Any = experiment.make_random_acting(policy, "collect-actor", cluster.task, "random-actions")
     stamp, version = RANDOM_POLICY_STAMP, -1
     warming_up = True

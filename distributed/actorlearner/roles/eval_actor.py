@@ -47,7 +47,11 @@ def run_eval_actor(
     )
     num_episodes = experiment.schedule.num_eval_episodes
     num_environments = min(num_episodes, max_environments)
-    policy = agent.policy if isinstance(agent.policy, greedy_policy.GreedyPolicy) else greedy_policy.GreedyPolicy(agent.policy)
+    policy = (
+        agent.policy
+        if isinstance(agent.policy, greedy_policy.GreedyPolicy)
+        else greedy_policy.GreedyPolicy(agent.policy)
+    )
     acting = experiment.make_acting(policy, num_environments)
     reporter = Reporter(cluster.variables_address)
     answered_at = time.monotonic()

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Optional
 
 import gin
-import numpy as np
 import tensorflow as tf
 from tf_agents.agents import tf_agent
 from tf_agents.policies import greedy_policy, policy_saver
@@ -181,7 +180,9 @@ def make_train_function(
     def one_step(handle: Any) -> dict[str, tf.Tensor]:
         experience, stamps = source.draw(handle)
         per_replica = strategy.run(replica_step, args=(experience, stamps))
-        return {name: strategy.reduce(tf.distribute.ReduceOp.SUM, value, axis=None) for name, value in per_replica.items()}
+        return {
+            name: strategy.reduce(tf.distribute.ReduceOp.SUM, value, axis=None) for name, value in per_replica.items()
+        }
 
     @tf.function
     def train(handle: Any, num_updates: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -248,7 +249,9 @@ class TrainingLoop:
                 step, scalars = self._call(step)
                 self._record.note_train_step(step)
                 now = time.monotonic()
-                evaluation_is_due = self._is_due(step, self._schedule.eval_interval) or step == self._schedule.num_iterations
+                evaluation_is_due = (
+                    self._is_due(step, self._schedule.eval_interval) or step == self._schedule.num_iterations
+                )
                 if evaluation_is_due or now - published_at >= self.publish_interval_secs:
                     published_at = now
                     snapshot = self._publisher.take_snapshot(step, self._variables)
@@ -292,11 +295,14 @@ class TrainingLoop:
     def _call(self, step: int) -> tuple[int, Optional[dict[str, float]]]:
         """Returns the train step reached and the last update's scalars; None when data ran out during the call."""
         schedule = self._schedule
-        boundaries = [schedule.num_iterations, *(
-            (step // interval + 1) * interval
-            for interval in (schedule.eval_interval, schedule.log_interval, schedule.policy_save_interval)
-            if interval
-        )]
+        boundaries = [
+            schedule.num_iterations,
+            *(
+                (step // interval + 1) * interval
+                for interval in (schedule.eval_interval, schedule.log_interval, schedule.policy_save_interval)
+                if interval
+            ),
+        ]
         num_updates = min(schedule.num_updates_per_call, min(boundaries) - step)
         try:
             scalars = self._train(self._source.handle, tf.constant(num_updates))
@@ -369,12 +375,24 @@ def finish(
     if experiment.schedule.eval_interval:
         record.note_phase("final evaluation")
         while pending := ledger.pending():
-            _await_result(lambda count=len(pending): len(ledger.pending()) < count, f"evaluations of {pending}", record, ledger, stop, patience_secs)
+            _await_result(
+                lambda count=len(pending): len(ledger.pending()) < count,
+                f"evaluations of {pending}",
+                record,
+                ledger,
+                stop,
+                patience_secs,
+            )
         best = ledger.best()
         assert best is not None, "step 0 or the last step is always evaluated"
         ledger.request(best, Purpose.DELIVERED)
         _await_result(
-            lambda: ledger.delivered() is not None, "the delivered policy's evaluation", record, ledger, stop, patience_secs
+            lambda: ledger.delivered() is not None,
+            "the delivered policy's evaluation",
+            record,
+            ledger,
+            stop,
+            patience_secs,
         )
         best.assign_to(agent.collect_policy.variables())
         train_step.assign(best.train_step)
@@ -500,7 +518,9 @@ class RunRecord:
             scalars["staleness"],
         )
         self._train_events.write(step, values)
-        self._directory.add_metrics("train", {"train_step": step, "environment_steps": self.environment_steps, **values})
+        self._directory.add_metrics(
+            "train", {"train_step": step, "environment_steps": self.environment_steps, **values}
+        )
 
     def _keep(self) -> None:
         while not self._closing.wait(1.0):

@@ -120,7 +120,9 @@ def _parse(text: str, source: str, search_path: Sequence[Path], including: tuple
         place = f"{source}:{line}" if line and source != COMMAND_LINE else source
         reason = error.msg.strip() if isinstance(error, SyntaxError) and error.msg else str(error).strip()
         raise RoleError(
-            f"{place}: cannot be read as gin: {reason}: '{text.strip() if source == COMMAND_LINE else ''}'".rstrip(": '")
+            f"{place}: cannot be read as gin: {reason}: '{text.strip() if source == COMMAND_LINE else ''}'".rstrip(
+                ": '"
+            )
             + ". Expected lines such as `train.num_iterations = 1000`; text values need quotes.",
             ExitCode.USAGE,
         ) from error
@@ -144,7 +146,9 @@ def _find(filename: str, search_path: Sequence[Path], place: str) -> Path:
     for folder in search_path:
         if (folder / filename).is_file():
             return folder / filename
-    known = sorted(os.path.relpath(p, folder) for folder in search_path if folder.is_dir() for p in folder.rglob("*.gin"))
+    known = sorted(
+        os.path.relpath(p, folder) for folder in search_path if folder.is_dir() for p in folder.rglob("*.gin")
+    )
     raise RoleError(
         f"{place}: there is no gin file '{filename}' in {', '.join(map(str, search_path))}.{_nearest(filename, known)}",
         ExitCode.USAGE,
@@ -186,7 +190,9 @@ def _check_names(bindings: Sequence[Binding]) -> None:
 def _check_values(bindings: Sequence[Binding]) -> None:
     """Checks the value that wins for each parameter, with macros followed to where they are defined."""
     macros = {binding.selector: binding for binding in bindings if not binding.parameter}
-    winning = {(binding.scope, binding.selector, binding.parameter): binding for binding in bindings if binding.parameter}
+    winning = {
+        (binding.scope, binding.selector, binding.parameter): binding for binding in bindings if binding.parameter
+    }
     for binding in winning.values():
         value, place, name = binding.value, binding.place, binding.name
         while isinstance(value, _Macro):
@@ -225,21 +231,30 @@ def expectation_unmet(value: Any, annotation: Any) -> Optional[str]:
         if not isinstance(value, (tuple, list)):
             return f"a tuple such as (256, 256), not {_kind(value)}"
         element = next((argument for argument in arguments if argument is not Ellipsis), Any)
-        return next((f"each element to be {problem}" for problem in (expectation_unmet(v, element) for v in value) if problem), None)
+        return next(
+            (f"each element to be {problem}" for problem in (expectation_unmet(v, element) for v in value) if problem),
+            None,
+        )
     if annotation is type(None):
         return None if value is None else "None"
     if annotation is bool:
         return None if isinstance(value, bool) else f"True or False, not {_kind(value)}"
     if annotation is int:
-        return None if isinstance(value, int) and not isinstance(value, bool) else f"a whole number, not {_kind(value)},"
+        return (
+            None if isinstance(value, int) and not isinstance(value, bool) else f"a whole number, not {_kind(value)},"
+        )
     if annotation is float:
         if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:
             return None
         return f"a number, not {_kind(value)},"
     if annotation is str:
         return None if isinstance(value, str) else f"text in quotes, not {_kind(value)}"
-    return None if not isinstance(value, (str, int, float, tuple, list, dict)) or not inspect.isclass(annotation) else (
-        None if isinstance(value, annotation) else f"@ and the name of something that makes a {annotation.__name__}"
+    return (
+        None
+        if not isinstance(value, (str, int, float, tuple, list, dict)) or not inspect.isclass(annotation)
+        else (
+            None if isinstance(value, annotation) else f"@ and the name of something that makes a {annotation.__name__}"
+        )
     )
 
 
@@ -327,4 +342,6 @@ def _nearest(name: str, *names: Iterable[str], prefix: str = "") -> str:
     ]
     if near:
         return f" Did you mean '{prefix}{near[0]}'?"
-    return f" There are: {', '.join(prefix + candidate for candidate in candidates)}." if 0 < len(candidates) <= 20 else ""
+    return (
+        f" There are: {', '.join(prefix + candidate for candidate in candidates)}." if 0 < len(candidates) <= 20 else ""
+    )

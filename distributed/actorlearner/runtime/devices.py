@@ -24,7 +24,9 @@ def hold_to_one_thread() -> None:
     tf.config.set_visible_devices([], "GPU")
 
 
-def make_strategy(name: StrategyName, *, tpu: Optional[str] = None, num_logical_cpus: int = 1) -> tf.distribute.Strategy:
+def make_strategy(
+    name: StrategyName, *, tpu: Optional[str] = None, num_logical_cpus: int = 1
+) -> tf.distribute.Strategy:
     """Returns the strategy under which the learner's variables live.
 
     Args:
@@ -37,9 +39,7 @@ def make_strategy(name: StrategyName, *, tpu: Optional[str] = None, num_logical_
       RoleError: The flags contradict each other, or there is no such device (USAGE).
     """
     if name not in get_args(StrategyName):
-        raise RoleError(
-            f"--strategy = '{name}': expected one of {', '.join(get_args(StrategyName))}", ExitCode.USAGE
-        )
+        raise RoleError(f"--strategy = '{name}': expected one of {', '.join(get_args(StrategyName))}", ExitCode.USAGE)
     if num_logical_cpus > 1:
         cpu = tf.config.list_physical_devices("CPU")[0]
         tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * num_logical_cpus)

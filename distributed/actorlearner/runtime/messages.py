@@ -122,7 +122,9 @@ class Sender:
             writer = self._writers[table] = client.trajectory_writer(num_keep_alive_refs=1, validate_items=False)
         try:
             writer.append(row)
-            writer.create_item(table, priority=1.0, trajectory=tree.map_structure(lambda column: column[-1:], writer.history))
+            writer.create_item(
+                table, priority=1.0, trajectory=tree.map_structure(lambda column: column[-1:], writer.history)
+            )
             writer.flush(timeout_ms=int(timeout_secs * 1000))
         except (reverb.errors.ReverbError, RuntimeError, ValueError) as error:
             # A writer keeps its first error for ever: the next put starts with a new one.
@@ -130,7 +132,9 @@ class Sender:
             raise Unreachable(f"{self.address} did not take a row for table '{table}': {error}") from error
 
 
-def take(address: str, table: str, signature: Signature, *, max_rows: int = 1, timeout_secs: float = 5.0) -> Sequence[Any]:
+def take(
+    address: str, table: str, signature: Signature, *, max_rows: int = 1, timeout_secs: float = 5.0
+) -> Sequence[Any]:
     """Returns up to `max_rows` rows as nests of numpy arrays; fewer, or none, when no more came within the deadline.
 
     From a queue rows are removed; a board's row stays. Blocks at most about twice `timeout_secs`.
@@ -161,7 +165,9 @@ def take(address: str, table: str, signature: Signature, *, max_rows: int = 1, t
     except tf.errors.OpError as error:
         if not rows:
             raise Unreachable(f"reading table '{table}' at {address} failed: {error.message}") from error
-        logging.warning("reading table '%s' at %s broke off after %d rows: %s", table, address, len(rows), error.message)
+        logging.warning(
+            "reading table '%s' at %s broke off after %d rows: %s", table, address, len(rows), error.message
+        )
     return rows
 
 
