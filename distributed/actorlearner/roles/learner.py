@@ -27,6 +27,7 @@ from actorlearner.experiment import Experiment
 from actorlearner.replay.base import BatchSource, await_replay_table, read_account
 from actorlearner.run_directory import RunDirectory
 from actorlearner.runtime.checkpoints import Checkpoints
+from actorlearner.runtime.configuration import operative_config
 from actorlearner.runtime.lifecycle import SAY_EVERY_SECS, ExitCode, RoleError, Stop, Stopped, wait_until
 from actorlearner.runtime.messages import Unreachable
 from actorlearner.runtime.telemetry import Events, Rate
@@ -97,7 +98,7 @@ def run_learner(
     loop.publish_interval_secs = publish_interval_secs
     loop.checkpoint_interval_secs = checkpoint_interval_secs
     try:
-        record.save_configuration(gin.operative_config_str())
+        record.save_configuration(operative_config())
         loop.run(directory, stop)
         publisher.announce(Phase.EVALUATING)
         finish(experiment, agent, train_step, directory, ledger, record, stop, evaluation_patience_secs)
@@ -437,10 +438,10 @@ def save_policies(agent: tf_agent.TFAgent, train_step: tf.Variable, folder: Path
 def save_policy_checkpoint(agent: tf_agent.TFAgent, train_step: tf.Variable, folder: Path) -> None:
     """Writes the policy's variables to a folder with the train step in its name, as `PolicySavedModelTrigger` does.
 
-    They can be loaded into `policies/policy` with `PolicyLoader`-like `tf.train.Checkpoint` restores.
+    TF-Agents' `policy_loader.load` puts them into any of the three SavedModels.
     """
     path = folder / "checkpoints" / f"policy_checkpoint_{int(train_step):010d}"
-    tf.train.Checkpoint(policy=_policies(agent)["policy"]).write(str(path / "variables" / "variables"))
+    policy_saver.PolicySaver(_policies(agent)["policy"], batch_size=None, train_step=train_step).save_checkpoint(str(path))
 
 
 class RunRecord:
