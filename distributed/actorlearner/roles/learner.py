@@ -239,6 +239,8 @@ class TrainingLoop:
         step = int(self._train_step)
         self._record.note_train_step(step)
         snapshot = self._publisher.publish(step, self._variables)
+        if self._schedule.eval_interval:
+            self._ledger.request_owed(step)
         if self._is_due(step, self._schedule.eval_interval):
             self._ledger.request(snapshot)
         try:
