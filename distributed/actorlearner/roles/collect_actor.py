@@ -59,10 +59,11 @@ def run_collect_actor(
       events_interval_secs: Time between two points in TensorBoard, in seconds.
 
     Raises:
-      RoleError: A peer is unreachable past the deadline (UNAVAILABLE), or the server's tables are those of another
-        experiment (DATA).
+      RoleError: A peer is unreachable past the deadline (UNAVAILABLE), the server's tables are those of another
+        experiment (DATA), or `root_dir` cannot be written (CANNOT_CREATE).
     """
     experiment.seed_process("collect-actor", cluster.task)
+    events = Events(RunDirectory(root_dir).make_collect_events(cluster.task))
     agent, train_step = experiment.make_agent()
     policy = agent.collect_policy
     await_replay_table(
@@ -70,9 +71,7 @@ def run_collect_actor(
     )
     weights = Subscriber(cluster.variables_address, policy.variables(), refresh_interval_secs=refresh_interval_secs)
     collector = Collector(experiment, cluster, agent.train_sequence_length)
-    progress = Progress(
-        cluster, Reporter(cluster.variables_address), Events(RunDirectory(root_dir).collect_events(cluster.task))
-    )
+    progress = Progress(cluster, Reporter(cluster.variables_address), events)
     acting: Any = experiment.make_random_acting(policy, "collect-actor", cluster.task, "random-actions")
     stamp, version = RANDOM_POLICY_STAMP, -1
     warming_up = True
