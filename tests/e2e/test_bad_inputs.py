@@ -129,7 +129,7 @@ CASES = {
     "root_dir_of_another_experiment": Case(
         ["learner", "sac_minitaur", "--root_dir={finished}", SOON],
         ExitCode.DATA,
-        (r"--root_dir = '\S*' holds the run of another experiment", r"environment: .*CartPole", r"Give another directory"),
+        (r"--root_dir = '\S*' holds the run of another", r"environment: .*CartPole", r"Give another directory"),
     ),
     "second_learner_on_the_run_directory": Case(
         ["learner", "dqn_cartpole", "--root_dir={held}", SOON],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
+
 from tests.e2e.conftest import FinishedRun
 from tests.e2e.processes import RUN_SECS, START_SECS, Processes, bind
 
@@ -90,13 +92,11 @@ def test_two_replicas_train_to_the_end_with_the_same_global_batch(
 
 def test_one_update_by_two_replicas_is_the_update_by_one_on_the_same_global_batch(processes: Processes):
     """Losses averaged per replica and then summed double the step, which nobody sees in a learning curve."""
-    import numpy as np
-
     script = processes.start_python("-c", ONE_UPDATE)
     result = json.loads(script.await_line("^RESULT (.*)", START_SECS).group(1))
     assert script.wait(START_SECS) == 0, script.output
     assert result["replicas"] == [2, 1]
     np.testing.assert_allclose(result["loss"][0], result["loss"][1], rtol=1e-5)
-    for two, one, before in zip(*result["weights"], result["initial"]):
+    for two, one in zip(*result["weights"]):
         np.testing.assert_allclose(two, one, rtol=0, atol=2e-6)
     assert max(np.abs(np.subtract(w, b)).max() for w, b in zip(result["weights"][0], result["initial"])) > 5e-4

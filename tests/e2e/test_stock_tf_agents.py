@@ -127,7 +127,7 @@ def test_a_stock_variable_container_brings_the_learners_weights_into_a_stock_pol
     assert int(train_step) == 40 == int(pulled[reverb_variable_container.TRAIN_STEP_KEY])
     trained = tf.saved_model.load(str(root_dir / "policies" / "collect_policy")).model_variables
     assert len(trained) == len(policy.variables()) == len(before)
-    for was, now, expected in zip(before, policy.variables(), trained):
+    for now, expected in zip(policy.variables(), trained):
         np.testing.assert_array_equal(now, expected)
     assert any((was != np.array(now)).any() for was, now in zip(before, policy.variables()))
 
@@ -155,9 +155,9 @@ def _record_episodes(num_episodes: int, environment: Any) -> list[trajectory.Tra
     """Returns the steps of whole episodes, each with its boundary."""
     policy = random_py_policy.RandomPyPolicy(environment.time_step_spec(), environment.action_spec(), seed=1)
     steps: list[trajectory.Trajectory] = []
-    py_driver.PyDriver(environment, policy, [steps.append], max_episodes=num_episodes, end_episode_on_boundary=True).run(
-        environment.reset()
-    )
+    py_driver.PyDriver(
+        environment, policy, [steps.append], max_episodes=num_episodes, end_episode_on_boundary=True
+    ).run(environment.reset())
     return steps
 
 

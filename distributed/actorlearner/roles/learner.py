@@ -443,7 +443,9 @@ def save_policy_checkpoint(agent: tf_agent.TFAgent, train_step: tf.Variable, fol
     TF-Agents' `policy_loader.load` puts them into any of the three SavedModels.
     """
     path = folder / "checkpoints" / f"policy_checkpoint_{int(train_step):010d}"
-    policy_saver.PolicySaver(_policies(agent)["policy"], batch_size=None, train_step=train_step).save_checkpoint(str(path))
+    policy_saver.PolicySaver(_policies(agent)["policy"], batch_size=None, train_step=train_step).save_checkpoint(
+        str(path)
+    )
 
 
 class RunRecord:
