@@ -57,7 +57,7 @@ for strategy in strategies:
     source = ServerSampledSource(strategy, make_dataset)
     train = make_train_function(agent, train_step, source, strategy)
     scalars = train(source.handle, tf.constant(1))
-    assert int(train_step) == 1
+    assert int(train_step.numpy()) == 1
     result["replicas"].append(strategy.num_replicas_in_sync)
     result["loss"].append(float(scalars["loss"]))
     result["weights"].append([np.array(v.numpy()).tolist() for v in variables])

@@ -104,7 +104,7 @@ def run_learner(
         finish(experiment, agent, train_step, directory, ledger, record, stop, evaluation_patience_secs)
         publisher.announce(Phase.OVER)
     except Stopped as stopped:
-        logging.info("%s at train step %d", stopped, int(train_step))
+        logging.info("%s at train step %d", stopped, int(train_step.numpy()))
         return stop.exit_code
     finally:
         record.close()
@@ -236,7 +236,7 @@ class TrainingLoop:
           Stopped: `stop` was set; a checkpoint was saved.
           RoleError: The replay server was away longer than the deadline.
         """
-        step = int(self._train_step)
+        step = int(self._train_step.numpy())
         self._record.note_train_step(step)
         snapshot = self._publisher.publish(step, self._variables)
         if self._schedule.eval_interval:
@@ -311,10 +311,10 @@ class TrainingLoop:
             scalars = self._train(self._source.handle, tf.constant(num_updates))
         except (tf.errors.OutOfRangeError, tf.errors.UnavailableError):
             self._await_more_data()
-            return int(self._train_step), None
+            return int(self._train_step.numpy()), None
         self._record.note_waiting(None)
         self._starved_since = None
-        return int(self._train_step), {name: float(value) for name, value in scalars.items()}
+        return int(self._train_step.numpy()), {name: float(value) for name, value in scalars.items()}
 
     _starved_since: Optional[float] = None
     _said_at = 0.0
@@ -349,7 +349,7 @@ class TrainingLoop:
             time.sleep(1.0)  # nothing to await: the server is gone
 
     def _save(self, version: int) -> None:
-        step = int(self._train_step)
+        step = int(self._train_step.numpy())
         counts = self._record.counts()
         counts.update(version=version + 1, samples=step * self._schedule.batch_size)
         try:
@@ -442,7 +442,7 @@ def save_policy_checkpoint(agent: tf_agent.TFAgent, train_step: tf.Variable, fol
 
     TF-Agents' `policy_loader.load` puts them into any of the three SavedModels.
     """
-    path = folder / "checkpoints" / f"policy_checkpoint_{int(train_step):010d}"
+    path = folder / "checkpoints" / f"policy_checkpoint_{int(train_step.numpy()):010d}"
     policy_saver.PolicySaver(_policies(agent)["policy"], batch_size=None, train_step=train_step).save_checkpoint(
         str(path)
     )
