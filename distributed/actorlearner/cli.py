@@ -190,7 +190,8 @@ def _learner(arguments: argparse.Namespace) -> int:
         strategy = make_strategy(arguments.strategy, tpu=arguments.tpu, num_logical_cpus=arguments.num_logical_cpus)
         code = run_learner(experiment, cluster, arguments.root_dir, strategy, _versions(), stop)
         if code == ExitCode.DONE:
-            _write_learning_curve(arguments.root_dir)
+            if experiment.schedule.eval_interval:  # else there are no points to draw
+                _write_learning_curve(arguments.root_dir)
             if arguments.num_video_episodes:
                 _record_videos(experiment, arguments.root_dir, arguments.num_video_episodes)
         return code
