@@ -52,7 +52,7 @@ class Case:
 SOON = "--peer_patience_secs=2"
 CASES = {
     "misspelt_gin_name": Case(
-        ["train", "dqn_cartpole", "--root_dir={tmp}/a", *bind("train.num_iteration = 100")],
+        ["learner", "dqn_cartpole", "--root_dir={tmp}/a", *bind("train.num_iteration = 100")],
         ExitCode.USAGE,
         (r"--gin_bindings: 'train' has no parameter 'num_iteration'", r"Did you mean 'train\.num_iterations'\?"),
     ),
