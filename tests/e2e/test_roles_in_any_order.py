@@ -22,7 +22,7 @@ def roles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict
     folder = tmp_path_factory.mktemp("machines")
     address = f"localhost:{find_free_port()}"
     with Processes(folder) as processes:
-        started = {}
+        started: dict[str, Process] = {}
         for name in NAMES:
             kind, _, task = name.rpartition("-")
             machine = folder / name
