@@ -102,9 +102,7 @@ class Experiment:
     replay: Replay
 
     def __post_init__(self) -> None:
-        self.replay.check(
-            batch_size=self.schedule.batch_size, initial_collect_steps=self.schedule.initial_collect_steps
-        )
+        self.replay.check(initial_collect_steps=self.schedule.initial_collect_steps)
 
     def derive_seed(self, *path: Any) -> int:
         """Returns a seed below 2**31 for whatever `path` names, e.g. `("collect-actor", 3)`; equal paths give equal seeds."""

@@ -61,7 +61,6 @@ def _make_tables(experiment: Experiment) -> list[reverb.Table]:
     try:
         replay_tables = experiment.replay.make_tables(
             _step_signature(agent.collect_data_spec),
-            num_steps=agent.train_sequence_length,
             batch_size=schedule.batch_size,
             initial_collect_steps=schedule.initial_collect_steps,
             samples_per_insert=schedule.samples_per_insert,
