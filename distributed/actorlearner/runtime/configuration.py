@@ -94,7 +94,7 @@ def parse_strictly(config_file: Path, bindings: Sequence[str], search_path: Sequ
         gin.add_config_file_search_path(str(folder))
     logging.disable(logging.CRITICAL)  # gin logs an error for every folder in which it does not find a file
     try:
-        gin.parse_config_files_and_bindings([str(config_file)], list(bindings), finalize_config=True)
+        gin.parse_config_files_and_bindings([str(config_file)], list(bindings), finalize_config=False)
     except Exception as error:  # gin raises many kinds; after the checks above few are left
         raise RoleError(f"{config_file}: {error}", ExitCode.USAGE) from error
     finally:
