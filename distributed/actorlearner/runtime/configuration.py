@@ -79,8 +79,8 @@ def parse_strictly(config_file: Path, bindings: Sequence[str], search_path: Sequ
       search_path: Folders that `include` looks in, after the including file's own.
 
     Raises:
-      RoleError: A name, a type, a range or the syntax is wrong (USAGE). The message names the place, the binding and the
-        nearest valid name.
+      RoleError: A name, a type, a range or the syntax is wrong (USAGE). The message names the place, the binding and
+        the nearest valid name.
     """
     search_path = [config_file.parent.resolve(), *search_path]
     read = list(_read_bindings(config_file, search_path, including=()))
@@ -137,7 +137,8 @@ def _parse(text: str, source: str, search_path: Sequence[Path], including: tuple
                 importlib.import_module(statement.module)
             except ImportError as error:
                 raise RoleError(
-                    f"{place}: cannot import '{statement.module}': {error}. Is its package installed, and the name right?",
+                    f"{place}: cannot import '{statement.module}': {error}. "
+                    "Is its package installed, and the name right?",
                     ExitCode.USAGE,
                 ) from error
 
@@ -299,7 +300,8 @@ def _configurable(selector: str, binding: Binding) -> Any:
         )
     short = {key.rsplit(".", 1)[-1] for key in _our_selectors()}
     raise RoleError(
-        f"{binding.place}: nothing is called '{selector}' ({binding.name}).{_nearest(binding.name, _all_parameters(), short)}",
+        f"{binding.place}: nothing is called '{selector}' ({binding.name})."
+        f"{_nearest(binding.name, _all_parameters(), short)}",
         ExitCode.USAGE,
     )
 
