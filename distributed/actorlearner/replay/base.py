@@ -43,7 +43,7 @@ class ReplayAccount:
       capacity: Items it holds at most.
       inserts, samples: Items ever inserted and sampled, since the table was made or restored.
       min_size_to_sample: Items needed before the first sample.
-      samples_per_insert, min_diff, max_diff: The rate limiter keeps `inserts * samples_per_insert - samples` in between.
+      samples_per_insert, min_diff, max_diff: The rate limiter keeps `inserts * samples_per_insert - samples` within.
     """
 
     size: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import Any, Literal, Optional
 
@@ -209,7 +210,6 @@ class WindowSink:
 
     def close(self, timeout_secs: float) -> None:
         """Sends what is pending; gives up, with what is left, after `timeout_secs` seconds."""
-        try:
+        # What the server never confirmed is not counted by anybody.
+        with contextlib.suppress(reverb.errors.ReverbError, RuntimeError):
             self._writer.flush(timeout_ms=int(timeout_secs * 1000))
-        except (reverb.errors.ReverbError, RuntimeError):
-            pass  # what the server never confirmed is not counted by anybody

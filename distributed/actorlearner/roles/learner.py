@@ -6,6 +6,8 @@ replay --batches--> [learner] --weights--> variable container
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import secrets
 import threading
@@ -75,7 +77,7 @@ def run_learner(
     variables = agent.collect_policy.variables()
     directory.check_identity(_identity(experiment, agent))
 
-    patience = {"stop": stop, "deadline_secs": cluster.peer_patience_secs}
+    patience: dict[str, Any] = {"stop": stop, "deadline_secs": cluster.peer_patience_secs}
     await_replay_table(cluster.replay_address, agent.collect_data_spec, **patience)
     variable_container.await_container(cluster.variables_address, variables, **patience)
     _refuse_second_learner(cluster, stop)
@@ -138,7 +140,7 @@ def _identity(experiment: Experiment, agent: tf_agent.TFAgent) -> dict[str, Any]
 
 
 def _refuse_second_learner(cluster: Cluster, stop: Stop, watch_secs: float = 3.0) -> None:
-    """Returns when no other learner's heartbeat goes on at the container, after watching for `watch_secs` if one ever did."""
+    """Returns when no other learner's heartbeat goes on at the container; watches for `watch_secs` if one ever did."""
     try:
         before = variable_container.read_version(cluster.variables_address)
         if before is None or before.phase is Phase.OVER:
@@ -349,10 +351,8 @@ class TrainingLoop:
         step = int(self._train_step)
         counts = self._record.counts()
         counts.update(version=version + 1, samples=step * self._schedule.batch_size)
-        try:
+        with contextlib.suppress(Unreachable):
             counts["inserts"] = read_account(self._cluster.replay_address, timeout_secs=1).inserts
-        except Unreachable:
-            pass
         self._checkpoints.save(counts)
 
 
@@ -376,7 +376,7 @@ def finish(
         record.note_phase("final evaluation")
         while pending := ledger.pending():
             _await_result(
-                lambda count=len(pending): len(ledger.pending()) < count,
+                functools.partial(_has_fewer_pending, ledger, len(pending)),
                 f"evaluations of {pending}",
                 record,
                 ledger,
@@ -399,6 +399,10 @@ def finish(
     record.note_phase("reporting")
     save_policies(agent, train_step, directory.policies)
     record.write_summary()
+
+
+def _has_fewer_pending(ledger: EvaluationLedger, num_pending: int) -> bool:
+    return len(ledger.pending()) < num_pending
 
 
 def _await_result(
