@@ -186,9 +186,10 @@ class Collector:
                 silent = min(now - start, weights.learner_silent_secs())
                 if silent > self._cluster.peer_patience_secs:
                     raise RoleError(
-                        f"the replay server at {self._cluster.replay_address} has taken nothing for {now - start:.0f} s and "
-                        f"the learner has been silent for {silent:.0f} s, longer than --peer_patience_secs = "
-                        f"{self._cluster.peer_patience_secs:g}. Start what is missing, or raise it.",
+                        f"the replay server at {self._cluster.replay_address} has taken nothing for "
+                        f"{now - start:.0f} s and the learner has been silent for {silent:.0f} s, longer than "
+                        f"--peer_patience_secs = {self._cluster.peer_patience_secs:g}. Start what is missing, or "
+                        "raise it.",
                         ExitCode.UNAVAILABLE,
                     )
                 if now - said > SAY_EVERY_SECS:

@@ -7,6 +7,7 @@ replay --batches--> [learner] --weights--> variable container
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import secrets
 import threading
@@ -154,7 +155,7 @@ def _identity(experiment: Experiment, agent: tf_agent.TFAgent) -> dict[str, Any]
 
 
 def _refuse_second_learner(cluster: Cluster, stop: Stop, watch_secs: float = 3.0) -> None:
-    """Returns when no other learner's heartbeat goes on at the container, after watching for `watch_secs` if one ever did."""
+    """Returns when no other learner's heartbeat goes on at the container; watches for `watch_secs` if one ever did."""
     try:
         before = variable_container.read_version(cluster.variables_address)
         if before is None or before.phase is Phase.OVER:
@@ -388,7 +389,7 @@ def finish(
         record.note_phase("final evaluation")
         while pending := ledger.pending():
             _await_result(
-                lambda count=len(pending): len(ledger.pending()) < count,
+                functools.partial(_has_fewer_pending, ledger, len(pending)),
                 f"evaluations of {pending}",
                 record,
                 ledger,
@@ -411,6 +412,10 @@ def finish(
     record.note_phase("reporting")
     save_policies(agent, train_step, directory.policies)
     record.write_summary()
+
+
+def _has_fewer_pending(ledger: EvaluationLedger, num_pending: int) -> bool:
+    return len(ledger.pending()) < num_pending
 
 
 def _await_result(

@@ -80,6 +80,7 @@ def _serve(tables: list[reverb.Table], port: int) -> reverb.Server:
         return reverb.Server(tables, port=port)
     except (RuntimeError, ValueError) as error:
         raise RoleError(
-            f"--port = {port}: the replay server cannot listen there: {error}. Stop what uses the port, or give another.",
+            f"--port = {port}: the replay server cannot listen there: {error}. "
+            "Stop what uses the port, or give another.",
             ExitCode.UNAVAILABLE,
         ) from error
