@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import zipfile
 from pathlib import Path
 from typing import Any, Optional
 
@@ -49,6 +50,24 @@ class EvaluationLedger:
                 np.savez(self._weights_file(snapshot.train_step), *snapshot.variables)
                 self._pending.add(snapshot.train_step)
             self._unsent.append(EvaluationRequest(snapshot, purpose))
+        self.send_unsent()
+
+    def request_owed(self, train_step: int) -> None:
+        """Queues again what the learner before this one, which ended at `train_step`, still waited for.
+
+        Its server and eval actors may be gone. If they are not, a snapshot may be played twice; it is recorded once.
+        """
+        for file in sorted(self._folder.glob("*.npz"), key=lambda file: int(file.stem)):
+            step = int(file.stem)
+            with self._lock:
+                if step in self._results or step in self._pending:
+                    continue
+                snapshot = _read_weights(file, step) if step <= train_step else None
+                if snapshot is None:  # half written, or of train steps that are to be done again
+                    file.unlink()
+                    continue
+                self._pending.add(step)
+                self._unsent.append(EvaluationRequest(snapshot, Purpose.PERIODIC))
         self.send_unsent()
 
     def send_unsent(self) -> None:
@@ -126,5 +145,15 @@ class EvaluationLedger:
             train_step = self._best_train_step()
             if train_step is None:
                 return None
-            with np.load(self._weights_file(train_step)) as file:
-                return Snapshot(version=-1, train_step=train_step, variables=[file[name] for name in file.files])
+            snapshot = _read_weights(self._weights_file(train_step), train_step)
+            assert snapshot is not None, "a file with a result was written whole"
+            return snapshot
+
+
+def _read_weights(path: Path, train_step: int) -> Optional[Snapshot]:
+    """Returns the snapshot in a file; None when the file is not whole."""
+    try:
+        with np.load(path) as file:
+            return Snapshot(version=-1, train_step=train_step, variables=[file[name] for name in file.files])
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        return None

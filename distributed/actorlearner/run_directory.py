@@ -6,6 +6,7 @@ checkpoints/  policies/  train/ eval/ collect/ (TensorBoard)  logs/  videos/
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import math
@@ -34,8 +35,27 @@ class RunDirectory:
         self.identity = self.root / "run.json"
         self._lock: Optional[Any] = None
 
-    def collect_events(self, task: int) -> Path:
-        return self.root / "collect" / str(task)
+    def make_collect_events(self, task: int) -> Path:
+        """Returns the folder of a collect actor's events, made if missing.
+
+        Raises:
+          RoleError: It cannot be written (CANNOT_CREATE).
+        """
+        folder = self.root / "collect" / str(task)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        except OSError as error:
+            raise self._cannot_write(error) from error
+        return folder
+
+    def _cannot_write(self, error: OSError) -> RoleError:
+        return RoleError(
+            f"--root_dir = '{self.root}' cannot be written: {error.strerror} ({error.filename}). "
+            "Give a directory that this user may write to.",
+            ExitCode.CANNOT_CREATE,
+        )
 
     def hold(self) -> None:
         """Makes the directory and keeps other learners out of it until this process ends.
@@ -47,11 +67,7 @@ class RunDirectory:
             self.evaluated.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.root / ".learner.lock", "w")  # noqa: SIM115  (held until the process ends)
         except OSError as error:
-            raise RoleError(
-                f"--root_dir = '{self.root}' cannot be written: {error.strerror} ({error.filename}). "
-                "Give a directory that this user may write to.",
-                ExitCode.CANNOT_CREATE,
-            ) from error
+            raise self._cannot_write(error) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

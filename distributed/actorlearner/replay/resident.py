@@ -24,6 +24,7 @@ import reverb
 import tensorflow as tf
 import tree
 from tf_agents.specs import tensor_spec
+from tf_agents.trajectories import StepType
 
 from actorlearner.replay.base import describe_account
 from actorlearner.runtime.configuration import PositiveFloat, PositiveInt
@@ -160,7 +161,7 @@ class ChunkSink:
         if not self._rows:
             self._opened_at = now
         self._rows.append({"acted_at": np.int64(acted_at), "chunk": np.int64(0), "step": step})
-        is_over = bool(step.is_boundary())
+        is_over = bool(step.step_type == StepType.LAST)
         is_due = len(self._rows) >= self._chunk_length or now - self._opened_at > self._chunk_secs
         if len(self._rows) >= self._num_steps and (is_over or is_due):
             self._send()

@@ -12,6 +12,7 @@ import reverb
 import tensorflow as tf
 import tree
 from tf_agents.specs import tensor_spec
+from tf_agents.trajectories import StepType
 
 from actorlearner.replay.base import describe_account
 from actorlearner.runtime.configuration import PositiveFloat, PositiveInt
@@ -275,7 +276,7 @@ class WindowSink:
         if self._num_cached >= self._num_steps:
             window = tree.map_structure(lambda column: column[-self._num_steps :], self._writer.history)
             self._writer.create_item(REPLAY_TABLE, priority=make_stamp(acted_at), trajectory=window)
-        self._must_end_episode = bool(step.is_boundary())
+        self._must_end_episode = bool(step.step_type == StepType.LAST)
 
     def is_blocked(self) -> bool:
         """Returns whether more than `max_pending_items` are unconfirmed; blocks at most half a second to find out.

@@ -16,7 +16,7 @@ from typing import Any
 
 import gin
 import numpy as np
-from tf_agents.trajectories import trajectory
+from tf_agents.trajectories import StepType, trajectory
 
 from actorlearner.cluster import Cluster
 from actorlearner.experiment import Experiment
@@ -52,10 +52,11 @@ def run_collect_actor(
       events_interval_secs: Time between two points in TensorBoard, in seconds.
 
     Raises:
-      RoleError: A peer is unreachable past the deadline (UNAVAILABLE), or the server's tables are those of another
-        experiment (DATA).
+      RoleError: A peer is unreachable past the deadline (UNAVAILABLE), the server's tables are those of another
+        experiment (DATA), or `root_dir` cannot be written (CANNOT_CREATE).
     """
     experiment.seed_process("collect-actor", cluster.task)
+    events = Events(RunDirectory(root_dir).make_collect_events(cluster.task))
     agent, train_step = experiment.make_agent()
     policy = agent.collect_policy
     await_tables(
@@ -66,9 +67,7 @@ def run_collect_actor(
     )
     weights = Subscriber(cluster.variables_address, policy.variables(), refresh_interval_secs=refresh_interval_secs)
     collector = Collector(experiment, cluster, agent.train_sequence_length)
-    progress = Progress(
-        cluster, Reporter(cluster.variables_address), Events(RunDirectory(root_dir).collect_events(cluster.task))
-    )
+    progress = Progress(cluster, Reporter(cluster.variables_address), events)
     acting: Any = experiment.make_random_acting(policy, "collect-actor", cluster.task, "random-actions")
     acted_at, version = RANDOM_POLICY, -1
     warming_up = True
@@ -161,13 +160,13 @@ class Collector:
                 continue
             self._sinks[index].append(trajectory.from_transition(time_step, policy_step, next_time_step), acted_at)
             self._time_steps[index] = next_time_step
-            if not time_step.is_last():
+            if time_step.step_type != StepType.LAST:  # is_last() costs ten times as much
                 self._count(index, next_time_step)
 
     def _count(self, index: int, next_time_step: Any) -> None:
         self.environment_steps += 1
         self._returns[index] += float(next_time_step.reward)
-        if next_time_step.is_last():
+        if next_time_step.step_type == StepType.LAST:
             self.episodes += 1
             self.recent_returns.append(self._returns[index])
             self._returns[index] = 0.0

@@ -29,6 +29,7 @@ from actorlearner.experiment import Experiment
 from actorlearner.replay.base import BatchSource, await_tables
 from actorlearner.run_directory import RunDirectory
 from actorlearner.runtime.checkpoints import Checkpoints
+from actorlearner.runtime.configuration import operative_config
 from actorlearner.runtime.lifecycle import SAY_EVERY_SECS, ExitCode, RoleError, Stop, Stopped, wait_until
 from actorlearner.runtime.messages import Unreachable
 from actorlearner.runtime.telemetry import Events, Rate
@@ -99,6 +100,7 @@ def run_learner(
     publisher = Publisher(cluster.variables_address, secrets.randbits(62), first_version=counts.get("version", 0))
     ledger = EvaluationLedger(EvaluationRequests(cluster.variables_address), directory.evaluated)
     record = RunRecord(experiment, cluster, directory, ledger, versions, counts)
+    export = PolicyExport(agent, train_step, directory.policies)
     loop = TrainingLoop(
         experiment,
         cluster,
@@ -110,13 +112,13 @@ def run_learner(
         ledger,
         record,
         checkpoints,
-        directory.policies,
+        export,
     )
     try:
-        record.save_configuration(gin.operative_config_str())
+        record.save_configuration(operative_config())
         loop.run(stop, publish_interval_secs=publish_interval_secs, checkpoint_interval_secs=checkpoint_interval_secs)
         publisher.announce(Phase.EVALUATING)
-        finish(experiment, agent, train_step, directory, ledger, record, stop, evaluation_patience_secs)
+        finish(experiment, agent, train_step, export, ledger, record, stop, evaluation_patience_secs)
         publisher.announce(Phase.OVER)
     except Stopped as stopped:
         logging.info("%s at train step %d", stopped, int(train_step))
@@ -229,11 +231,10 @@ class TrainingLoop:
         ledger: EvaluationLedger,
         record: RunRecord,
         checkpoints: Checkpoints,
-        policies: Path,
+        export: PolicyExport,
     ):
         self._schedule = experiment.schedule
         self._cluster = cluster
-        self._agent = agent
         self._variables = agent.collect_policy.variables()
         self._train_step = train_step
         self._source = source
@@ -242,7 +243,7 @@ class TrainingLoop:
         self._ledger = ledger
         self._record = record
         self._checkpoints = checkpoints
-        self._policies = policies
+        self._export = export
         self._version = 0
         self._starved_since: Optional[float] = None
         self._said_at = time.monotonic()
@@ -259,6 +260,8 @@ class TrainingLoop:
         if step:  # going on: actors need not warm up again
             self._publisher.announce(Phase.TRAINING)
         self._publish(step)
+        if self._schedule.eval_interval:
+            self._ledger.request_owed(step)
         try:
             self._await_first_data(stop)
             self._publisher.announce(Phase.TRAINING)
@@ -275,7 +278,7 @@ class TrainingLoop:
                 if scalars is not None and step % self._schedule.log_interval == 0:
                     self._record.log_training(step, scalars)
                 if scalars is not None and step % self._schedule.policy_save_interval == 0:
-                    save_policy_checkpoint(self._agent, step, self._policies)
+                    self._export.save_checkpoint(step)
                 if now - saved_at >= checkpoint_interval_secs:
                     saved_at = now
                     self._save()
@@ -373,7 +376,7 @@ def finish(
     experiment: Experiment,
     agent: tf_agent.TFAgent,
     train_step: tf.Variable,
-    directory: RunDirectory,
+    export: PolicyExport,
     ledger: EvaluationLedger,
     record: RunRecord,
     stop: Stop,
@@ -410,7 +413,7 @@ def finish(
         best.assign_to(agent.collect_policy.variables())
         train_step.assign(best.train_step)
     record.note_phase("reporting")
-    save_policies(agent, train_step, directory.policies)
+    export.save_policies()
     record.write_summary()
 
 
@@ -436,25 +439,35 @@ def _await_result(
     record.note_waiting(None)
 
 
-def _policies(agent: tf_agent.TFAgent) -> dict[str, Any]:
-    """Returns the policies by the names TF-Agents' `PolicySavedModelTrigger` gives their folders."""
-    greedy = agent.policy
-    raw = greedy.wrapped_policy if isinstance(greedy, greedy_policy.GreedyPolicy) else greedy
-    if raw is greedy:
-        greedy = greedy_policy.GreedyPolicy(raw)
-    return {"policy": raw, "collect_policy": agent.collect_policy, "greedy_policy": greedy}
+class PolicyExport:
+    """Writes what others load: SavedModels, and numbered checkpoints that TF-Agents' `policy_loader` puts into them.
 
+    Folders and names are those of TF-Agents' `PolicySavedModelTrigger`, which would save the untrained weights first.
+    """
 
-def save_policies(agent: tf_agent.TFAgent, train_step: tf.Variable, folder: Path) -> None:
-    """Writes the three SavedModels with the weights the agent has now; takes some seconds."""
-    for name, policy in _policies(agent).items():
-        policy_saver.PolicySaver(policy, batch_size=None, train_step=train_step).save(str(folder / name))
+    def __init__(self, agent: tf_agent.TFAgent, train_step: tf.Variable, folder: Path):
+        greedy = agent.policy
+        raw = greedy.wrapped_policy if isinstance(greedy, greedy_policy.GreedyPolicy) else greedy
+        if raw is greedy:
+            greedy = greedy_policy.GreedyPolicy(raw)
+        self._policies = {"policy": raw, "collect_policy": agent.collect_policy, "greedy_policy": greedy}
+        self._train_step = train_step
+        self._folder = folder
 
+    @functools.cache  # noqa: B019  making a saver traces the policy, which takes seconds
+    def _saver(self, name: str) -> policy_saver.PolicySaver:
+        return policy_saver.PolicySaver(self._policies[name], batch_size=None, train_step=self._train_step)
 
-def save_policy_checkpoint(agent: tf_agent.TFAgent, train_step: int, folder: Path) -> None:
-    """Writes the policy's variables to `checkpoints/policy_checkpoint_<train step>`, as `PolicySavedModelTrigger` does."""
-    prefix = folder / "checkpoints" / f"policy_checkpoint_{train_step:010d}" / "variables" / "variables"
-    tf.train.Checkpoint(policy=_policies(agent)["policy"]).write(str(prefix))
+    def save_checkpoint(self, train_step: int) -> None:
+        """Writes the policy's variables to `checkpoints/policy_checkpoint_<train step>`."""
+        self._saver("policy").save_checkpoint(
+            str(self._folder / "checkpoints" / f"policy_checkpoint_{train_step:010d}")
+        )
+
+    def save_policies(self) -> None:
+        """Writes the three SavedModels with the weights the agent has now; takes some seconds."""
+        for name in self._policies:
+            self._saver(name).save(str(self._folder / name))
 
 
 class RunRecord:

@@ -103,6 +103,12 @@ def parse_strictly(config_file: Path, bindings: Sequence[str], search_path: Sequ
         logging.disable(logging.NOTSET)
 
 
+def operative_config() -> str:
+    """Returns what this process used, defaults included, and what was bound for the other roles, as a gin file."""
+    # gin's own operative_config_str leaves out what this process did not call; gin-config is pinned.
+    return gin.config._config_str({**gin.config._CONFIG, **gin.config._OPERATIVE_CONFIG})
+
+
 def _read_bindings(path: Path, search_path: Sequence[Path], including: tuple[Path, ...]) -> Iterator[Binding]:
     if path in including:
         raise RoleError(f"{path} includes itself, through {', '.join(map(str, including))}", ExitCode.USAGE)
@@ -137,7 +143,8 @@ def _parse(text: str, source: str, search_path: Sequence[Path], including: tuple
             yield from _read_bindings(_find(statement.filename, search_path, place), search_path, including)
         elif isinstance(statement, config_parser.ImportStatement):
             try:
-                importlib.import_module(statement.module)
+                with gin.unlock_config():  # an experiment parsed before may have locked it
+                    importlib.import_module(statement.module)
             except ImportError as error:
                 raise RoleError(
                     f"{place}: cannot import '{statement.module}': {error}. "

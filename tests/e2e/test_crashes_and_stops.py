@@ -1,0 +1,129 @@
+"""What a run survives, and what it leaves when it is stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.processes import RUN_SECS, START_SECS, TINY, Process, Processes, bind, is_alive, role_pids
+
+CRASHING = """
+import crashing_cartpole
+include 'dqn_cartpole.gin'
+gym_environment.env_name = 'CrashingCartPole-v0'
+"""
+
+
+def _logged(root_dir: Path, role: str) -> str:
+    return (root_dir / "logs" / f"{role}.log").read_text()
+
+
+@pytest.fixture(scope="module")
+def troubled_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Process, int]]:
+    """A run whose environments crash, and whose collect actor is killed when training is under way."""
+    folder = tmp_path_factory.mktemp("troubled")
+    (folder / "crashing.gin").write_text(CRASHING)
+    with Processes(folder) as processes:
+        train = processes.start(
+            "train", "crashing.gin", "--root_dir=run", "--seed=1", "--num_video_episodes=0",
+            *bind(*TINY, "train.num_iterations = 400", "train.eval_interval = 400", "train.policy_save_interval = 400"),
+        )  # fmt: skip
+        # 350 steps more are far beyond what the rate limiter grants the learner without an actor.
+        train.await_line("train step 50:")
+        (pid,) = role_pids(folder / "run")["collect-actor-0"]
+        os.kill(pid, signal.SIGKILL)
+        yield folder / "run", train, train.wait(RUN_SECS)
+
+
+def test_a_killed_collect_actor_is_started_again_and_training_ends(troubled_run):
+    """Elsewhere one crash kills the run, or leaves it waiting for an actor that never comes back."""
+    root_dir, train, exit_code = troubled_run
+    assert exit_code == 0, train.output
+    assert re.search(r"collect-actor-0 was killed by SIGKILL; starting it again", train.output)
+    assert len(role_pids(root_dir)["collect-actor-0"]) == 2
+    assert json.loads((root_dir / "summary.json").read_text())["train_steps"] == 400
+
+
+def test_the_restarted_actor_makes_no_random_steps_of_its_own(troubled_run):
+    """In the stock example every actor starts with its own 10,000 random steps, after every restart again."""
+    root_dir, _, _ = troubled_run
+    second_life = _logged(root_dir, "collect-actor-0").split("--- ")[2]
+    assert "the replay is warm" in second_life
+    assert "environment 0 crashed" not in second_life.split("the replay is warm")[0]
+
+
+def test_steps_of_both_lives_are_counted(troubled_run):
+    """A restarted actor counts from 0; the run does not."""
+    root_dir, _, _ = troubled_run
+    second_life = int(re.findall(r"collected (\d+) steps", _logged(root_dir, "collect-actor-0"))[-1])
+    assert json.loads((root_dir / "summary.json").read_text())["environment_steps"] > second_life
+
+
+def test_an_environment_that_crashes_is_replaced_and_counted(troubled_run):
+    """A simulator that leaks or segfaults now and then must not end a run of days, nor go unnoticed."""
+    root_dir, train, exit_code = troubled_run
+    assert exit_code == 0, train.output
+    log = _logged(root_dir, "collect-actor-0")
+    num_replaced = len(re.findall(r"environment \d+ was replaced by a fresh one", log))
+    num_counted = json.loads((root_dir / "summary.json").read_text())["environment_crashes"]
+    assert num_replaced > 0
+    # What the killed actor had not reported yet went with it.
+    assert num_replaced - 2 <= num_counted <= num_replaced
+
+
+@pytest.fixture(scope="module")
+def stopped_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Process, int, dict[str, list[int]]]]:
+    """A long run, stopped by SIGTERM when training is under way."""
+    folder = tmp_path_factory.mktemp("stopped")
+    with Processes(folder) as processes:
+        train = processes.start(
+            "train", "dqn_cartpole", "--root_dir=run", "--seed=2", "--num_video_episodes=0",
+            *bind(*TINY, "train.num_iterations = 1_000_000"),
+        )  # fmt: skip
+        train.await_line("train step 100:")
+        train.send(signal.SIGTERM)
+        exit_code = train.wait(START_SECS)
+        yield folder / "run", train, exit_code, role_pids(folder / "run")
+
+
+def _newest_checkpoint(root_dir: Path) -> int:
+    return max(int(re.findall(r"ckpt-(\d+)", path.name)[0]) for path in (root_dir / "checkpoints").glob("ckpt-*.index"))
+
+
+def test_sigterm_during_training_leaves_a_checkpoint_and_no_process(stopped_run):
+    """A job that is preempted loses at most seconds of training, and nothing goes on computing."""
+    root_dir, train, exit_code, pids = stopped_run
+    assert exit_code == 143, train.output
+    assert _newest_checkpoint(root_dir) >= 100
+    assert set(pids) == {"replay-server-0", "learner-0", "collect-actor-0", "eval-actor-0"}
+    assert not [pid for lives in pids.values() for pid in lives if is_alive(pid)]
+    assert "killing" not in train.output, "some role did not end in time"
+    assert "Traceback" not in train.output
+
+
+def test_starting_again_goes_on_from_the_checkpoint_to_the_end(stopped_run):
+    """Starting anew under the old name throws days away; a second evaluation of step 0 would spoil the curve."""
+    root_dir, _, _, _ = stopped_run
+    stopped_at = _newest_checkpoint(root_dir)
+    end = (stopped_at // 100 + 2) * 100
+    before = len((root_dir / "metrics.jsonl").read_text().splitlines())
+    with Processes(root_dir.parent) as processes:
+        train = processes.start(
+            "train", "dqn_cartpole", "--root_dir=run", "--seed=2", "--num_video_episodes=0",
+            *bind(*TINY, f"train.num_iterations = {end}"),
+        )  # fmt: skip
+        assert train.wait(RUN_SECS) == 0, train.output
+        assert f"ckpt-{stopped_at}" in train.await_line("restored (.*)").group(1)
+    lines = [json.loads(line) for line in (root_dir / "metrics.jsonl").read_text().splitlines()[before:]]
+    assert min(line["train_step"] for line in lines if line["kind"] == "train") > stopped_at
+    summary = json.loads((root_dir / "summary.json").read_text())
+    assert summary["train_steps"] == end
+    evaluated = [evaluation["train_step"] for evaluation in summary["evaluations"]]
+    assert evaluated == list(range(0, end + 1, 100)), "every due snapshot is evaluated once, also across the stop"
+    assert summary["wall_seconds"] > max(line["wall_secs"] for line in summary["evaluations"])
