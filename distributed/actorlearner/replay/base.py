@@ -147,9 +147,9 @@ def await_tables(address: str, signatures: Mapping[str, Any], *, stop: Stop, dea
     for name, signature in signatures.items():
         if name not in tables:
             raise RoleError(
-                f"the Reverb server at {address} has no table '{name}' but {', '.join(sorted(tables)) or 'none'}: it is "
-                "not this experiment's replay server, or serves another replay. Mend --replay_address, or start it with "
-                "the same experiment and --gin_bindings.",
+                f"the Reverb server at {address} has no table '{name}' but {', '.join(sorted(tables)) or 'none'}: it "
+                "is not this experiment's replay server, or serves another replay. Mend --replay_address, or start it "
+                "with the same experiment and --gin_bindings.",
                 ExitCode.DATA,
             )
         check_signature(f"table '{name}'", address, tables[name].signature, signature)

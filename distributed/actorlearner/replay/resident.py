@@ -195,7 +195,7 @@ class ChunkSink:
         if not self._is_sending:
             return False
         try:
-            # Ends what Reverb calls an episode: the next chunk shares no storage with this one, so an item is one piece.
+            # Ends what Reverb calls an episode: the next chunk shares no storage with this one; an item is one piece.
             self._writer.end_episode(clear_buffers=True, timeout_ms=500)
         except reverb.errors.DeadlineExceededError:
             return True
@@ -218,7 +218,7 @@ class ChunkSink:
 class Mirror:
     """The steps and the valid windows among them, in variables the compiled loop reads; the oldest leave first.
 
-    `steps` is a ring of step rows, `starts` a ring of positions in it at which a window begins. A chunk leaves as a whole.
+    One ring holds step rows, another the positions in it at which a window begins. A chunk leaves as a whole.
     """
 
     def __init__(self, step_spec: Any, num_steps: int, capacity: int):
@@ -249,7 +249,7 @@ class Mirror:
         return sum(int(np.prod(v.shape)) * v.dtype.size for v in [*self._rows, self._starts])
 
     def add(self, chunks: Sequence[Any]) -> int:
-        """Returns how many windows it added: all of the chunks' (nests of `[length, ...]` arrays, `_spec`'s structure)."""
+        """Returns how many windows it added; a chunk is a nest of `[length, ...]` arrays with `acted_at` and `step`."""
         lengths = [len(tf.nest.flatten(chunk)[0]) for chunk in chunks]
         starts = []
         for length in lengths:
@@ -282,7 +282,7 @@ class Mirror:
     def draw(self, batch_size: int) -> tuple[Any, tf.Tensor]:
         """Returns windows drawn uniformly, with replacement, as `(experience, acted_at)`; for compiled code.
 
-        Shapes: B = batch_size, T = num_steps. `experience` leaves are [B, T, ...]; `acted_at` is [B], of the first step.
+        Shapes: B = batch_size, T = num_steps. `experience` leaves are [B, T, ...]; `acted_at` is [B], of first steps.
         """
         windows = tf.random.uniform([batch_size], self._first, self._end, tf.int64)
         return self.gather(windows)
@@ -298,8 +298,8 @@ class Mirror:
 class ResidentSource:
     """Feeds the mirror from the queue and keeps samples per insert, in both directions. See `BatchSource`.
 
-    ahead = (inserts - initial_collect_steps) * samples_per_insert - samples stays within the error buffer: beyond it the
-    queue is not read, fills, and holds the actors back; below it no update is allowed.
+    ahead = (inserts - initial_collect_steps) * samples_per_insert - samples stays within the error buffer: beyond it
+    the queue is not read, fills, and holds the actors back; below it no update is allowed.
     """
 
     def __init__(
@@ -330,7 +330,7 @@ class ResidentSource:
         self._reader: Optional[threading.Thread] = None
 
     def restore(self, counts: Mapping[str, Any]) -> None:
-        """Goes on from a checkpoint's counts: the mirror is filled again from the durable table, which counts no insert."""
+        """Goes on from a checkpoint's counts; the mirror is filled from the durable table, which counts no insert."""
         if counts:
             self._inserts, self._samples = counts["inserts"], counts["samples"]
             chunks = self._read_experience()
@@ -440,7 +440,7 @@ class ResidentSource:
             self._changed.notify_all()
 
     def _read_experience(self) -> list[Any]:
-        """Returns every chunk of the durable table, each once, in no order; Reverb cannot list a table, so it is sampled."""
+        """Returns every chunk of the durable table, each once, in no order; sampled, as Reverb lists none."""
         size = read_server_info(self._address, timeout_secs=5)[EXPERIENCE_TABLE].current_size
         chunks: dict[int, Any] = {}
         if not size:

@@ -317,7 +317,7 @@ class TrainingLoop:
         self._record.note_waiting(None)
 
     def _call(self, step: int) -> tuple[int, Optional[dict[str, float]]]:
-        """Returns the train step reached and the last update's scalars; None when there was no data for the whole call."""
+        """Returns the train step reached and the last update's scalars; None when data ran out during the call."""
         num_updates = self._source.allow(self._num_updates_to_boundary(step))
         if num_updates:
             try:
