@@ -139,7 +139,7 @@ install() { # uv|pip ARGUMENT...
   local with=$1
   shift
   if [ "$with" = uv ]; then
-    uv pip install --quiet --python "$venv/bin/python" "$@"
+    uv pip install --quiet --compile-bytecode --python "$venv/bin/python" "$@"
   else
     "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$venv/bin/python" -m ensurepip >/dev/null || return
     env -u PIP_USER -u PIP_TARGET -u PIP_PREFIX "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@"

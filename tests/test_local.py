@@ -477,9 +477,7 @@ note("ready")"""
 
 def test_a_second_signal_kills_what_will_not_stop(launch):
     deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN); note('deaf')"
-    launch.start(
-        dict.fromkeys(("replay-server", "learner", "collect-actor"), deaf), timing={"second_signal_secs": 0}
-    )
+    launch.start(dict.fromkeys(("replay-server", "learner", "collect-actor"), deaf), timing={"second_signal_secs": 0})
     wait_until(lambda: len(launch.words("deaf")) == 3, "three deaf roles")
     launch.process.send_signal(signal.SIGINT)
     launch.wait_for_output("stopping all roles")

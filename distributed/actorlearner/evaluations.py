@@ -103,8 +103,9 @@ class EvaluationLedger:
                 "wall_secs": round(result.wall_secs, 3),
             }
             best = self._best_train_step()
-            for train_step in {best_before, result.train_step} - {best, None}:
-                self._weights_file(train_step).unlink(missing_ok=True)
+            for train_step in {best_before, result.train_step}:
+                if train_step is not None and train_step != best:
+                    self._weights_file(train_step).unlink(missing_ok=True)
             temporary = self._results_file.with_suffix(".tmp")
             temporary.write_text(json.dumps(list(self._results.values())))
             temporary.replace(self._results_file)
@@ -115,7 +116,9 @@ class EvaluationLedger:
 
     def _best_train_step(self) -> Optional[int]:
         """The later of equals: it has seen more."""
-        return max(self._results, key=lambda step: (self._results[step]["average_return"], step), default=None)
+        if not self._results:
+            return None
+        return max(self._results, key=lambda step: (self._results[step]["average_return"], step))
 
     def results(self) -> list[dict[str, Any]]:
         """Returns the results known so far, by train step."""

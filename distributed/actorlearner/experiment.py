@@ -73,6 +73,11 @@ class Schedule:
 class EnvironmentFactory(Protocol):
     """What the experiment needs of an environment suite; a suite need not know this class."""
 
+    @property
+    def env_name(self) -> str:
+        """Which environment it makes; a run directory belongs to one."""
+        ...
+
     def make_environment(self, seed: int) -> py_environment.PyEnvironment:
         """Returns a new environment; raises `ValueError` when there is none of that name."""
         ...
@@ -102,12 +107,10 @@ class Experiment:
     replay: Replay
 
     def __post_init__(self) -> None:
-        self.replay.check(
-            batch_size=self.schedule.batch_size, initial_collect_steps=self.schedule.initial_collect_steps
-        )
+        self.replay.check(initial_collect_steps=self.schedule.initial_collect_steps)
 
     def derive_seed(self, *path: Any) -> int:
-        """Returns a seed below 2**31 for whatever `path` names, e.g. `("collect-actor", 3)`; equal paths give equal seeds."""
+        """Returns a seed below 2**31 for whatever `path` names, e.g. `("collect-actor", 3)`; the same each time."""
         return int(np.random.SeedSequence([self.seed, zlib.crc32(repr(path).encode())]).generate_state(1)[0]) % 2**31
 
     def seed_process(self, *path: Any) -> None:
@@ -198,7 +201,8 @@ def find_experiment(name_or_path: str) -> Path:
             return path
     names = sorted(path.stem for path in shipped.glob("*.gin") if path.stem != "base")
     raise RoleError(
-        f"there is no experiment '{name_or_path}': it is neither a gin file nor one of {', '.join(names)} in {shipped}.",
+        f"there is no experiment '{name_or_path}': it is neither a gin file nor one of {', '.join(names)} "
+        f"in {shipped}.",
         ExitCode.USAGE,
     )
 

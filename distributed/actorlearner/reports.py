@@ -80,7 +80,7 @@ def make_tables() -> list[reverb.Table]:
 
 
 def _row(report: Any) -> dict[str, Any]:
-    convert = {"int": np.int64, "float": np.float64}
+    convert: dict[Any, type] = {"int": np.int64, "float": np.float64}
     return {field.name: convert[field.type](getattr(report, field.name)) for field in dataclasses.fields(report)}
 
 

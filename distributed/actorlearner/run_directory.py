@@ -65,7 +65,7 @@ class RunDirectory:
         """
         try:
             self.evaluated.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.root / ".learner.lock", "w")
+            self._lock = open(self.root / ".learner.lock", "w")  # noqa: SIM115  (held until the process ends)
         except OSError as error:
             raise self._cannot_write(error) from error
         try:
@@ -92,8 +92,8 @@ class RunDirectory:
             held = json.loads(self.identity.read_text())
         except (OSError, ValueError) as error:
             raise RoleError(
-                f"{self.identity} cannot be read ({error}). Give another --root_dir, or remove the file if you are sure "
-                "that its checkpoints are of this experiment.",
+                f"{self.identity} cannot be read ({error}). Give another --root_dir, or remove the file if you are "
+                "sure that its checkpoints are of this experiment.",
                 ExitCode.DATA,
             ) from error
         wanted = json.loads(json.dumps(identity))

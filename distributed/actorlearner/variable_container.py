@@ -38,6 +38,7 @@ VERSION_SIGNATURE = {"version": _INT64, "train_step": _INT64, "phase": _INT64, "
 class Phase(enum.IntEnum):
     """How far training is, as every role sees it."""
 
+    WARMING_UP = -1  # the replay does not hold enough yet
     TRAINING = 0
     EVALUATING = 1  # the last train step is done: no more data is needed, evaluations are
     OVER = 2
@@ -165,7 +166,7 @@ class Publisher:
         self._next_version = first_version
         self._heartbeat_secs = heartbeat_secs
         self._heartbeat = 0
-        self._phase = Phase.TRAINING
+        self._phase = Phase.WARMING_UP
         self._snapshot: Optional[Snapshot] = None
         self._unpublished = False
         self._lock = threading.Lock()  # guards the fields above; never held while talking to the server
@@ -304,8 +305,8 @@ class Subscriber:
         return self._snapshot
 
     def phase(self) -> Phase:
-        """Returns how far training is; TRAINING before the learner's first word."""
-        return self._version.phase if self._version else Phase.TRAINING
+        """Returns how far training is; WARMING_UP before the learner's first word."""
+        return self._version.phase if self._version else Phase.WARMING_UP
 
     def learner_silent_secs(self) -> float:
         """Returns seconds since the learner's last heartbeat arrived."""

@@ -145,13 +145,17 @@ class Processes:
 
     def start_python(self, *arguments: Any, cwd: Optional[Path] = None) -> Process:
         """Starts this interpreter; the package and this folder's modules can be imported there."""
+        return self.start_program(sys.executable, *arguments, cwd=cwd)
+
+    def start_program(self, *command: Any, cwd: Optional[Path] = None) -> Process:
+        """Starts any program, in the folder `cwd`; Python programs can import the package and this folder's modules."""
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(map(str, (SOURCE_ROOT, FOLDER))),
             "PYTHONUNBUFFERED": "1",
             "CUDA_VISIBLE_DEVICES": "-1",
         }
-        process = Process([sys.executable, *map(str, arguments)], cwd or self._folder, environment)
+        process = Process([*map(str, command)], cwd or self._folder, environment)
         self._all.append(process)
         return process
 

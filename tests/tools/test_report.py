@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from actorlearner.tools import report
@@ -47,8 +48,8 @@ def test_curve_goes_through_every_evaluation_in_order_and_marks_the_delivered_po
     """Two eval actors finish out of order; drawn as listed the line would run back and forth."""
     (axes,) = report.make_learning_curve(_SUMMARY).axes
     curve, star = axes.get_lines()
-    assert list(zip(*curve.get_data())) == [(0, 9.4), (10_000, 187.3), (20_000, 2_950.5)]
-    assert list(zip(*star.get_data())) == [(20_000, 3_000.0)]
+    assert np.asarray(curve.get_xydata()).tolist() == [[0, 9.4], [10_000, 187.3], [20_000, 2_950.5]]
+    assert np.asarray(star.get_xydata()).tolist() == [[20_000, 3_000.0]]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("Train step", "Average return")
     assert axes.get_title() == "dqn_cartpole, seed 7"
 

@@ -67,7 +67,7 @@ def _specs(environment):
 
 
 def test_cart_pole_plays_at_the_speed_of_the_task(tmp_path):
-    """The tutorials' 30 frames/s show CartPole's 50 steps/s in slow motion: 40 seconds held would be 67 seconds long."""
+    """The tutorials' 30 frames/s show CartPole's 50 steps/s in slow motion: 40 seconds held would last 67 seconds."""
     path = tmp_path / "videos" / "cart_pole.mp4"
     info = video.record_episodes(_cart_pole(), _balance, path, num_episodes=1, steps_per_second=50)
     assert info == video.VideoInfo(path, 151, 25.0, 151 / 25, (300.0,), (300,))
@@ -86,7 +86,12 @@ def test_cart_pole_plays_at_the_speed_of_the_task(tmp_path):
 def test_episodes_follow_one_another_each_from_its_reset(tmp_path):
     """Lengths off the frame grid must neither drop an episode's first frame nor stretch the video."""
     shown = []
-    environment = _Wrapped(_cart_pole(max_episode_steps=7), lambda frame: shown.append(frame) or frame)
+
+    def note(frame):
+        shown.append(frame)
+        return frame
+
+    environment = _Wrapped(_cart_pole(max_episode_steps=7), note)
     info = video.record_episodes(environment, _balance, tmp_path / "x.mp4", num_episodes=3, steps_per_second=50)
     assert info.lengths == (7, 7, 7)
     assert info.returns == (7.0, 7.0, 7.0)

@@ -12,7 +12,6 @@ from tf_agents.policies import random_py_policy, tf_policy
 from tf_agents.specs import tensor_spec
 from tf_agents.trajectories import policy_step
 from tf_agents.trajectories import time_step as ts
-from tf_agents.utils import nest_utils
 
 
 class Acting(Protocol):
@@ -33,42 +32,51 @@ class CompiledActing:
         self._num_environments = num_environments
         self._initial_state = policy.get_initial_state(num_environments)
         self._state = self._initial_state
-        self._time_step_spec = policy.time_step_spec
         specs = tensor_spec.add_outer_dim(policy.time_step_spec, num_environments)
         state_specs = tensor_spec.add_outer_dim(policy.policy_state_spec, num_environments)
 
-        # Flat arguments: structured ones cost as much again as the network, at every call.
-        def act(time_step: Any, state: Any) -> list[tf.Tensor]:
-            step = policy.action(
-                tf.nest.pack_sequence_as(specs, time_step), tf.nest.pack_sequence_as(state_specs, state)
-            )
-            self._step_structure = step
-            return tf.nest.flatten(step)
+        num_inputs = len(tf.nest.flatten(specs))
 
-        function = tf.function(act, autograph=False).get_concrete_function(
-            tf.nest.flatten(specs), tf.nest.flatten(state_specs)
+        # Flat positional arguments: structured ones cost several times the network, at every call.
+        def act(*flat: tf.Tensor) -> list[tf.Tensor]:
+            time_step = tf.nest.pack_sequence_as(specs, flat[:num_inputs])
+            state = tf.nest.pack_sequence_as(state_specs, flat[num_inputs:])
+            self._step_structure = policy.action(time_step, state)
+            return tf.nest.flatten(self._step_structure)
+
+        self._function = tf.function(act, autograph=False).get_concrete_function(
+            *_unnamed(specs), *_unnamed(state_specs)
         )
-        self._function = function
 
     def act(self, time_steps: Sequence[ts.TimeStep]) -> Sequence[policy_step.PolicyStep]:
         """Returns actions for `num_environments` time steps. See `Acting.act`."""
-        batch = nest_utils.stack_nested_arrays(time_steps)
-        self._begin_anew(batch.is_first())
-        inputs = [tf.constant(array) for array in tf.nest.flatten(batch)] + tf.nest.flatten(self._state)
-        outputs = self._function(*inputs)
+        flat_steps = [tree.flatten(time_step) for time_step in time_steps]
+        self._begin_anew(time_steps)
+        outputs = self._function(
+            *(tf.constant(np.stack(leaves)) for leaves in zip(*flat_steps)), *tf.nest.flatten(self._state)
+        )
         step = tf.nest.pack_sequence_as(self._step_structure, outputs)
         self._state = step.state
-        arrays = tree.map_structure(np.asarray, (step.action, step.info))
-        return [
-            policy_step.PolicyStep(action, (), info)
-            for action, info in (tree.map_structure(lambda a, i=i: a[i], arrays) for i in range(self._num_environments))
-        ]
+        structure = policy_step.PolicyStep(step.action, (), step.info)
+        columns = [np.asarray(leaf) for leaf in tree.flatten(structure)]
+        return [tree.unflatten_as(structure, row) for row in zip(*columns)]
 
-    def _begin_anew(self, first: np.ndarray) -> None:
-        if not tf.nest.flatten(self._state) or not first.any():
+    def _begin_anew(self, time_steps: Sequence[ts.TimeStep]) -> None:
+        """Resets the policy's state where an episode begins."""
+        if not tf.nest.flatten(self._state):
             return
-        keep = lambda initial, state: tf.where(first.reshape([-1] + [1] * (len(state.shape) - 1)), initial, state)  # noqa: E731
-        self._state = tf.nest.map_structure(keep, self._initial_state, self._state)
+        first = np.array([time_step.is_first() for time_step in time_steps])
+        if first.any():
+            self._state = tf.nest.map_structure(
+                lambda initial, state: tf.where(first.reshape([-1] + [1] * (len(state.shape) - 1)), initial, state),
+                self._initial_state,
+                self._state,
+            )
+
+
+def _unnamed(specs: Any) -> list[tf.TensorSpec]:
+    """Returns the leaves without names: TensorFlow would take named ones for keyword arguments."""
+    return [tf.TensorSpec(spec.shape, spec.dtype) for spec in tf.nest.flatten(specs)]
 
 
 class RandomActing:

@@ -1,168 +1,176 @@
-"""What a replay offers to the three roles it joins: tables to the server, writers to actors, batches to the learner."""
+"""What a replay offers to the three roles it joins: tables to the server, sinks to actors, batches to the learner."""
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any, Optional, Protocol
 
 import reverb
 import tensorflow as tf
-from tf_agents.specs import tensor_spec
 
 from actorlearner.runtime.lifecycle import ExitCode, RoleError, Stop
-from actorlearner.runtime.messages import await_server, check_signature, read_server_info
+from actorlearner.runtime.messages import await_server, check_signature
 
-REPLAY_TABLE = "uniform_table"
-"""Name of the replay's table; the TF-Agents tutorials' own, so that their clients find it."""
-
-RANDOM_POLICY_STAMP = 0.0
-UNSTAMPED = 1.0  # the priority stock TF-Agents observers write
-_FIRST_STAMP = 2.0
-
-
-def make_stamp(train_step: int) -> float:
-    """Returns the priority that marks an item as made with the weights published at `train_step` (0, 1, ...).
-
-    The uniform selector ignores priorities, so they carry the stamp without changing the trajectory's structure: stock
-    TF-Agents clients keep reading and writing the table.
-    """
-    return _FIRST_STAMP + train_step
-
-
-def read_stamps(priorities: tf.Tensor) -> tf.Tensor:
-    """Returns train steps from priorities of any shape, int64; -1 where no weights acted or nobody stamped."""
-    return tf.cast(tf.where(priorities >= _FIRST_STAMP, priorities - _FIRST_STAMP, -1.0), tf.int64)
-
-
-@dataclasses.dataclass(frozen=True)
-class ReplayAccount:
-    """What a replay server says of one table at one moment.
-
-    Attributes:
-      size: Items in the table now.
-      capacity: Items it holds at most.
-      inserts, samples: Items ever inserted and sampled, since the table was made or restored.
-      min_size_to_sample: Items needed before the first sample.
-      samples_per_insert, min_diff, max_diff: The rate limiter keeps `inserts * samples_per_insert - samples` in between.
-    """
-
-    size: int
-    capacity: int
-    inserts: int
-    samples: int
-    min_size_to_sample: int
-    samples_per_insert: float
-    min_diff: float
-    max_diff: float
-
-    @property
-    def can_start(self) -> bool:
-        return self.size >= self.min_size_to_sample
-
-    def __str__(self) -> str:
-        if not self.can_start:
-            return f"{self.size:,} of {self.min_size_to_sample:,} steps collected"
-        counts = f"{self.size:,} of {self.capacity:,} steps held, {self.inserts:,} inserted, {self.samples:,} sampled"
-        ahead = self.inserts * self.samples_per_insert - self.samples
-        if ahead + self.samples_per_insert > self.max_diff:
-            return f"{counts}: actors are as far ahead as the rate limiter allows"
-        if ahead - 1 < self.min_diff:
-            return f"{counts}: the learner is as far ahead as the rate limiter allows"
-        return counts
-
-
-def read_account(address: str, timeout_secs: float = 5.0) -> ReplayAccount:
-    """Returns the replay table's account; blocks at most `timeout_secs` seconds.
-
-    Raises:
-      Unreachable: The server does not answer within the deadline.
-    """
-    return account_of(read_server_info(address, timeout_secs)[REPLAY_TABLE])
-
-
-def account_of(table: Any) -> ReplayAccount:
-    """Returns the account in Reverb's `TableInfo` of a replay table."""
-    limiter = table.rate_limiter_info
-    return ReplayAccount(
-        size=table.current_size,
-        capacity=table.max_size,
-        inserts=limiter.insert_stats.completed,
-        samples=limiter.sample_stats.completed,
-        min_size_to_sample=limiter.min_size_to_sample,
-        samples_per_insert=limiter.samples_per_insert,
-        min_diff=limiter.min_diff,
-        max_diff=limiter.max_diff,
-    )
-
-
-def await_replay_table(address: str, collect_data_spec: Any, *, stop: Stop, deadline_secs: float) -> None:
-    """Returns once the replay server answers and its table holds trajectories of this spec.
-
-    Raises:
-      RoleError: It did not answer within `deadline_secs` seconds (UNAVAILABLE), or has no such table (DATA).
-      Stopped: `stop` was set.
-    """
-    tables = await_server("the replay server", address, stop=stop, deadline_secs=deadline_secs)
-    if REPLAY_TABLE not in tables:
-        raise RoleError(
-            f"the Reverb server at {address} has no table '{REPLAY_TABLE}' but {', '.join(sorted(tables)) or 'none'}: "
-            "it is not an experiment's replay server. Mend --replay_address.",
-            ExitCode.DATA,
-        )
-    expected = tensor_spec.add_outer_dim(collect_data_spec)
-    check_signature(f"table '{REPLAY_TABLE}'", address, tables[REPLAY_TABLE].signature, expected)
+RANDOM_POLICY = -1
+"""Stands for "no weights acted" where the train step of the acting weights is asked for."""
 
 
 class TrajectorySink(Protocol):
     """Takes one environment's steps to the replay server."""
 
-    def append(self, step: Any, stamp: float) -> None:
-        """Adds one unbatched `Trajectory` step; the steps of an episode come in order and end with its boundary."""
+    def append(self, step: Any, acted_at: int) -> None:
+        """Adds one unbatched `Trajectory` step; the steps of an episode come in order and end with its boundary.
+
+        Args:
+          step: Nest of numpy arrays.
+          acted_at: Train step at which the weights that acted were published, or `RANDOM_POLICY`.
+        """
 
     def is_blocked(self) -> bool:
-        """Returns whether the server holds writes back; the caller decides how long to go on trying."""
+        """Returns whether the server holds writes back; blocks at most half a second to find out.
+
+        The caller decides how long to go on asking; it appends nothing while blocked.
+        """
+        ...
 
     def drop_episode(self) -> None:
-        """Forgets the episode under way, as if its last step had never been: its environment crashed."""
+        """Forgets the episode under way as far as nothing of it was sent: its environment crashed."""
 
     def close(self, timeout_secs: float) -> None:
         """Sends what is pending; blocks at most about `timeout_secs` seconds."""
 
 
 class BatchSource(Protocol):
-    """Hands training batches to the learner's compiled loop."""
+    """Hands training batches to the learner's compiled loop, and says how many updates it may make."""
 
     handle: Any
     """Passed to `draw` through the compiled function's arguments, so that replacing it does not retrace."""
 
-    def draw(self, handle: Any) -> tuple[Any, tf.Tensor]:
-        """Returns one batch, as `(experience, stamps)` for each replica; called inside a `tf.function`.
+    def restore(self, counts: Mapping[str, Any]) -> None:
+        """Begins, or goes on from the counts of a checkpoint; called once, before all else."""
 
-        Shapes: B = batch of one replica, T = num_steps. `experience` leaves are [B, T, ...], `stamps` is [B].
+    def counts(self) -> dict[str, Any]:
+        """Returns what a checkpoint keeps: `inserts` and `samples` so far."""
+        ...
+
+    def draw(self, handle: Any) -> tuple[Any, ...]:
+        """Returns one batch's parts, distributed over the replicas; called inside a `tf.function`, outside replicas.
 
         Raises:
           tf.errors.OutOfRangeError: No batch came in time; call `renew` and try again.
         """
+        ...
+
+    def unpack(self, *parts: Any) -> tuple[Any, tf.Tensor]:
+        """Returns `(experience, acted_at)` from one replica's parts; called inside each replica.
+
+        Shapes: B = batch of one replica, T = num_steps. `experience` leaves are [B, T, ...], `acted_at` is [B].
+        """
+        ...
+
+    def allow(self, num_updates: int) -> int:
+        """Returns how many updates may be made now, at most `num_updates`; 0 while the actors have to catch up."""
+        ...
+
+    def note_updates(self, num_updates: int) -> None:
+        """Counts updates that were made."""
+
+    def await_data(self, secs: float) -> None:
+        """Returns when something arrived, or after `secs` seconds."""
 
     def renew(self) -> None:
-        """Makes a new `handle` after `draw` ran dry."""
+        """Makes a new `handle` after `draw` ran dry. Raises `tf.errors.OpError` while the server is away."""
+
+    def is_ready(self) -> bool:
+        """Returns whether there is enough to train on; blocks at most some seconds."""
+        ...
+
+    def describe(self) -> str:
+        """Returns how the replay stands, in words; blocks at most some seconds."""
+        ...
+
+    def close(self) -> None:
+        """Ends its threads; never blocks."""
 
 
 class Replay(Protocol):
     """A replay as gin binds it; read only."""
 
-    def check(self, *, batch_size: int, initial_collect_steps: int) -> None:
+    def check(self, *, initial_collect_steps: int) -> None:
         """Raises `ValueError` when its settings do not fit the schedule's."""
 
+    def table_signatures(self, step_spec: Any) -> dict[str, Any]:
+        """Returns what each of its tables holds, by table name, for trajectories of `step_spec`."""
+        ...
+
     def make_tables(
-        self, step_spec: Any, *, num_steps: int, batch_size: int, initial_collect_steps: int, samples_per_insert: float
+        self, step_spec: Any, *, batch_size: int, initial_collect_steps: int, samples_per_insert: float
     ) -> list[reverb.Table]:
-        """Returns the server's tables for trajectories of `step_spec`."""
+        """Returns the server's tables. Raises `ValueError` when their settings contradict each other."""
+        ...
+
+    def is_warm(self, address: str, initial_collect_steps: int) -> Optional[bool]:
+        """Returns whether the table as a whole holds `initial_collect_steps`; None when only the learner can tell.
+
+        Raises:
+          Unreachable: The server does not answer.
+        """
+        ...
 
     def make_sink(self, address: str, num_steps: int) -> TrajectorySink:
         """Returns a writer for one environment's steps."""
+        ...
 
     def make_source(
-        self, address: str, step_spec: Any, *, num_steps: int, batch_size: int, strategy: tf.distribute.Strategy
+        self,
+        address: str,
+        step_spec: Any,
+        *,
+        num_steps: int,
+        batch_size: int,
+        initial_collect_steps: int,
+        samples_per_insert: float,
+        strategy: tf.distribute.Strategy,
     ) -> BatchSource:
         """Returns the learner's side; `batch_size` is the global one."""
+        ...
+
+
+def await_tables(address: str, signatures: Mapping[str, Any], *, stop: Stop, deadline_secs: float) -> None:
+    """Returns once the replay server answers and its tables hold what `signatures` says.
+
+    Raises:
+      RoleError: It did not answer within `deadline_secs` seconds (UNAVAILABLE), or has no such tables (DATA).
+      Stopped: `stop` was set.
+    """
+    tables = await_server("the replay server", address, stop=stop, deadline_secs=deadline_secs)
+    for name, signature in signatures.items():
+        if name not in tables:
+            raise RoleError(
+                f"the Reverb server at {address} has no table '{name}' but {', '.join(sorted(tables)) or 'none'}: it "
+                "is not this experiment's replay server, or serves another replay. Mend --replay_address, or start it "
+                "with the same experiment and --gin_bindings.",
+                ExitCode.DATA,
+            )
+        check_signature(f"table '{name}'", address, tables[name].signature, signature)
+
+
+def describe_account(
+    size: int, inserts: int, samples: int, *, needed: int, ahead: float, least: float, most: float
+) -> str:
+    """Returns a replay's account in words.
+
+    Args:
+      size: Windows held now.
+      inserts, samples: Windows ever inserted and sampled.
+      needed: Windows held before training begins.
+      ahead: `inserts * samples_per_insert - samples`, kept between `least` and `most`.
+    """
+    if inserts < needed:
+        return f"{inserts:,} of {needed:,} steps collected"
+    counts = f"{size:,} held, {inserts:,} inserted, {samples:,} sampled"
+    if ahead >= most:
+        return f"{counts}; actors are as far ahead as samples per insert allow"
+    if ahead <= least:
+        return f"{counts}; the learner is as far ahead as samples per insert allow"
+    return counts

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal, Optional
 
 import gin
@@ -10,9 +12,16 @@ import reverb
 import tensorflow as tf
 import tree
 from tf_agents.specs import tensor_spec
+from tf_agents.trajectories import StepType
 
-from actorlearner.replay.base import REPLAY_TABLE, read_stamps
-from actorlearner.runtime.configuration import NonNegativeInt, PositiveFloat, PositiveInt
+from actorlearner.replay.base import describe_account
+from actorlearner.runtime.configuration import PositiveFloat, PositiveInt
+from actorlearner.runtime.messages import Unreachable, read_server_info
+
+REPLAY_TABLE = "uniform_table"
+"""Name of the table; the TF-Agents tutorials' own, so that their clients find it."""
+
+_UNSTAMPED = 1.0  # the priority that stock TF-Agents observers write
 
 _SELECTORS = {
     "uniform": reverb.selectors.Uniform,
@@ -52,11 +61,10 @@ class UniformReplay:
     max_in_flight: Optional[PositiveInt] = None
     wait_secs: PositiveFloat = 5.0
     chunk_length: PositiveInt = 16
-    max_pending_items: NonNegativeInt = 64
+    max_pending_items: PositiveInt = 64
 
-    def check(self, *, batch_size: int, initial_collect_steps: int) -> None:
+    def check(self, *, initial_collect_steps: int) -> None:
         """Raises `ValueError` when the table could never hold what training waits for."""
-        del batch_size
         if self.rate_limiter != "queue" and self.replay_buffer_capacity < initial_collect_steps:
             raise ValueError(
                 f"uniform_replay.replay_buffer_capacity = {self.replay_buffer_capacity:,} is smaller than "
@@ -64,16 +72,19 @@ class UniformReplay:
                 "Raise the first or lower the second."
             )
 
+    def table_signatures(self, step_spec: Any) -> dict[str, Any]:
+        """Returns the one table's signature; the unknown outer dimension is what stock TF-Agents clients write."""
+        return {REPLAY_TABLE: tensor_spec.add_outer_dim(step_spec)}
+
     def make_tables(
-        self, step_spec: Any, *, num_steps: int, batch_size: int, initial_collect_steps: int, samples_per_insert: float
+        self, step_spec: Any, *, batch_size: int, initial_collect_steps: int, samples_per_insert: float
     ) -> list[reverb.Table]:
-        """Returns one table of `num_steps`-step items. See `Replay.make_tables`.
+        """Returns one table of windows. See `Replay.make_tables`.
 
         Raises:
           ValueError: `error_buffer` is too small for the ratio.
         """
-        # Clients check items of `num_steps` steps against this; the unknown outer dimension is what TF-Agents writes.
-        signature = tensor_spec.add_outer_dim(step_spec)
+        signature = self.table_signatures(step_spec)[REPLAY_TABLE]
         if self.rate_limiter == "queue":
             return [reverb.Table.queue(REPLAY_TABLE, max_size=self.replay_buffer_capacity, signature=signature)]
         return [
@@ -86,6 +97,10 @@ class UniformReplay:
                 signature=signature,
             )
         ]
+
+    def is_warm(self, address: str, initial_collect_steps: int) -> Optional[bool]:
+        """Returns whether the table holds `initial_collect_steps` items. See `Replay.is_warm`."""
+        return read_server_info(address, timeout_secs=5)[REPLAY_TABLE].current_size >= initial_collect_steps
 
     def _make_rate_limiter(
         self, batch_size: int, initial_collect_steps: int, samples_per_insert: float
@@ -109,9 +124,18 @@ class UniformReplay:
         return WindowSink(reverb.Client(address), num_steps, self.chunk_length, self.max_pending_items)
 
     def make_source(
-        self, address: str, step_spec: Any, *, num_steps: int, batch_size: int, strategy: tf.distribute.Strategy
+        self,
+        address: str,
+        step_spec: Any,
+        *,
+        num_steps: int,
+        batch_size: int,
+        initial_collect_steps: int,
+        samples_per_insert: float,
+        strategy: tf.distribute.Strategy,
     ) -> ServerSampledSource:
         """Returns batches sampled by the server at `address`. See `Replay.make_source`."""
+        del initial_collect_steps, samples_per_insert  # the server keeps the ratio
 
         def make_dataset(context: tf.distribute.InputContext) -> tf.data.Dataset:
             per_replica = context.get_per_replica_batch_size(batch_size)
@@ -130,21 +154,91 @@ class UniformReplay:
                 .prefetch(2)
             )
 
-        return ServerSampledSource(strategy, make_dataset)
+        return ServerSampledSource(address, batch_size, strategy, make_dataset)
+
+
+def make_stamp(acted_at: int) -> float:
+    """Returns the priority of an item whose actions are by weights published at train step `acted_at`; -1 for none.
+
+    The uniform selector ignores priorities, so they carry the stamp without changing the trajectory's structure: stock
+    TF-Agents clients keep reading and writing the table.
+    """
+    return 0.0 if acted_at < 0 else _UNSTAMPED + 1.0 + acted_at
+
+
+def read_stamps(priorities: tf.Tensor) -> tf.Tensor:
+    """Returns `acted_at` from priorities of any shape, int64; -1 where no weights acted or nobody stamped."""
+    return tf.cast(tf.where(priorities > _UNSTAMPED, priorities - _UNSTAMPED - 1.0, -1.0), tf.int64)
 
 
 class ServerSampledSource:
     """Batches that Reverb sampled, distributed over a strategy's replicas. See `BatchSource`."""
 
-    def __init__(self, strategy: tf.distribute.Strategy, make_dataset: Any):
+    def __init__(self, address: str, batch_size: int, strategy: tf.distribute.Strategy, make_dataset: Any):
+        self._address = address
+        self._batch_size = batch_size
+        self._samples = 0
         self._dataset = strategy.distribute_datasets_from_function(make_dataset)
         self.handle = iter(self._dataset)
 
-    def draw(self, handle: Any) -> tuple[Any, tf.Tensor]:
+    def restore(self, counts: Mapping[str, Any]) -> None:
+        self._samples = counts.get("samples", 0)
+
+    def counts(self) -> dict[str, Any]:
+        counts = {"samples": self._samples}
+        with contextlib.suppress(Unreachable):
+            counts["inserts"] = self._read_table(timeout_secs=1).rate_limiter_info.insert_stats.completed
+        return counts
+
+    def draw(self, handle: Any) -> tuple[Any, ...]:
         return next(handle)
+
+    def unpack(self, *parts: Any) -> tuple[Any, tf.Tensor]:
+        experience, acted_at = parts
+        return experience, acted_at
+
+    def allow(self, num_updates: int) -> int:
+        """Returns `num_updates`: the server's rate limiter holds `draw` back when it must."""
+        return num_updates
+
+    def note_updates(self, num_updates: int) -> None:
+        self._samples += num_updates * self._batch_size
+
+    def await_data(self, secs: float) -> None:
+        """Returns at once: `draw` is what waits."""
 
     def renew(self) -> None:
         self.handle = iter(self._dataset)
+
+    def is_ready(self) -> bool:
+        try:
+            table = self._read_table(timeout_secs=5)
+        except Unreachable:
+            return False
+        return table.current_size >= table.rate_limiter_info.min_size_to_sample
+
+    def describe(self) -> str:
+        try:
+            table = self._read_table(timeout_secs=5)
+        except Unreachable as error:
+            return str(error)
+        limiter = table.rate_limiter_info
+        inserts, samples = limiter.insert_stats.completed, limiter.sample_stats.completed
+        return describe_account(
+            table.current_size,
+            inserts,
+            samples,
+            needed=limiter.min_size_to_sample,
+            ahead=inserts * limiter.samples_per_insert - samples,
+            least=limiter.min_diff + 1,
+            most=limiter.max_diff - limiter.samples_per_insert,
+        )
+
+    def _read_table(self, timeout_secs: float) -> Any:
+        return read_server_info(self._address, timeout_secs)[REPLAY_TABLE]
+
+    def close(self) -> None:
+        """Nothing to close: the dataset ends with the process."""
 
 
 class WindowSink:
@@ -169,7 +263,7 @@ class WindowSink:
         self._num_cached = self._num_unflushed = 0
         self._is_configured = False
 
-    def append(self, step: Any, stamp: float) -> None:
+    def append(self, step: Any, acted_at: int) -> None:
         """Adds one step; never blocks. See `TrajectorySink.append`."""
         assert not self._must_end_episode, "append after a blocked boundary: ask is_blocked first"
         if not self._is_configured:
@@ -181,8 +275,8 @@ class WindowSink:
         self._num_unflushed += 1
         if self._num_cached >= self._num_steps:
             window = tree.map_structure(lambda column: column[-self._num_steps :], self._writer.history)
-            self._writer.create_item(REPLAY_TABLE, priority=stamp, trajectory=window)
-        self._must_end_episode = bool(step.is_boundary())
+            self._writer.create_item(REPLAY_TABLE, priority=make_stamp(acted_at), trajectory=window)
+        self._must_end_episode = bool(step.step_type == StepType.LAST)
 
     def is_blocked(self) -> bool:
         """Returns whether more than `max_pending_items` are unconfirmed; blocks at most half a second to find out.
@@ -209,7 +303,5 @@ class WindowSink:
 
     def close(self, timeout_secs: float) -> None:
         """Sends what is pending; gives up, with what is left, after `timeout_secs` seconds."""
-        try:
+        with contextlib.suppress(reverb.errors.ReverbError, RuntimeError):  # unconfirmed items count for nobody
             self._writer.flush(timeout_ms=int(timeout_secs * 1000))
-        except (reverb.errors.ReverbError, RuntimeError):
-            pass  # what the server never confirmed is not counted by anybody

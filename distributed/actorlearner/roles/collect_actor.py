@@ -16,18 +16,11 @@ from typing import Any
 
 import gin
 import numpy as np
-from tf_agents.trajectories import trajectory
+from tf_agents.trajectories import StepType, trajectory
 
 from actorlearner.cluster import Cluster
 from actorlearner.experiment import Experiment
-from actorlearner.replay.base import (
-    RANDOM_POLICY_STAMP,
-    REPLAY_TABLE,
-    TrajectorySink,
-    await_replay_table,
-    make_stamp,
-    read_account,
-)
+from actorlearner.replay.base import RANDOM_POLICY, TrajectorySink, await_tables
 from actorlearner.reports import CollectReport, Reporter
 from actorlearner.run_directory import RunDirectory
 from actorlearner.runtime.lifecycle import SAY_EVERY_SECS, ExitCode, RoleError, Stop, wait_until
@@ -66,18 +59,21 @@ def run_collect_actor(
     events = Events(RunDirectory(root_dir).make_collect_events(cluster.task))
     agent, train_step = experiment.make_agent()
     policy = agent.collect_policy
-    await_replay_table(
-        cluster.replay_address, agent.collect_data_spec, stop=stop, deadline_secs=cluster.peer_patience_secs
+    await_tables(
+        cluster.replay_address,
+        experiment.replay.table_signatures(agent.collect_data_spec),
+        stop=stop,
+        deadline_secs=cluster.peer_patience_secs,
     )
     weights = Subscriber(cluster.variables_address, policy.variables(), refresh_interval_secs=refresh_interval_secs)
     collector = Collector(experiment, cluster, agent.train_sequence_length)
     progress = Progress(cluster, Reporter(cluster.variables_address), events)
     acting: Any = experiment.make_random_acting(policy, "collect-actor", cluster.task, "random-actions")
-    stamp, version = RANDOM_POLICY_STAMP, -1
+    acted_at, version = RANDOM_POLICY, -1
     warming_up = True
 
-    while not stop.is_set() and weights.phase() == Phase.TRAINING:
-        if warming_up and collector.is_quota_filled():
+    while not stop.is_set() and weights.phase() <= Phase.TRAINING:
+        if warming_up and collector.is_quota_filled(weights.phase()):
             acting = _await_trained_policy(experiment, cluster, policy, weights, stop)
             if acting is None:
                 break
@@ -87,8 +83,8 @@ def run_collect_actor(
         if not warming_up and snapshot is not None and snapshot.version != version:
             snapshot.assign_to(policy.variables())
             train_step.assign(snapshot.train_step)
-            version, stamp = snapshot.version, make_stamp(snapshot.train_step)
-        collector.step(acting, stamp)
+            version, acted_at = snapshot.version, snapshot.train_step
+        collector.step(acting, acted_at)
         collector.await_server(weights, stop)
         if progress.is_due(report_interval_secs):
             progress.report(collector, int(train_step), events_interval_secs)
@@ -106,13 +102,13 @@ def _await_trained_policy(
     """Returns the compiled collect policy once there are weights for it; None when training ended meanwhile."""
     acting = experiment.make_acting(policy, experiment.schedule.num_environments)
     wait_until(
-        lambda: weights.latest() is not None or weights.phase() != Phase.TRAINING,
+        lambda: weights.latest() is not None or weights.phase() > Phase.TRAINING,
         lambda: f"the learner's first weights at {cluster.variables_address}",
         stop=stop,
         deadline_secs=cluster.peer_patience_secs,
         setting="--peer_patience_secs",
     )
-    return acting if weights.phase() == Phase.TRAINING else None
+    return acting if weights.phase() <= Phase.TRAINING else None
 
 
 class Collector:
@@ -121,6 +117,7 @@ class Collector:
     def __init__(self, experiment: Experiment, cluster: Cluster, num_steps: int):
         num_environments = experiment.schedule.num_environments
         self._cluster = cluster
+        self._replay = experiment.replay
         self._quota = experiment.schedule.initial_collect_steps
         # A restarted actor must not repeat the episodes of the process before it.
         life = os.getpid()
@@ -140,18 +137,18 @@ class Collector:
     def environment_crashes(self) -> int:
         return self._environments.num_crashes
 
-    def is_quota_filled(self) -> bool:
-        """Returns whether the table as a whole holds `initial_collect_steps`; asks at most five times a second."""
+    def is_quota_filled(self, phase: Phase) -> bool:
+        """Returns whether the replay as a whole holds `initial_collect_steps`; asks at most five times a second."""
         if time.monotonic() - self._asked_at < 0.2:
             return False
         self._asked_at = time.monotonic()
         try:
-            account = read_account(self._cluster.replay_address)
+            is_warm = self._replay.is_warm(self._cluster.replay_address, self._quota)
         except Unreachable:
             return False
-        return account.size >= self._quota
+        return phase >= Phase.TRAINING if is_warm is None else is_warm
 
-    def step(self, acting: Any, stamp: float) -> None:
+    def step(self, acting: Any, acted_at: int) -> None:
         """Acts once in every environment and hands each step to its sink."""
         policy_steps = acting.act(self._time_steps)
         for index, (time_step, policy_step) in enumerate(zip(self._time_steps, policy_steps)):
@@ -161,15 +158,15 @@ class Collector:
                 self._time_steps[index] = self._environments.restart(index)
                 self._returns[index] = 0.0
                 continue
-            self._sinks[index].append(trajectory.from_transition(time_step, policy_step, next_time_step), stamp)
+            self._sinks[index].append(trajectory.from_transition(time_step, policy_step, next_time_step), acted_at)
             self._time_steps[index] = next_time_step
-            if not time_step.is_last():
+            if time_step.step_type != StepType.LAST:  # is_last() costs ten times as much
                 self._count(index, next_time_step)
 
     def _count(self, index: int, next_time_step: Any) -> None:
         self.environment_steps += 1
         self._returns[index] += float(next_time_step.reward)
-        if next_time_step.is_last():
+        if next_time_step.step_type == StepType.LAST:
             self.episodes += 1
             self.recent_returns.append(self._returns[index])
             self._returns[index] = 0.0
@@ -183,19 +180,24 @@ class Collector:
         """
         start = said = time.monotonic()
         for sink in self._sinks:
-            while self._is_blocked(sink) and not stop.is_set() and weights.phase() == Phase.TRAINING:
+            while self._is_blocked(sink) and not stop.is_set() and weights.phase() <= Phase.TRAINING:
                 now = time.monotonic()
                 silent = min(now - start, weights.learner_silent_secs())
                 if silent > self._cluster.peer_patience_secs:
                     raise RoleError(
-                        f"the replay server at {self._cluster.replay_address} has taken nothing for {now - start:.0f} s and "
-                        f"the learner has been silent for {silent:.0f} s, longer than --peer_patience_secs = "
-                        f"{self._cluster.peer_patience_secs:g}. Start what is missing, or raise it.",
+                        f"the replay server at {self._cluster.replay_address} has taken nothing for "
+                        f"{now - start:.0f} s and the learner has been silent for {silent:.0f} s, longer than "
+                        f"--peer_patience_secs = {self._cluster.peer_patience_secs:g}. Start what is missing, or "
+                        "raise it.",
                         ExitCode.UNAVAILABLE,
                     )
                 if now - said > SAY_EVERY_SECS:
                     said = now
-                    logging.info("waiting for the learner to use what is collected (%s)", self._describe_server())
+                    logging.info(
+                        "waiting %.0f s for the replay at %s to take more: the learner has to catch up, or is away",
+                        now - start,
+                        self._cluster.replay_address,
+                    )
         self.blocked_secs += time.monotonic() - start
 
     def _is_blocked(self, sink: TrajectorySink) -> bool:
@@ -205,12 +207,6 @@ class Collector:
             raise RoleError(
                 f"the replay server at {self._cluster.replay_address} refused a trajectory: {error}", ExitCode.DATA
             ) from error
-
-    def _describe_server(self) -> str:
-        try:
-            return f"table '{REPLAY_TABLE}' at {self._cluster.replay_address}: {read_account(self._cluster.replay_address)}"
-        except Unreachable as error:
-            return str(error)
 
     def close(self) -> None:
         for sink in self._sinks:

@@ -6,6 +6,8 @@ replay --batches--> [learner] --weights--> variable container
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import secrets
 import threading
@@ -24,7 +26,7 @@ from actorlearner import reports, variable_container
 from actorlearner.cluster import Cluster
 from actorlearner.evaluations import EvaluationLedger
 from actorlearner.experiment import Experiment
-from actorlearner.replay.base import BatchSource, await_replay_table, read_account
+from actorlearner.replay.base import BatchSource, await_tables
 from actorlearner.run_directory import RunDirectory
 from actorlearner.runtime.checkpoints import Checkpoints
 from actorlearner.runtime.configuration import operative_config
@@ -76,9 +78,10 @@ def run_learner(
     variables = agent.collect_policy.variables()
     directory.check_identity(_identity(experiment, agent))
 
-    patience = {"stop": stop, "deadline_secs": cluster.peer_patience_secs}
-    await_replay_table(cluster.replay_address, agent.collect_data_spec, **patience)
-    variable_container.await_container(cluster.variables_address, variables, **patience)
+    patience_secs = cluster.peer_patience_secs
+    signatures = experiment.replay.table_signatures(agent.collect_data_spec)
+    await_tables(cluster.replay_address, signatures, stop=stop, deadline_secs=patience_secs)
+    variable_container.await_container(cluster.variables_address, variables, stop=stop, deadline_secs=patience_secs)
     _refuse_second_learner(cluster, stop)
 
     source = experiment.replay.make_source(
@@ -86,22 +89,36 @@ def run_learner(
         tensor_spec.from_spec(agent.collect_data_spec),
         num_steps=agent.train_sequence_length,
         batch_size=schedule.batch_size,
+        initial_collect_steps=schedule.initial_collect_steps,
+        samples_per_insert=schedule.samples_per_insert,
         strategy=strategy,
     )
     train = make_train_function(agent, train_step, source, strategy)
     checkpoints = Checkpoints(directory.checkpoints, train_step, {"agent": agent})
     counts = checkpoints.restore()
+    source.restore(counts)
     publisher = Publisher(cluster.variables_address, secrets.randbits(62), first_version=counts.get("version", 0))
     ledger = EvaluationLedger(EvaluationRequests(cluster.variables_address), directory.evaluated)
     record = RunRecord(experiment, cluster, directory, ledger, versions, counts)
-    loop = TrainingLoop(experiment, cluster, agent, train_step, source, train, publisher, ledger, record, checkpoints)
-    loop.publish_interval_secs = publish_interval_secs
-    loop.checkpoint_interval_secs = checkpoint_interval_secs
+    export = PolicyExport(agent, train_step, directory.policies)
+    loop = TrainingLoop(
+        experiment,
+        cluster,
+        agent,
+        train_step,
+        source,
+        train,
+        publisher,
+        ledger,
+        record,
+        checkpoints,
+        export,
+    )
     try:
         record.save_configuration(operative_config())
-        loop.run(directory, stop)
+        loop.run(stop, publish_interval_secs=publish_interval_secs, checkpoint_interval_secs=checkpoint_interval_secs)
         publisher.announce(Phase.EVALUATING)
-        finish(experiment, agent, train_step, directory, ledger, record, stop, evaluation_patience_secs)
+        finish(experiment, agent, train_step, export, ledger, record, stop, evaluation_patience_secs)
         publisher.announce(Phase.OVER)
     except Stopped as stopped:
         logging.info("%s at train step %d", stopped, int(train_step.numpy()))
@@ -109,6 +126,7 @@ def run_learner(
     finally:
         record.close()
         publisher.close()
+        source.close()
     return ExitCode.DONE
 
 
@@ -139,7 +157,7 @@ def _identity(experiment: Experiment, agent: tf_agent.TFAgent) -> dict[str, Any]
 
 
 def _refuse_second_learner(cluster: Cluster, stop: Stop, watch_secs: float = 3.0) -> None:
-    """Returns when no other learner's heartbeat goes on at the container, after watching for `watch_secs` if one ever did."""
+    """Returns when no other learner's heartbeat goes on at the container; watches for `watch_secs` if one ever did."""
     try:
         before = variable_container.read_version(cluster.variables_address)
         if before is None or before.phase is Phase.OVER:
@@ -167,9 +185,10 @@ def make_train_function(
     """
     update = tf.autograph.experimental.do_not_convert(agent.train)
 
-    def replica_step(experience: Any, stamps: tf.Tensor) -> dict[str, tf.Tensor]:
-        acted = stamps >= 0
-        age = tf.where(acted, tf.cast(train_step, tf.int64) - stamps, 0)
+    def replica_step(*parts: Any) -> dict[str, tf.Tensor]:
+        experience, acted_at = source.unpack(*parts)
+        acted = acted_at >= 0
+        age = tf.where(acted, tf.cast(train_step, tf.int64) - acted_at, 0)
         staleness = tf.math.divide_no_nan(
             tf.cast(tf.reduce_sum(age), tf.float32), tf.reduce_sum(tf.cast(acted, tf.float32))
         )
@@ -179,8 +198,7 @@ def make_train_function(
         return {"loss": loss_info.loss, **scalars, "staleness": staleness / strategy.num_replicas_in_sync}
 
     def one_step(handle: Any) -> dict[str, tf.Tensor]:
-        experience, stamps = source.draw(handle)
-        per_replica = strategy.run(replica_step, args=(experience, stamps))
+        per_replica = strategy.run(replica_step, args=source.draw(handle))
         return {
             name: strategy.reduce(tf.distribute.ReduceOp.SUM, value, axis=None) for name, value in per_replica.items()
         }
@@ -201,9 +219,6 @@ def make_train_function(
 class TrainingLoop:
     """Calls the compiled function until `num_iterations`; all else is done between two calls."""
 
-    publish_interval_secs: float
-    checkpoint_interval_secs: float
-
     def __init__(
         self,
         experiment: Experiment,
@@ -216,11 +231,11 @@ class TrainingLoop:
         ledger: EvaluationLedger,
         record: RunRecord,
         checkpoints: Checkpoints,
+        export: PolicyExport,
     ):
         self._schedule = experiment.schedule
         self._cluster = cluster
         self._variables = agent.collect_policy.variables()
-        self._agent = agent
         self._train_step = train_step
         self._source = source
         self._train = train
@@ -228,23 +243,28 @@ class TrainingLoop:
         self._ledger = ledger
         self._record = record
         self._checkpoints = checkpoints
+        self._export = export
+        self._version = 0
+        self._starved_since: Optional[float] = None
+        self._said_at = time.monotonic()
 
-    def run(self, directory: RunDirectory, stop: Stop) -> None:
+    def run(self, stop: Stop, *, publish_interval_secs: float, checkpoint_interval_secs: float) -> None:
         """Trains to the last train step, saving on the way and at the end.
 
         Raises:
           Stopped: `stop` was set; a checkpoint was saved.
-          RoleError: The replay server was away longer than the deadline.
+          RoleError: No data came for longer than the deadline (UNAVAILABLE); a checkpoint was saved.
         """
         step = int(self._train_step.numpy())
         self._record.note_train_step(step)
-        snapshot = self._publisher.publish(step, self._variables)
+        if step:  # going on: actors need not warm up again
+            self._publisher.announce(Phase.TRAINING)
+        self._publish(step)
         if self._schedule.eval_interval:
             self._ledger.request_owed(step)
-        if self._is_due(step, self._schedule.eval_interval):
-            self._ledger.request(snapshot)
         try:
             self._await_first_data(stop)
+            self._publisher.announce(Phase.TRAINING)
             published_at = saved_at = time.monotonic()
             while step < self._schedule.num_iterations:
                 if stop.is_set():
@@ -252,118 +272,111 @@ class TrainingLoop:
                 step, scalars = self._call(step)
                 self._record.note_train_step(step)
                 now = time.monotonic()
-                evaluation_is_due = (
-                    self._is_due(step, self._schedule.eval_interval) or step == self._schedule.num_iterations
-                )
-                if evaluation_is_due or now - published_at >= self.publish_interval_secs:
+                if now - published_at >= publish_interval_secs or self._is_evaluation_due(step):
                     published_at = now
-                    snapshot = self._publisher.take_snapshot(step, self._variables)
-                    if evaluation_is_due and self._schedule.eval_interval:
-                        self._ledger.request(snapshot)
-                if scalars is not None and self._is_due(step, self._schedule.log_interval):
+                    self._publish(step)
+                if scalars is not None and step % self._schedule.log_interval == 0:
                     self._record.log_training(step, scalars)
-                if self._is_due(step, self._schedule.policy_save_interval):
-                    save_policy_checkpoint(self._agent, self._train_step, directory.policies)
-                if now - saved_at >= self.checkpoint_interval_secs:
+                if scalars is not None and step % self._schedule.policy_save_interval == 0:
+                    self._export.save_checkpoint(step)
+                if now - saved_at >= checkpoint_interval_secs:
                     saved_at = now
-                    self._save(snapshot.version)
+                    self._save()
         finally:
-            self._save(snapshot.version)
+            self._save()
 
-    def _is_due(self, step: int, interval: int) -> bool:
-        return interval > 0 and step % interval == 0
+    def _is_evaluation_due(self, step: int) -> bool:
+        interval = self._schedule.eval_interval
+        return interval > 0 and (step % interval == 0 or step == self._schedule.num_iterations)
+
+    def _publish(self, step: int) -> None:
+        """Hands the weights to the publisher's thread, and to the eval actors when they are due."""
+        snapshot = self._publisher.take_snapshot(step, self._variables)
+        self._version = snapshot.version
+        if self._is_evaluation_due(step):
+            self._ledger.request(snapshot)
 
     def _await_first_data(self, stop: Stop) -> None:
         """Returns when the replay holds enough to train on."""
-        account: list[Any] = []
+        described = "nothing yet"
 
         def poll() -> bool:
-            try:
-                account[:] = [read_account(self._cluster.replay_address)]
-            except Unreachable as error:
-                account[:] = [error]
-                return False
-            self._record.note_waiting(f"{account[0]}")
-            return account[0].can_start
+            nonlocal described
+            described = self._source.describe()
+            self._record.note_waiting(described)
+            return self._source.is_ready()
 
         wait_until(
             poll,
-            lambda: f"collect actors to fill the replay at {self._cluster.replay_address}: {account[0]}",
+            lambda: f"collect actors to fill the replay at {self._cluster.replay_address} ({described})",
             stop=stop,
             deadline_secs=self._cluster.peer_patience_secs,
             setting="--peer_patience_secs",
+            progress=lambda: described,
         )
         self._record.note_waiting(None)
 
     def _call(self, step: int) -> tuple[int, Optional[dict[str, float]]]:
         """Returns the train step reached and the last update's scalars; None when data ran out during the call."""
-        schedule = self._schedule
-        boundaries = [
-            schedule.num_iterations,
-            *(
-                (step // interval + 1) * interval
-                for interval in (schedule.eval_interval, schedule.log_interval, schedule.policy_save_interval)
-                if interval
-            ),
-        ]
-        num_updates = min(schedule.num_updates_per_call, min(boundaries) - step)
-        try:
-            scalars = self._train(self._source.handle, tf.constant(num_updates))
-        except (tf.errors.OutOfRangeError, tf.errors.UnavailableError):
-            self._await_more_data()
-            return int(self._train_step.numpy()), None
-        self._record.note_waiting(None)
-        self._starved_since = None
-        return int(self._train_step.numpy()), {name: float(value) for name, value in scalars.items()}
+        num_updates = self._source.allow(self._num_updates_to_boundary(step))
+        if num_updates:
+            try:
+                scalars = self._train(self._source.handle, tf.constant(num_updates))
+            except (tf.errors.OutOfRangeError, tf.errors.UnavailableError):
+                pass  # the batches that did come were trained on
+            else:
+                self._source.note_updates(num_updates)
+                self._starved_since = None
+                self._record.note_waiting(None)
+                return step + num_updates, {name: float(value) for name, value in scalars.items()}
+        reached = int(self._train_step.numpy())
+        self._source.note_updates(reached - step)
+        self._await_more_data()
+        return reached, None
 
-    _starved_since: Optional[float] = None
-    _said_at = 0.0
+    def _num_updates_to_boundary(self, step: int) -> int:
+        """Returns how many updates one call may make so that it ends where something is due."""
+        schedule = self._schedule
+        intervals = (schedule.eval_interval, schedule.log_interval, schedule.policy_save_interval)
+        boundaries = [(step // interval + 1) * interval for interval in intervals if interval]
+        return min(schedule.num_updates_per_call, min([schedule.num_iterations, *boundaries]) - step)
 
     def _await_more_data(self) -> None:
-        """Makes the source ready to be asked again; says what is missing.
+        """Waits a moment for data and says what is missing.
 
         Raises:
           RoleError: No data for longer than the deadline (UNAVAILABLE).
         """
         now = time.monotonic()
         self._starved_since = self._starved_since or now
-        try:
-            account = str(read_account(self._cluster.replay_address))
-        except Unreachable as error:
-            account = str(error)
-        what = f"collect actors: no batch from the replay at {self._cluster.replay_address} ({account})"
-        self._record.note_waiting(what)
-        if now - self._said_at > SAY_EVERY_SECS:
-            self._said_at = now
-            logging.info("waiting for %s", what)
-        if now - self._starved_since > self._cluster.peer_patience_secs:
-            raise RoleError(
-                f"waited {now - self._starved_since:.0f} s for {what}, longer than --peer_patience_secs = "
-                f"{self._cluster.peer_patience_secs:g}. Start collect actors, or raise it.",
-                ExitCode.UNAVAILABLE,
+        starved_secs = now - self._starved_since
+        if starved_secs > 1.0:  # shorter waits are the ordinary pace of samples per insert
+            what = (
+                f"collect actors: no data from the replay at {self._cluster.replay_address} ({self._source.describe()})"
             )
-        try:
+            self._record.note_waiting(what)
+            if now - self._said_at > SAY_EVERY_SECS:
+                self._said_at = now
+                logging.info("waiting for %s (%.0f s)", what, starved_secs)
+            if starved_secs > self._cluster.peer_patience_secs:
+                raise RoleError(
+                    f"waited {starved_secs:.0f} s for {what}, longer than --peer_patience_secs = "
+                    f"{self._cluster.peer_patience_secs:g}. Start collect actors, or raise it.",
+                    ExitCode.UNAVAILABLE,
+                )
+        self._source.await_data(secs=0.25)
+        with contextlib.suppress(tf.errors.OpError):  # the server is away; the next call asks again
             self._source.renew()
-        except tf.errors.OpError as error:
-            logging.debug("the replay server is away: %s", error)
-            time.sleep(1.0)  # nothing to await: the server is gone
 
-    def _save(self, version: int) -> None:
-        step = int(self._train_step.numpy())
-        counts = self._record.counts()
-        counts.update(version=version + 1, samples=step * self._schedule.batch_size)
-        try:
-            counts["inserts"] = read_account(self._cluster.replay_address, timeout_secs=1).inserts
-        except Unreachable:
-            pass
-        self._checkpoints.save(counts)
+    def _save(self) -> None:
+        self._checkpoints.save({**self._record.counts(), **self._source.counts(), "version": self._version + 1})
 
 
 def finish(
     experiment: Experiment,
     agent: tf_agent.TFAgent,
     train_step: tf.Variable,
-    directory: RunDirectory,
+    export: PolicyExport,
     ledger: EvaluationLedger,
     record: RunRecord,
     stop: Stop,
@@ -379,7 +392,7 @@ def finish(
         record.note_phase("final evaluation")
         while pending := ledger.pending():
             _await_result(
-                lambda count=len(pending): len(ledger.pending()) < count,
+                functools.partial(_has_fewer_pending, ledger, len(pending)),
                 f"evaluations of {pending}",
                 record,
                 ledger,
@@ -400,8 +413,12 @@ def finish(
         best.assign_to(agent.collect_policy.variables())
         train_step.assign(best.train_step)
     record.note_phase("reporting")
-    save_policies(agent, train_step, directory.policies)
+    export.save_policies()
     record.write_summary()
+
+
+def _has_fewer_pending(ledger: EvaluationLedger, num_pending: int) -> bool:
+    return len(ledger.pending()) < num_pending
 
 
 def _await_result(
@@ -422,30 +439,35 @@ def _await_result(
     record.note_waiting(None)
 
 
-def _policies(agent: tf_agent.TFAgent) -> dict[str, Any]:
-    """Returns the policies by the names TF-Agents' `PolicySavedModelTrigger` gives their folders."""
-    greedy = agent.policy
-    raw = greedy.wrapped_policy if isinstance(greedy, greedy_policy.GreedyPolicy) else greedy
-    if raw is greedy:
-        greedy = greedy_policy.GreedyPolicy(raw)
-    return {"policy": raw, "collect_policy": agent.collect_policy, "greedy_policy": greedy}
+class PolicyExport:
+    """Writes what others load: SavedModels, and numbered checkpoints that TF-Agents' `policy_loader` puts into them.
 
-
-def save_policies(agent: tf_agent.TFAgent, train_step: tf.Variable, folder: Path) -> None:
-    """Writes the three SavedModels with the weights the agent has now; takes some seconds."""
-    for name, policy in _policies(agent).items():
-        policy_saver.PolicySaver(policy, batch_size=None, train_step=train_step).save(str(folder / name))
-
-
-def save_policy_checkpoint(agent: tf_agent.TFAgent, train_step: tf.Variable, folder: Path) -> None:
-    """Writes the policy's variables to a folder with the train step in its name, as `PolicySavedModelTrigger` does.
-
-    TF-Agents' `policy_loader.load` puts them into any of the three SavedModels.
+    Folders and names are those of TF-Agents' `PolicySavedModelTrigger`, which would save the untrained weights first.
     """
-    path = folder / "checkpoints" / f"policy_checkpoint_{int(train_step.numpy()):010d}"
-    policy_saver.PolicySaver(_policies(agent)["policy"], batch_size=None, train_step=train_step).save_checkpoint(
-        str(path)
-    )
+
+    def __init__(self, agent: tf_agent.TFAgent, train_step: tf.Variable, folder: Path):
+        greedy = agent.policy
+        raw = greedy.wrapped_policy if isinstance(greedy, greedy_policy.GreedyPolicy) else greedy
+        if raw is greedy:
+            greedy = greedy_policy.GreedyPolicy(raw)
+        self._policies = {"policy": raw, "collect_policy": agent.collect_policy, "greedy_policy": greedy}
+        self._train_step = train_step
+        self._folder = folder
+
+    @functools.cache  # noqa: B019  making a saver traces the policy, which takes seconds
+    def _saver(self, name: str) -> policy_saver.PolicySaver:
+        return policy_saver.PolicySaver(self._policies[name], batch_size=None, train_step=self._train_step)
+
+    def save_checkpoint(self, train_step: int) -> None:
+        """Writes the policy's variables to `checkpoints/policy_checkpoint_<train step>`."""
+        self._saver("policy").save_checkpoint(
+            str(self._folder / "checkpoints" / f"policy_checkpoint_{train_step:010d}")
+        )
+
+    def save_policies(self) -> None:
+        """Writes the three SavedModels with the weights the agent has now; takes some seconds."""
+        for name in self._policies:
+            self._saver(name).save(str(self._folder / name))
 
 
 class RunRecord:

@@ -61,7 +61,6 @@ def _make_tables(experiment: Experiment) -> list[reverb.Table]:
     try:
         replay_tables = experiment.replay.make_tables(
             _step_signature(agent.collect_data_spec),
-            num_steps=agent.train_sequence_length,
             batch_size=schedule.batch_size,
             initial_collect_steps=schedule.initial_collect_steps,
             samples_per_insert=schedule.samples_per_insert,
@@ -81,6 +80,7 @@ def _serve(tables: list[reverb.Table], port: int) -> reverb.Server:
         return reverb.Server(tables, port=port)
     except (RuntimeError, ValueError) as error:
         raise RoleError(
-            f"--port = {port}: the replay server cannot listen there: {error}. Stop what uses the port, or give another.",
+            f"--port = {port}: the replay server cannot listen there: {error}. "
+            "Stop what uses the port, or give another.",
             ExitCode.UNAVAILABLE,
         ) from error

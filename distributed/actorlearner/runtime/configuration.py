@@ -12,7 +12,9 @@ import difflib
 import importlib
 import inspect
 import logging
+import operator
 import os
+import tokenize
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -76,11 +78,11 @@ def parse_strictly(config_file: Path, bindings: Sequence[str], search_path: Sequ
     Args:
       config_file: The experiment's gin file.
       bindings: Lines as on the command line, e.g. `train.num_iterations = 100`.
-      search_path: Folders that `include` looks in, after the including file's own.
+      search_path: Folders that `include` looks in, after `config_file`'s own.
 
     Raises:
-      RoleError: A name, a type, a range or the syntax is wrong (USAGE). The message names the place, the binding and the
-        nearest valid name.
+      RoleError: A name, a type, a range or the syntax is wrong (USAGE). The message names the place, the binding and
+        the nearest valid name.
     """
     search_path = [config_file.parent.resolve(), *search_path]
     read = list(_read_bindings(config_file, search_path, including=()))
@@ -90,11 +92,11 @@ def parse_strictly(config_file: Path, bindings: Sequence[str], search_path: Sequ
     _check_values(read)
 
     gin.clear_config()
-    for folder in reversed(search_path):
-        gin.add_config_file_search_path(str(folder))
+    # gin would look into the working directory first, and can only add folders to the end.
+    gin.config._LOCATION_PREFIXES[:] = map(str, search_path)
     logging.disable(logging.CRITICAL)  # gin logs an error for every folder in which it does not find a file
     try:
-        gin.parse_config_files_and_bindings([str(config_file)], list(bindings), finalize_config=True)
+        gin.parse_config_files_and_bindings([str(config_file.resolve())], list(bindings), finalize_config=False)
     except Exception as error:  # gin raises many kinds; after the checks above few are left
         raise RoleError(f"{config_file}: {error}", ExitCode.USAGE) from error
     finally:
@@ -121,10 +123,11 @@ def _parse(text: str, source: str, search_path: Sequence[Path], including: tuple
     """Yields the bindings of `text`, those of its includes in their place, and runs its imports."""
     try:
         statements = list(config_parser.ConfigParser(text, _KeepNames()))
-    except (SyntaxError, ValueError) as error:
-        line = getattr(error, "lineno", None)
+    except (SyntaxError, ValueError, tokenize.TokenError) as error:
+        # A bracket that is never closed is a TokenError: (message, (line, column)).
+        line = error.args[1][0] if isinstance(error, tokenize.TokenError) else getattr(error, "lineno", None)
         place = f"{source}:{line}" if line and source != COMMAND_LINE else source
-        reason = error.msg.strip() if isinstance(error, SyntaxError) and error.msg else str(error).strip()
+        reason = str(getattr(error, "msg", None) or error.args[0] if error.args else error).strip()
         raise RoleError(
             f"{place}: cannot be read as gin: {reason}: '{text.strip() if source == COMMAND_LINE else ''}'".rstrip(
                 ": '"
@@ -144,7 +147,8 @@ def _parse(text: str, source: str, search_path: Sequence[Path], including: tuple
                     importlib.import_module(statement.module)
             except ImportError as error:
                 raise RoleError(
-                    f"{place}: cannot import '{statement.module}': {error}. Is its package installed, and the name right?",
+                    f"{place}: cannot import '{statement.module}': {error}. "
+                    "Is its package installed, and the name right?",
                     ExitCode.USAGE,
                 ) from error
 
@@ -227,8 +231,7 @@ def expectation_unmet(value: Any, annotation: Any) -> Optional[str]:
         words = " and ".join(f"{sign} {bound:g}" for sign, bound in bounds)
         if problem:
             return f"{problem} {words}".rstrip()
-        holds = {">=": value.__ge__, ">": value.__gt__, "<=": value.__le__, "<": value.__lt__} if bounds else {}
-        return None if all(holds[sign](bound) for sign, bound in bounds) else f"a number {words}"
+        return None if all(_COMPARE[sign](value, bound) for sign, bound in bounds) else f"a number {words}"
     if origin is Union:
         problems = [expectation_unmet(value, argument) for argument in arguments]
         return None if None in problems else " or ".join(problem for problem in problems if problem)
@@ -256,13 +259,13 @@ def expectation_unmet(value: Any, annotation: Any) -> Optional[str]:
         return f"a number, not {_kind(value)},"
     if annotation is str:
         return None if isinstance(value, str) else f"text in quotes, not {_kind(value)}"
-    return (
-        None
-        if not isinstance(value, (str, int, float, tuple, list, dict)) or not inspect.isclass(annotation)
-        else (
-            None if isinstance(value, annotation) else f"@ and the name of something that makes a {annotation.__name__}"
-        )
-    )
+    if inspect.isclass(annotation) and type(value) is not annotation and isinstance(value, _LITERALS):
+        return f"@ and the name of what makes it, such as @sac(), not {_kind(value)}"
+    return None
+
+
+_LITERALS = (str, int, float, tuple, list, dict)
+_COMPARE = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 
 
 def _bounds(constraints: Iterable[Any]) -> Iterator[tuple[str, Any]]:
@@ -305,8 +308,13 @@ def _configurable(selector: str, binding: Binding) -> Any:
             ExitCode.USAGE,
         )
     short = {key.rsplit(".", 1)[-1] for key in _our_selectors()}
+    hint = (
+        _nearest(binding.name, _all_parameters(), short)
+        if selector == binding.selector
+        else _nearest(selector, short, prefix="@")
+    )
     raise RoleError(
-        f"{binding.place}: nothing is called '{selector}' ({binding.name}).{_nearest(binding.name, _all_parameters(), short)}",
+        f"{binding.place}: nothing is called '{selector}' ({binding.name}).{hint}",
         ExitCode.USAGE,
     )
 

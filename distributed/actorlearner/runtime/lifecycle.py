@@ -89,28 +89,33 @@ def wait_until(
     deadline_secs: float,
     setting: str,
     every_secs: float = 0.25,
+    progress: Callable[[], object] = lambda: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> T:
     """Returns the first result of `poll` that is neither None nor False.
 
     Args:
-      poll: Looked at every `every_secs` seconds.
+      poll: Asked again and again.
       what: Says what is waited for, with figures; logged every 30 s and told in the error.
       stop: Ends the wait.
       deadline_secs: Longest wait, in seconds.
       setting: The setting that holds the deadline; the error names it.
+      every_secs: Time between two looks, in seconds.
+      progress: The deadline begins anew whenever this changes.
 
     Raises:
       Stopped: `stop` was set.
       RoleError: The deadline passed (UNAVAILABLE).
     """
-    start = clock()
-    said = start
+    start = said = clock()
+    seen = progress()
     while True:
         result = poll()
         if result is not None and result is not False:
             return result
         now = clock()
+        if progress() != seen:
+            seen, start = progress(), now
         if now - start > deadline_secs:
             raise RoleError(
                 f"waited {now - start:.0f} s for {what()}, longer than {setting} = {deadline_secs:g} s. "

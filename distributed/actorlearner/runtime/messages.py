@@ -89,7 +89,7 @@ def check_signature(what: str, address: str, found: Signature, expected: Signatu
         raise RoleError(
             f"{what} at {address} belongs to another experiment or another setting of this one:\n  "
             + "\n  ".join(differences)
-            + "\nStart the replay server with the same experiment and --gin_bindings as this role, or mend the address.",
+            + "\nStart the replay server with this role's experiment and --gin_bindings, or mend the address.",
             ExitCode.DATA,
         )
 

@@ -57,7 +57,7 @@ def read_summary(root_dir: PathLike) -> dict[str, Any]:
 def write_learning_curve(root_dir: PathLike) -> pathlib.Path:
     """Returns the path of the `learning_curve.png` it wrote into the run directory, from its `summary.json`.
 
-    Needs no display. Replaces an older picture only when the new one is complete, so it may be called as often as liked.
+    Needs no display. Replaces an older picture only when the new one is complete: call it as often as you like.
 
     Raises:
       ValueError: As `read_summary`; or the run was never evaluated, so there is nothing to draw.

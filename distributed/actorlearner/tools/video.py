@@ -13,7 +13,7 @@ from typing import Any, Protocol, Union, final
 
 import numpy as np
 
-# SDL reads these when pygame starts, and gym imports pygame when it makes its first environment: set them before either.
+# SDL reads these when pygame starts, and gym imports pygame when it makes its first environment: set them before both.
 # With the dummy drivers pygame draws into memory, opens no window and does not complain about missing sound cards.
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 os.environ.setdefault("SDL_AUDIODRIVER", "dummy")
@@ -79,9 +79,9 @@ def record_episodes(
 ) -> VideoInfo:
     """Returns what it recorded, once `num_episodes` episodes lie one after the other in a finished mp4 at `path`.
 
-    Played back, a second of video is a second of the task. Each episode's frames are its reset and every k-th step after
-    it, with the least k that keeps within `max_frames_per_second`: CartPole (50 steps/s) and Minitaur (100) both come
-    out at 25 frames/s. A last step off that grid is not shown, because it would stretch the video.
+    Played back, a second of video is a second of the task. Each episode's frames are its reset and every k-th step
+    after it, with the least k that keeps within `max_frames_per_second`: CartPole (50 steps/s) and Minitaur (100)
+    both come out at 25 frames/s. A last step off that grid is not shown, because it would stretch the video.
 
     Blocks until the episodes have ended, which an environment without a time limit need not do: give such a one
     `max_steps`. Frames go to the encoder one by one. The file appears under its name only when complete, replacing
@@ -274,8 +274,8 @@ def _steps_per_frame(steps_per_second: float, max_frames_per_second: float) -> i
 def _render_at_most(environment: Environment, width: int) -> Iterator[None]:
     """Has PyBullet environments render at most `width` pixels wide while the context lasts.
 
-    PyBullet's environments take no size argument. They read one either from attributes (`_render_width`) or, as Minitaur
-    does at 960x720, from constants of the module that defines `render`, so those are changed and put back.
+    PyBullet's environments take no size argument. They read one either from attributes (`_render_width`) or, as
+    Minitaur does at 960x720, from constants of the module that defines `render`, so those are changed and put back.
     """
     gym_environment = getattr(getattr(environment, "gym", None), "unwrapped", None)
     render = inspect.unwrap(getattr(type(gym_environment), "render", lambda: None))

@@ -1,0 +1,45 @@
+"""Reverb servers for tests: real ones, on ports that are free."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow is imported
+
+import pytest
+
+UNUSED_ADDRESS = "localhost:1"
+
+
+@pytest.fixture
+def serve():
+    """`serve(tables, port=None)` starts a Reverb server; each is stopped after the test."""
+    import reverb
+
+    servers = []
+
+    def start(tables, port=None):
+        server = reverb.Server(tables, port=port)
+        servers.append(server)
+        return server
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture
+def unused_address():
+    """An address at which nobody listens."""
+    return UNUSED_ADDRESS
+
+
+@pytest.fixture
+def eventually():
+    """`eventually(condition, secs=30)` returns when `condition()` holds, and fails past the deadline."""
+    from actorlearner.runtime.lifecycle import Stop, wait_until
+
+    def wait(condition, secs=30):
+        wait_until(condition, lambda: "the condition", stop=Stop(), deadline_secs=secs, setting="test", every_secs=0.02)
+
+    return wait

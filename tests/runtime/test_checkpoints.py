@@ -1,0 +1,59 @@
+"""Checkpoints with numbers of ours beside the weights."""
+
+from __future__ import annotations
+
+import pytest
+import tensorflow as tf
+
+from actorlearner.runtime.checkpoints import Checkpoints
+from actorlearner.runtime.lifecycle import ExitCode, RoleError
+
+
+def make(folder, shape=(2,), step=0, value=0.0, name="weights", max_to_keep=3):
+    train_step = tf.Variable(step, dtype=tf.int64)
+    weights = tf.Variable(tf.fill(shape, value))
+    objects = {"agent": tf.Module()}
+    setattr(objects["agent"], name, weights)
+    return Checkpoints(folder, train_step, objects, max_to_keep), train_step, weights
+
+
+def test_a_folder_without_a_checkpoint_restores_nothing(tmp_path):
+    """The first start of a run is no error."""
+    checkpoints, train_step, weights = make(tmp_path / "none", step=3, value=1.5)
+    assert checkpoints.restore() == {}
+    assert (int(train_step), weights.numpy().tolist()) == (3, [1.5, 1.5])
+
+
+def test_weights_train_step_and_counts_come_back_together(tmp_path):
+    """Counts from one moment and weights from another give a wrong ratio of updates after a restart."""
+    checkpoints, train_step, weights = make(tmp_path, step=10, value=1.0)
+    checkpoints.save({"version": 1, "collected": {"7": 100}})
+    train_step.assign(20)
+    weights.assign([2.0, 3.0])
+    checkpoints.save({"version": 2, "collected": {"7": 250}})
+    again, train_step, weights = make(tmp_path)
+    assert again.restore() == {"version": 2, "collected": {"7": 250}}
+    assert (int(train_step), weights.numpy().tolist()) == (20, [2.0, 3.0])
+
+
+def test_only_the_newest_checkpoints_are_kept_also_over_restarts(tmp_path):
+    """A disk filled by checkpoints ends the run."""
+    for step in range(5):
+        checkpoints, train_step, _ = make(tmp_path, max_to_keep=2)
+        checkpoints.restore()
+        train_step.assign(step)
+        checkpoints.save({})
+    assert sorted(path.name for path in tmp_path.glob("*.index")) == ["ckpt-3.index", "ckpt-4.index"]
+
+
+@pytest.mark.parametrize("other", [{"shape": (3,)}, {"name": "biases"}])
+def test_a_checkpoint_that_does_not_fit_is_refused_in_one_sentence(tmp_path, other):
+    """TensorFlow restores what it can and says nothing of the rest, or prints a page about it."""
+    make(tmp_path, step=4, value=1.0)[0].save({})
+    with pytest.raises(RoleError) as raised:
+        make(tmp_path, **other)[0].restore()
+    assert raised.value.exit_code == ExitCode.DATA
+    message = str(raised.value)
+    assert f"{tmp_path}/ckpt-4 does not fit this experiment: " in message
+    assert message.endswith("Give the settings it was made with, or another --root_dir.")
+    assert "\n" not in message

@@ -1,0 +1,106 @@
+"""Waits end, and processes say why they did."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import actorlearner
+from actorlearner.runtime.lifecycle import ExitCode, RoleError, Stop, Stopped, wait_until
+
+SOURCE_ROOT = Path(actorlearner.__file__).parent.parent
+
+
+def _wait(poll, *, stop=None, deadline_secs=5.0, clock=None):
+    return wait_until(
+        poll,
+        lambda: "the learner at host:1",
+        stop=stop or Stop(),
+        deadline_secs=deadline_secs,
+        setting="--peer_patience_secs",
+        every_secs=0.0,
+        clock=clock or itertools.count().__next__,
+    )
+
+
+def test_a_wait_returns_the_first_result_of_its_poll():
+    """Zero and the empty string are results; only None and False mean "not yet"."""
+    answers = iter([None, False, 0])
+    assert _wait(lambda: next(answers)) == 0
+
+
+def test_a_wait_gives_up_at_its_deadline_and_names_peer_and_setting():
+    """A role that waits for a dead peer without end looks like a slow one."""
+    polls = []
+    with pytest.raises(RoleError) as raised:
+        _wait(lambda: polls.append(1), deadline_secs=5.0)
+    assert raised.value.exit_code == ExitCode.UNAVAILABLE
+    assert "waited 6 s for the learner at host:1, longer than --peer_patience_secs = 5 s" in str(raised.value)
+    assert len(polls) == 6  # at seconds 1 to 6
+
+
+def test_a_wait_polls_once_more_when_the_deadline_has_passed():
+    """A process that was suspended would give up on a peer that has long been there."""
+    assert _wait(lambda: "there", deadline_secs=0.0, clock=iter([0.0, 1000.0]).__next__) == "there"
+
+
+def test_a_wait_says_every_half_minute_what_it_waits_for(caplog):
+    """Without it a user sees a role that does nothing."""
+    caplog.set_level("INFO")
+    with pytest.raises(RoleError):
+        _wait(lambda: None, deadline_secs=100.0, clock=itertools.count(step=10).__next__)
+    assert len(caplog.messages) == 3
+    assert caplog.messages[0] == "waiting for the learner at host:1 (30 s)"
+
+
+def test_stop_ends_a_wait():
+    """SIGTERM during a wait of minutes would end in SIGKILL, without a checkpoint."""
+    stop = Stop()
+    stop.set()
+    with pytest.raises(Stopped, match="the learner at host:1"):
+        _wait(lambda: None, stop=stop)
+
+
+def test_stop_without_a_signal_counts_as_terminated():
+    """A launcher must not take a stopped role for one that reached the end."""
+    stop = Stop()
+    assert not stop.is_set()
+    stop.set()
+    assert stop.is_set()
+    assert stop.wait(0)
+    assert stop.exit_code == ExitCode.TERMINATED == 143
+
+
+_ENDINGS = {
+    "return ExitCode.DONE": (0, ""),
+    "raise RoleError('no such thing', ExitCode.USAGE)": (64, "error: no such thing\n"),
+    "os.kill(os.getpid(), signal.SIGTERM); stop.wait(60); raise Stopped('x')": (143, ""),
+    "os.kill(os.getpid(), signal.SIGINT); stop.wait(60); return stop.exit_code": (130, ""),
+    "os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGINT); time.sleep(60)": (130, ""),
+    "raise ZeroDivisionError": (1, "ZeroDivisionError"),
+    "threading.Thread(target=time.sleep, args=(60,)).start(); return ExitCode.DONE": (0, ""),
+}
+
+
+@pytest.mark.parametrize("body", _ENDINGS)
+def test_a_process_ends_with_a_code_that_says_why(body):
+    """A launcher restarts what may get better and leaves what cannot; blocked threads must not keep a process."""
+    code = f"""
+import os, signal, threading, time
+from actorlearner.runtime.lifecycle import *
+from actorlearner.runtime.lifecycle import RoleError, Stopped, ExitCode
+def run(stop):
+    {body}
+run_to_exit(run)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE_ROOT)}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True, timeout=50)
+    exit_code, message = _ENDINGS[body]
+    assert ended.returncode == exit_code
+    assert message in ended.stderr
+    assert ("Traceback" in ended.stderr) == (exit_code == 1)

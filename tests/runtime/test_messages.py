@@ -1,0 +1,135 @@
+"""Boards and queues, on real Reverb servers."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import portpicker
+import pytest
+import tensorflow as tf
+
+from actorlearner.runtime import messages
+from actorlearner.runtime.lifecycle import ExitCode, RoleError, Stop
+from actorlearner.runtime.messages import Unreachable
+
+SIGNATURE = {"number": tf.TensorSpec((), tf.int64), "values": [tf.TensorSpec((2,), tf.float32)]}
+
+
+def row(number):
+    return {"number": np.int64(number), "values": [np.full(2, number, np.float32)]}
+
+
+def numbers(rows):
+    return [int(row["number"]) for row in rows]
+
+
+@pytest.fixture
+def address(serve):
+    tables = [messages.make_board("board", SIGNATURE), messages.make_queue("queue", 3, SIGNATURE)]
+    return f"localhost:{serve(tables).port}"
+
+
+def test_a_board_shows_what_was_put_last_to_everybody(address):
+    """A reader that takes the row away would leave the next one without weights."""
+    assert messages.read(address, "board", SIGNATURE) is None
+    sender = messages.Sender(address)
+    for number in (1, 2):
+        sender.put("board", row(number), 30)
+    for _ in range(2):
+        found = messages.read(address, "board", SIGNATURE)
+        assert int(found["number"]) == 2
+        np.testing.assert_array_equal(found["values"][0], [2, 2])
+
+
+def test_a_queue_hands_out_each_row_once_oldest_first(address):
+    """A report taken twice would count its steps twice."""
+    sender = messages.Sender(address)
+    for number in (1, 2, 3):
+        sender.put("queue", row(number), 30)
+    assert numbers(messages.take(address, "queue", SIGNATURE, max_rows=2)) == [1, 2]
+    assert numbers(messages.take(address, "queue", SIGNATURE, max_rows=10)) == [3]
+    assert numbers(messages.take(address, "queue", SIGNATURE)) == []
+
+
+def test_a_full_queue_is_unreachable_within_the_deadline(address):
+    """A writer blocked for good would never look at its stop signal."""
+    sender = messages.Sender(address)
+    for number in (1, 2, 3):
+        sender.put("queue", row(number), 30)
+    start = time.monotonic()
+    with pytest.raises(Unreachable, match="table 'queue'"):
+        sender.put("queue", row(4), 0.3)
+    assert time.monotonic() - start < 20
+    messages.take(address, "queue", SIGNATURE, max_rows=3)
+    sender.put("queue", row(5), 30)  # a writer keeps its first error for ever; the sender does not
+
+
+def test_a_server_that_is_away_is_unreachable_within_the_deadline(unused_address):
+    """Reverb's clients retry for ever."""
+    start = time.monotonic()
+    with pytest.raises(Unreachable, match=unused_address):
+        messages.take(unused_address, "queue", SIGNATURE, timeout_secs=1)
+    with pytest.raises(Unreachable, match=unused_address):
+        messages.Sender(unused_address).put("queue", row(1), 0.3)
+    assert time.monotonic() - start < 30
+
+
+def test_a_missing_table_is_unreachable_and_says_what_there_is(address):
+    """Sampling a table that is not there ends in an error that does not list the others."""
+    with pytest.raises(Unreachable, match="no table 'chair'; it has board, queue"):
+        messages.take(address, "chair", SIGNATURE)
+
+
+def test_a_sender_goes_on_when_its_server_comes_back(serve, eventually):
+    """A restarted server must not make its clients restart."""
+    port = portpicker.pick_unused_port()
+    tables = [messages.make_board("board", SIGNATURE)]
+    sender = messages.Sender(f"localhost:{port}")
+    server = serve(tables, port)
+    sender.put("board", row(1), 30)
+    server.stop()
+    with pytest.raises(Unreachable):
+        sender.put("board", row(2), 0.3)
+    serve([messages.make_board("board", SIGNATURE)], port)
+
+    def put():
+        try:
+            sender.put("board", row(3), 5)
+        except Unreachable:
+            return False
+        return True
+
+    eventually(put, secs=60)
+    assert int(messages.read(f"localhost:{port}", "board", SIGNATURE)["number"]) == 3
+
+
+def test_waiting_for_a_server_names_it_when_the_deadline_passes(unused_address):
+    """A user with a wrong port must read the port, not a gRPC status."""
+    with pytest.raises(RoleError, match=f"the replay server at {unused_address}.*--peer_patience_secs") as raised:
+        messages.await_server("the replay server", unused_address, stop=Stop(), deadline_secs=0.1)
+    assert raised.value.exit_code == ExitCode.UNAVAILABLE
+
+
+def test_an_answering_server_is_awaited_no_longer(address):
+    """The tables' signatures come with the answer: no second round trip."""
+    tables = messages.await_server("the replay server", address, stop=Stop(), deadline_secs=30)
+    messages.check_signature("table 'board'", address, tables["board"].signature, SIGNATURE)
+
+
+def test_each_difference_between_signatures_is_listed(address):
+    """Reverb's own message prints two whole signatures and leaves the difference to the reader."""
+    table = messages.read_server_info(address, 30)["board"]
+    other = {
+        "number": tf.TensorSpec((), tf.int32),
+        "values": [tf.TensorSpec((3,), tf.float32)],
+        "new": SIGNATURE["number"],
+    }
+    with pytest.raises(RoleError) as raised:
+        messages.check_signature("table 'board'", address, table.signature, other)
+    assert raised.value.exit_code == ExitCode.DATA
+    message = str(raised.value)
+    assert f"table 'board' at {address} belongs to another experiment" in message
+    assert "new: the server has nothing, this experiment int64[]" in message
+    assert "number: the server has int64[], this experiment int32[]" in message
+    assert "values/0: the server has float32[2], this experiment float32[3]" in message
