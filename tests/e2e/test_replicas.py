@@ -54,7 +54,7 @@ for strategy in strategies:
         data = tf.data.Dataset.from_tensor_slices((batch, np.zeros(GLOBAL_BATCH, np.int64))).repeat()
         return data.batch(context.get_per_replica_batch_size(GLOBAL_BATCH), drop_remainder=True)
 
-    source = ServerSampledSource(strategy, make_dataset)
+    source = ServerSampledSource("localhost:1", GLOBAL_BATCH, strategy, make_dataset)
     train = make_train_function(agent, train_step, source, strategy)
     scalars = train(source.handle, tf.constant(1))
     assert int(train_step.numpy()) == 1
