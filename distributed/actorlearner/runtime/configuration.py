@@ -85,9 +85,10 @@ def parse_strictly(config_file: Path, bindings: Sequence[str], search_path: Sequ
         the nearest valid name.
     """
     search_path = [config_file.parent.resolve(), *search_path]
-    read = list(_read_bindings(config_file, search_path, including=()))
-    for line in bindings:
-        read.extend(_parse(line, COMMAND_LINE, search_path, including=()))
+    with gin.unlock_config():  # the files' imports register what an earlier configuration in this process did not need
+        read = list(_read_bindings(config_file, search_path, including=()))
+        for line in bindings:
+            read.extend(_parse(line, COMMAND_LINE, search_path, including=()))
     _check_names(read)
     _check_values(read)
 

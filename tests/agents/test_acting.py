@@ -1,0 +1,127 @@
+"""Acting for a batch gives what the policy gives, and keeps its state per environment."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from tf_agents.networks import actor_distribution_rnn_network
+from tf_agents.policies import actor_policy, greedy_policy, tf_policy
+from tf_agents.specs import array_spec, tensor_spec
+from tf_agents.trajectories import policy_step
+from tf_agents.trajectories import time_step as ts
+
+from actorlearner.agents.acting import CompiledActing, RandomActing
+from actorlearner.experiment import load_experiment
+
+OBSERVATION = tensor_spec.TensorSpec((3,), tf.float32)
+ACTION = tensor_spec.BoundedTensorSpec((2,), tf.float32, -1.0, 1.0)
+SPEC = ts.time_step_spec(OBSERVATION)
+
+
+def observe(*observations):
+    return [ts.transition(np.full(3, value, np.float32), reward=np.float32(0)) for value in observations]
+
+
+def test_a_batch_acts_as_the_policy_itself_does():
+    """A batch that mixes up its environments still learns something, only worse."""
+    experiment = load_experiment("dqn_cartpole", seed=1)
+    agent, _ = experiment.make_agent()
+    random = np.random.default_rng(0)
+    for variable in agent.policy.variables():
+        variable.assign(random.normal(size=variable.shape))
+    observations = random.normal(size=(30, 4)).astype(np.float32)
+    time_steps = [ts.transition(observation, reward=np.float32(0)) for observation in observations]
+    batched = experiment.make_acting(agent.policy, 30).act(time_steps)
+    one_by_one = experiment.make_acting(agent.policy, 1)
+    expected = [int(one_by_one.act([time_step])[0].action) for time_step in time_steps]
+    direct = agent.policy.action(tf.nest.map_structure(lambda *x: tf.stack(x), *time_steps)).action
+    assert [int(step.action) for step in batched] == expected == direct.numpy().tolist()
+    assert len(set(expected)) == 2, "all actions alike show nothing"
+    assert all(step.action.shape == () and step.state == () for step in batched)
+
+
+def test_new_weights_act_without_compiling_anew():
+    """Weights that were baked into the compiled call would make every evaluation one of the first policy."""
+    experiment = load_experiment("dqn_cartpole", seed=1)
+    agent, _ = experiment.make_agent()
+    acting = experiment.make_acting(agent.policy, 1)
+    time_step = ts.transition(np.zeros(4, np.float32), reward=np.float32(0))
+    last_bias = agent.policy.variables()[-1]
+    for best in (0, 1, 0):
+        last_bias.assign([10.0 * (best == 0), 10.0 * (best == 1)])
+        assert int(acting.act([time_step])[0].action) == best
+
+
+class Counting(tf_policy.TFPolicy):
+    """Its action is the number of its calls since the episode began, kept in its state."""
+
+    def __init__(self):
+        counts = tensor_spec.BoundedTensorSpec((2,), tf.float32, 0.0, 100.0)
+        super().__init__(SPEC, counts, policy_state_spec={"calls": tensor_spec.TensorSpec((1,), tf.float32)})
+
+    def _action(self, time_step, policy_state, seed):
+        calls = policy_state["calls"] + 1
+        return policy_step.PolicyStep(tf.tile(calls, [1, 2]), {"calls": calls}, ())
+
+    def _distribution(self, time_step, policy_state):
+        raise NotImplementedError
+
+    def _variables(self):
+        return []
+
+
+def test_state_is_kept_per_environment_and_begins_anew_with_an_episode():
+    """A recurrent policy that remembers the episode before acts on what is no longer so."""
+    acting = CompiledActing(Counting(), 2)
+    first, middle = ts.restart(np.zeros(3, np.float32)), observe(0)[0]
+
+    def calls(*time_steps):
+        return [float(step.action[0]) for step in acting.act(time_steps)]
+
+    assert calls(first, first) == [1, 1]
+    assert calls(middle, middle) == [2, 2]
+    assert calls(first, middle) == [1, 3]
+    assert calls(middle, middle) == [2, 4]
+
+
+def test_a_recurrent_network_acts_as_the_policy_itself_does():
+    """Its state is a nest of several tensors."""
+    network = actor_distribution_rnn_network.ActorDistributionRnnNetwork(
+        OBSERVATION, ACTION, input_fc_layer_params=(4,), lstm_size=(5,), output_fc_layer_params=None
+    )
+    policy = greedy_policy.GreedyPolicy(actor_policy.ActorPolicy(SPEC, ACTION, network))
+    acting = CompiledActing(policy, 2)
+    state = policy.get_initial_state(2)
+    for time_steps in ([ts.restart(np.full(3, value, np.float32)) for value in (1, 2)], observe(3, 4), observe(5, 6)):
+        expected = policy.action(tf.nest.map_structure(lambda *x: tf.stack(x), *time_steps), state)
+        state = expected.state
+        actions = np.stack([step.action for step in acting.act(time_steps)])
+        np.testing.assert_allclose(actions, expected.action.numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_random_actions_stay_within_the_spec_and_reach_its_ends(dtype):
+    """An action out of bounds crashes some simulators; one that never reaches them explores too little."""
+    array_action = array_spec.BoundedArraySpec((2,), dtype, minimum=-2, maximum=3)
+    info = {"log_probability": array_spec.ArraySpec((), np.float32)}
+    acting = RandomActing(tensor_spec.to_array_spec(SPEC), array_action, info, seed=3)
+    steps = [step for _ in range(300) for step in acting.act(observe(0, 0))]
+    actions = np.stack([step.action for step in steps])
+    assert actions.dtype == dtype
+    assert actions.min() >= -2
+    assert actions.max() <= 3
+    assert actions.min() < -1.8
+    assert actions.max() > 2.8
+    assert steps[0].info == {"log_probability": 0.0}
+
+
+def test_random_actions_are_those_of_their_seed():
+    """A run that cannot be repeated cannot be debugged."""
+
+    def actions(seed):
+        acting = RandomActing(tensor_spec.to_array_spec(SPEC), tensor_spec.to_array_spec(ACTION), (), seed)
+        return np.stack([step.action for step in acting.act(observe(0, 0, 0))]).tolist()
+
+    assert actions(1) == actions(1)
+    assert actions(1) != actions(2)

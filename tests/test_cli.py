@@ -1,0 +1,105 @@
+"""The door: every subcommand explains itself, and wrong flags end it at once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import actorlearner
+from actorlearner import cli
+
+COMMANDS = ["train", "replay-server", "learner", "collect-actor", "eval-actor", "video", "report"]
+ROLES = ["replay-server", "learner", "collect-actor", "eval-actor"]
+SOURCE_ROOT = Path(actorlearner.__file__).parent.parent
+
+
+def run(*arguments, cwd=None):
+    return subprocess.run(
+        [sys.executable, "-m", "actorlearner", *arguments],
+        env={**os.environ, "PYTHONPATH": str(SOURCE_ROOT)},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_the_list_of_commands_is_complete(capsys):
+    """A command that --help leaves out does not exist."""
+    with pytest.raises(SystemExit) as raised:
+        cli.main(["--help"])
+    assert raised.value.code == 0
+    text = capsys.readouterr().out
+    listed = [line.split()[0] for line in text.partition("COMMAND\n")[2].splitlines() if line[4] != " "]
+    assert listed == COMMANDS
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, capsys):
+    """A % in a help text ends --help in a traceback."""
+    with pytest.raises(SystemExit) as raised:
+        cli.main([command, "--help"])
+    assert raised.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: actorlearner {command} ")
+
+
+@pytest.mark.parametrize("command", ROLES)
+def test_every_role_takes_the_same_flags(command):
+    """One command line with another first word starts the next role: that is how launchers are written."""
+    arguments = cli.make_parser().parse_args(
+        [
+            command, "sac_minitaur", "--replay_address=a:1", "--variables_address=b:2", "--task=3", "--seed=4",
+            "--gin_bindings=train.batch_size = 1", "--gin_bindings=train.log_interval = 2", "--root_dir=/x",
+            "--peer_patience_secs=5",
+        ]
+    )  # fmt: skip
+    assert arguments.gin_bindings == ["train.batch_size = 1", "train.log_interval = 2"]
+    assert (arguments.replay_address, arguments.variables_address, arguments.task) == ("a:1", "b:2", 3)
+
+
+def test_the_version_is_the_packages(capsys):
+    """A bug report needs it."""
+    with pytest.raises(SystemExit) as raised:
+        cli.main(["--version"])
+    assert raised.value.code == 0
+    assert capsys.readouterr().out == f"actorlearner {actorlearner.__version__}\n"
+
+
+def test_a_command_is_needed(capsys):
+    """Without one argparse does nothing and exits 0, if it is let."""
+    with pytest.raises(SystemExit) as raised:
+        cli.main([])
+    assert raised.value.code == 2
+    assert "COMMAND" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--replay_address=nowhere", "error: --replay_address = 'nowhere': expected HOST:PORT"),
+        ("--task=-1", "error: --task = -1: expected 0 for the first of its kind"),
+    ],
+)
+def test_a_role_with_a_wrong_address_ends_before_tensorflow_is_imported(flag, message):
+    """Seconds of importing before a typing error shows are what makes people hate a command."""
+    start = time.monotonic()
+    ended = run("collect-actor", "sac_minitaur", flag)
+    assert ended.returncode == 64
+    assert message in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert time.monotonic() - start < 30
+
+
+@pytest.mark.parametrize("command", ["report", "video"])
+def test_a_tool_on_what_is_no_run_says_so(command, tmp_path):
+    """The traceback of a missing file names a file that the user has never heard of."""
+    ended = run(command, str(tmp_path / "nowhere"))
+    assert ended.returncode == 64
+    assert ended.stderr.count("error: ") == 1
+    assert str(tmp_path / "nowhere") in ended.stderr
+    assert "Traceback" not in ended.stderr

@@ -1,0 +1,168 @@
+"""The ledger of evaluations: each train step once, the best policy's weights kept."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import portpicker
+import pytest
+import tensorflow as tf
+
+from actorlearner import variable_container
+from actorlearner.evaluations import EvaluationLedger
+from actorlearner.reports import EvaluationResult
+from actorlearner.variable_container import EvaluationRequests, Purpose, Snapshot
+
+VARIABLES = [tf.Variable([0.0, 0.0]), tf.Variable(0.0)]
+
+
+def snapshot(step):
+    return Snapshot(step, step, [np.full(2, step, np.float32), np.float32(step)])
+
+
+def result(step, average_return=0.0):
+    return EvaluationResult(
+        train_step=step,
+        version=step,
+        purpose=int(Purpose.PERIODIC),
+        average_return=average_return,
+        average_episode_length=5.0,
+        min_episode_length=4,
+        num_episodes=20,
+        wall_secs=1.0,
+        task=0,
+    )
+
+
+@pytest.fixture
+def address(serve):
+    return f"localhost:{serve(variable_container.make_tables(VARIABLES)).port}"
+
+
+def make(address, folder):
+    return EvaluationLedger(EvaluationRequests(address), folder)
+
+
+def take(address):
+    request = variable_container.take_evaluation(address, VARIABLES)
+    return request and (request.snapshot.train_step, request.purpose)
+
+
+def kept(folder):
+    return sorted(int(path.stem) for path in folder.glob("*.npz"))
+
+
+def test_each_train_step_is_requested_and_recorded_once(address, tmp_path):
+    """Two points at one train step, from two eval actors, make a curve that nobody can read."""
+    ledger = make(address, tmp_path)
+    ledger.request(snapshot(10))
+    ledger.request(snapshot(10))
+    assert ledger.pending() == [10]
+    assert take(address) == (10, Purpose.PERIODIC)
+    assert take(address) is None
+    entry = ledger.record(result(10, 2.0), environment_steps=77)
+    assert entry == {
+        "train_step": 10,
+        "environment_steps": 77,
+        "average_return": 2.0,
+        "average_episode_length": 5.0,
+        "min_episode_length": 4,
+        "num_episodes": 20,
+        "wall_secs": 1.0,
+    }
+    assert ledger.record(result(10, 3.0), environment_steps=78) is None
+    ledger.request(snapshot(10))
+    assert take(address) is None
+    assert ledger.results() == [entry]
+    assert ledger.pending() == []
+
+
+def test_only_the_best_policys_weights_stay_on_disk(address, tmp_path):
+    """A run of a thousand evaluations would keep a thousand copies of the weights."""
+    ledger = make(address, tmp_path)
+    for step, average_return in ((0, 1.0), (10, 5.0), (20, 3.0)):
+        ledger.request(snapshot(step))
+        ledger.record(result(step, average_return), 0)
+    assert kept(tmp_path) == [10]
+    best = ledger.best()
+    assert best.train_step == 10
+    assert [np.asarray(value).tolist() for value in best.variables] == [[10.0, 10.0], 10.0]
+    assert ledger.newest()["train_step"] == 20
+
+
+def test_of_equals_the_later_is_the_best(address, tmp_path):
+    """Where many policies reach the highest return, the one that trained longest is the safest."""
+    ledger = make(address, tmp_path)
+    for step in (0, 10, 20):
+        ledger.request(snapshot(step))
+    for step in (0, 20, 10):  # as two eval actors may finish
+        ledger.record(result(step, 7.0), 0)
+    assert ledger.best().train_step == 20
+    assert kept(tmp_path) == [20]
+
+
+def test_weights_stay_while_their_result_is_awaited(address, tmp_path):
+    """They may turn out to be the best."""
+    ledger = make(address, tmp_path)
+    ledger.request(snapshot(0))
+    ledger.request(snapshot(10))
+    ledger.record(result(0, 9.0), 0)
+    assert kept(tmp_path) == [0, 10]
+    assert ledger.best().train_step == 0
+
+
+def test_results_and_best_weights_survive_a_restart(address, tmp_path):
+    """A restarted learner would otherwise evaluate again, and hand over a worse policy."""
+    ledger = make(address, tmp_path)
+    for step, average_return in ((0, 1.0), (10, 8.0), (20, 2.0)):
+        ledger.request(snapshot(step))
+        ledger.record(result(step, average_return), step)
+    again = make(address, tmp_path)
+    assert again.results() == ledger.results()
+    assert again.best().train_step == 10
+    while take(address):
+        pass
+    again.request(snapshot(10))
+    assert take(address) is None
+
+
+def test_the_delivered_policys_result_is_no_point_of_the_curve(address, tmp_path):
+    """It has the train step of a point that is there already."""
+    ledger = make(address, tmp_path)
+    ledger.request(snapshot(10))
+    ledger.record(result(10, 2.0), 0)
+    ledger.request(ledger.best(), Purpose.DELIVERED)
+    assert [take(address), take(address)] == [(10, Purpose.PERIODIC), (10, Purpose.DELIVERED)]
+    assert ledger.delivered() is None
+    delivered = dataclasses.replace(result(10, 2.5), purpose=int(Purpose.DELIVERED))
+    assert ledger.record(delivered, 0) is None
+    assert ledger.delivered() == delivered
+    assert [entry["average_return"] for entry in ledger.results()] == [2.0]
+
+
+def test_a_ledger_without_results_has_no_best(address, tmp_path):
+    """The learner asks at the end, also of a run that evaluates nothing."""
+    ledger = make(address, tmp_path)
+    assert ledger.best() is None
+    assert ledger.newest() is None
+    assert ledger.results() == []
+
+
+def test_a_request_made_while_the_server_is_away_is_sent_later(serve, tmp_path, eventually):
+    """The point would be missing from the curve."""
+    port = portpicker.pick_unused_port()
+    ledger = make(f"localhost:{port}", tmp_path)
+    ledger.request(snapshot(0))
+    ledger.request(snapshot(10))
+    serve(variable_container.make_tables(VARIABLES), port)
+
+    steps = set()
+
+    def both_arrived():  # perhaps twice: a row whose confirmation was late counts as not sent
+        ledger.send_unsent()
+        taken = take(f"localhost:{port}")
+        steps.update(taken[:1] if taken else ())
+        return steps == {0, 10}
+
+    eventually(both_arrived, secs=90)

@@ -1,0 +1,151 @@
+"""Who may import whom: the arrows of the design, read from the code's own imports."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import actorlearner
+
+PACKAGE = Path(actorlearner.__file__).parent
+
+# For each layer, the layers whose modules it may import; "*" may import anything.
+MAY_IMPORT = {
+    "cli": {"*"},
+    "local": {"*"},
+    "__main__": {"cli", "supported_platform"},
+    "__init__": set(),
+    "supported_platform": set(),
+    "runtime": {"runtime"},
+    "cluster": set(),
+    "variable_container": {"runtime"},
+    "replay": {"replay", "runtime"},
+    "agents.base": {"runtime"},
+    "agents.acting": set(),
+    "agents": {"agents.base"},
+    "environments.batch": set(),
+    "environments": {"environments"},
+    "experiment": {"agents.base", "agents.acting", "environments.batch", "replay", "variable_container", "runtime"},
+    # What the roles share: the run's files and the messages between actors and learner.
+    "reports": {"variable_container", "runtime"},
+    "evaluations": {"reports", "variable_container", "runtime"},
+    "run_directory": {"runtime"},
+    "roles": {
+        "cluster",
+        "environments.batch",
+        "evaluations",
+        "experiment",
+        "replay",
+        "reports",
+        "run_directory",
+        "runtime",
+        "variable_container",
+    },
+    "tools": {"cluster", "experiment", "replay", "run_directory", "runtime", "variable_container"},
+}
+
+# Folders whose modules must not import one another.
+STRANGERS = ("roles", "agents")
+
+# Concrete suites and algorithms are named in gin files only; a suite may build on another one.
+NAMED_IN_GIN_ONLY = ("agents.sac", "agents.dqn", "environments.gym", "environments.pybullet")
+
+HEAVY = {"tensorflow", "reverb", "tf_agents", "gin", "numpy", "gym", "pybullet", "matplotlib"}
+
+
+def module_name(path: Path) -> str:
+    name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    return name[: -len(".__init__")] if name.endswith(".__init__") else name
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def layer_of(module: str) -> str:
+    """Returns the key of MAY_IMPORT that `module`, a name below the package, belongs to: the longest that fits."""
+    fitting = [layer for layer in MAY_IMPORT if module == layer or module.startswith(layer + ".")]
+    assert fitting, f"{module} belongs to no layer: give it one in this test and in the design"
+    return max(fitting, key=len)
+
+
+def imports_of(module: str) -> set[str]:
+    """Returns what `module` imports of the package, also inside functions; names below the package."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{module}: relative imports hide what is imported"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            head, _, below = name.partition(".")
+            while head == "actorlearner" and below:
+                if below in MODULES:
+                    found.add(below)
+                    break
+                below = below.rpartition(".")[0]
+    return found
+
+
+def test_the_imports_are_read():
+    """A test that reads nothing finds nothing."""
+    assert {"runtime.messages", "runtime.lifecycle", "variable_container"} <= imports_of("roles.eval_actor")
+    assert "roles.learner" in imports_of("cli")  # inside a function
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_what_its_layer_may(module):
+    """Arrows that point both ways are how a system of parts becomes one lump."""
+    allowed = MAY_IMPORT[layer_of(module)]
+    forbidden = {name for name in imports_of(module) if layer_of(name) not in allowed and "*" not in allowed}
+    assert not forbidden, f"{module} (layer '{layer_of(module)}') must not import {', '.join(sorted(forbidden))}"
+
+
+@pytest.mark.parametrize("folder", STRANGERS)
+def test_neighbours_do_not_know_each_other(folder):
+    """Nodes meet only at edges: a role that imports another cannot be started without it."""
+    shared = {"agents.base", "agents.acting"}
+    for module in (name for name in MODULES if name.startswith(folder + ".")):
+        neighbours = {name for name in imports_of(module) if name.startswith(folder + ".")} - shared
+        assert not neighbours, f"{module} must not import {', '.join(sorted(neighbours))}"
+
+
+def test_algorithms_and_suites_are_named_in_gin_files_only():
+    """A new algorithm must be one Python file and one gin file, and no existing line."""
+    for module in MODULES:
+        named = imports_of(module) & set(NAMED_IN_GIN_ONLY)
+        if layer_of(module) == "environments":
+            continue
+        assert not named, f"{module} must not name {', '.join(sorted(named))}"
+
+
+def heavy_modules_after(code: str) -> set[str]:
+    report = f"import sys\n{code}\nprint('imported', *sorted(set(sys.modules) & {HEAVY!r}))"
+    ended = subprocess.run(
+        [sys.executable, "-c", report],
+        env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    last = ended.stdout.splitlines()[-1].split() if ended.stdout else []
+    assert ended.returncode == 0 and last[0] == "imported", ended.stderr
+    return set(last[1:])
+
+
+def test_train_imports_nothing_heavy():
+    """The launcher is on the screen within a second, and costs no memory beside the roles."""
+    assert heavy_modules_after("from actorlearner import cli, local; cli.make_parser()") == set()
+
+
+@pytest.mark.parametrize("module", ["cluster", "run_directory", "runtime.lifecycle", "runtime.telemetry"])
+def test_what_the_door_needs_before_a_role_starts_is_light(module):
+    """A wrong flag must be answered before TensorFlow is imported."""
+    assert heavy_modules_after(f"import actorlearner.{module}") == set()
