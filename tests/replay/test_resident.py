@@ -1,0 +1,258 @@
+"""The learner's own replay: which windows it holds, how it draws them, and how it keeps samples per insert."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import reverb
+import tensorflow as tf
+from tf_agents.agents.dqn import dqn_agent
+from tf_agents.networks import sequential
+from tf_agents.replay_buffers import reverb_replay_buffer, reverb_utils
+from tf_agents.specs import array_spec, tensor_spec
+from tf_agents.trajectories import StepType, time_step, trajectory
+
+from actorlearner.replay.resident import EXPERIENCE_TABLE, STREAM_TABLE, Mirror, ResidentReplay
+
+RANDOM = -1
+
+
+@pytest.fixture(scope="module")
+def spec():
+    """The collect data spec of a DQN agent with one observation: the number of the step."""
+    observation = array_spec.BoundedArraySpec((1,), np.float32, -1e9, 1e9)
+    action = tensor_spec.from_spec(array_spec.BoundedArraySpec((), np.int64, 0, 1))
+    network = sequential.Sequential([tf.keras.layers.Dense(2)])
+    agent = dqn_agent.DqnAgent(
+        tensor_spec.from_spec(time_step.time_step_spec(observation)),
+        action,
+        network,
+        tf.keras.optimizers.Adam(1e-3),
+        train_step_counter=tf.Variable(0, dtype=tf.int64),
+    )
+    return agent.collect_data_spec
+
+
+def episode(first: int, num_environment_steps: int) -> list[trajectory.Trajectory]:
+    """Returns an episode's steps and its boundary; observations are `first`, `first + 1`, ..."""
+    steps = []
+    for number in range(num_environment_steps + 1):
+        is_boundary = number == num_environment_steps
+        step_type = StepType.FIRST if number == 0 else StepType.LAST if is_boundary else StepType.MID
+        next_type = (
+            StepType.FIRST if is_boundary else StepType.LAST if number == num_environment_steps - 1 else StepType.MID
+        )
+        steps.append(
+            trajectory.Trajectory(
+                step_type=np.int32(step_type),
+                observation=np.array([first + number], np.float32),
+                action=np.int64(number % 2),
+                policy_info=(),
+                next_step_type=np.int32(next_type),
+                reward=np.float32(1.0),
+                discount=np.float32(0.0 if next_type == StepType.LAST else 1.0),
+            )
+        )
+    return steps
+
+
+def write(sink, steps, acted_at=RANDOM):
+    for step in steps:
+        sink.append(step, acted_at)
+        assert not sink.is_blocked()
+
+
+def as_chunk(steps, acted_at=RANDOM):
+    stacked = tf.nest.map_structure(lambda *leaves: np.stack(leaves), *steps)
+    return {"acted_at": np.full(len(steps), acted_at), "step": stacked}
+
+
+def held_windows(mirror: Mirror, num_draws: int = 4_000) -> set[tuple[float, ...]]:
+    drawn, _ = mirror.draw(num_draws)
+    return {tuple(window) for window in drawn.observation.numpy()[..., 0]}
+
+
+@pytest.fixture
+def replay():
+    return ResidentReplay(replay_buffer_capacity=1_000, chunk_length=8, stream_length=4)
+
+
+@pytest.fixture
+def address(serve, replay, spec):
+    tables = replay.make_tables(spec, batch_size=4, initial_collect_steps=0, samples_per_insert=1.0)
+    return f"localhost:{serve(tables).port}"
+
+
+def make_source(replay, address, spec, *, num_steps=2, batch_size=4, initial=10, ratio=4.0):
+    return replay.make_source(
+        address,
+        spec,
+        num_steps=num_steps,
+        batch_size=batch_size,
+        initial_collect_steps=initial,
+        samples_per_insert=ratio,
+        strategy=tf.distribute.get_strategy(),
+    )
+
+
+@pytest.mark.parametrize("num_steps", [2, 4])
+def test_the_mirror_holds_the_windows_that_a_stock_table_holds_as_items(
+    serve, replay, address, spec, eventually, num_steps
+):
+    """A window lost or doubled at a chunk's edge, or over an episode's end, would train on what nobody saw."""
+    episodes = [episode(100, 3), episode(200, 25), episode(300, 1), episode(400, 8)]
+    sink = replay.make_sink(address, num_steps)
+    source = make_source(replay, address, spec, num_steps=num_steps, initial=1)
+    source.restore({})
+    table = reverb.Table(
+        "stock",
+        sampler=reverb.selectors.Fifo(),
+        remover=reverb.selectors.Fifo(),
+        max_size=1_000,
+        max_times_sampled=1,
+        rate_limiter=reverb.rate_limiters.MinSize(1),
+        signature=tensor_spec.add_outer_dim(spec),
+    )
+    stock_address = f"localhost:{serve([table]).port}"
+    observer = reverb_utils.ReverbAddTrajectoryObserver(
+        reverb.Client(stock_address), "stock", sequence_length=num_steps
+    )
+    for steps in episodes:
+        write(sink, steps)
+        for step in steps:
+            observer(step)
+    observer.close()
+
+    num_items = reverb.Client(stock_address).server_info(timeout=5)["stock"].current_size
+    buffer = reverb_replay_buffer.ReverbReplayBuffer(spec, "stock", num_steps, server_address=stock_address)
+    items = iter(buffer.as_dataset(num_steps=num_steps, single_deterministic_pass=True))
+    expected = {tuple(next(items)[0].observation.numpy()[:, 0]) for _ in range(num_items)}
+    eventually(lambda: source.is_ready() and source.counts()["inserts"] == num_items)
+    assert held_windows(source._mirror) == expected
+    source.close()
+
+
+def test_a_drawn_batch_is_what_the_stock_pipeline_gives_for_the_same_windows(spec):
+    """A column gathered from the wrong row, or cast on the way, would train the agent on noise without a word."""
+    steps = episode(0, 20)
+    mirror = Mirror(spec, num_steps=3, capacity=100)
+    mirror.add([as_chunk(steps[:12], acted_at=5), as_chunk(steps[10:], acted_at=7)])
+    batch, acted_at = mirror.gather(tf.constant([0, 9, 10, 18], tf.int64))
+    expected = [steps[start : start + 3] for start in (0, 9, 10, 18)]
+    for row, window in enumerate(expected):
+        stacked = tf.nest.map_structure(lambda *leaves: np.stack(leaves), *window)
+        tf.nest.map_structure(lambda a, b, row=row: np.testing.assert_array_equal(a[row], b), batch, stacked)
+    assert acted_at.numpy().tolist() == [5, 5, 7, 7]
+
+
+def test_windows_are_drawn_uniformly(spec):
+    """Favouring short or long chunks would weigh episodes by their length."""
+    tf.random.set_seed(1)
+    mirror = Mirror(spec, num_steps=2, capacity=1_000)
+    mirror.add([as_chunk(episode(first, length)) for first, length in ((0, 3), (100, 40), (200, 7))])
+    num_draws = 200_000
+    drawn, _ = mirror.draw(num_draws)
+    starts, counts = np.unique(drawn.observation.numpy()[:, 0, 0], return_counts=True)
+    assert len(starts) == mirror.num_windows == 50
+    expected = num_draws / 50
+    chi_squared = float(((counts - expected) ** 2 / expected).sum())
+    assert chi_squared < 85.4  # 49 degrees of freedom, one in a thousand
+
+
+def test_the_oldest_chunks_leave_and_their_windows_are_never_drawn_again(spec):
+    """A ring that is overwritten under windows still in the list would mix two episodes in one window."""
+    mirror = Mirror(spec, num_steps=2, capacity=60)
+    for first in range(0, 200_000, 1_000):
+        mirror.add([as_chunk(episode(first, 9))])
+        assert mirror.num_windows <= 60
+        windows = held_windows(mirror, 500)
+        assert all(second == start + 1 for start, second in windows)
+        assert min(start for start, _ in windows) >= first - 6_000
+
+
+def test_the_learner_waits_for_actors_when_it_is_ahead(replay, address, spec, eventually):
+    """With too many updates per step a replay is overfitted; ml-agents and sheeprl both had the ratio wrong."""
+    sink = replay.make_sink(address, 2)
+    source = make_source(replay, address, spec, initial=10, ratio=4.0, batch_size=4)  # one update a window
+    source._error_buffer = 80.0  # twenty updates
+    source.restore({})
+    assert source.allow(50) == 0
+    write(sink, episode(0, 20))
+    eventually(lambda: source.is_ready() and source.counts()["inserts"] == 20)
+    assert source.allow(50) == 30  # 20 - 10 windows, and twenty updates of slack
+    source.note_updates(30)
+    assert source.allow(50) == 0
+    write(sink, episode(100, 5))
+    eventually(lambda: source.allow(50) == 5)
+    source.close()
+
+
+def test_actors_wait_for_the_learner_when_they_are_ahead(replay, address, spec, eventually):
+    """Without back-pressure actors flood the server, and samples per insert means nothing."""
+    sink = replay.make_sink(address, 2)
+    source = make_source(replay, address, spec, initial=10, ratio=4.0, batch_size=4)
+    source._error_buffer = 40.0
+    source.restore({})
+    blocked_after = None
+    for number in range(100):
+        for step in episode(1_000 * number, 7):
+            sink.append(step, RANDOM)
+            if sink.is_blocked():
+                blocked_after = number
+                break
+        source.is_ready()
+        if blocked_after is not None:
+            break
+    # 20 windows are taken in, then a few chunks of 7 wait in the queue and on their way.
+    assert blocked_after is not None and blocked_after < 15
+    source.allow(1)
+    source.note_updates(100)
+    eventually(lambda: source.is_ready() and not sink.is_blocked())
+    source.close()
+
+
+def test_a_restarted_learner_gets_its_replay_back_from_the_server(replay, address, spec, eventually):
+    """Others lose their replay on resume (tensorflow/agents#475, open since 2020)."""
+    sink = replay.make_sink(address, 2)
+    first = make_source(replay, address, spec, initial=10, ratio=1.0)
+    first.restore({})
+    for number in range(20):
+        write(sink, episode(100 * number, 12))
+        first.is_ready()
+    eventually(lambda: first.is_ready() and first.counts()["inserts"] == 240)
+    first.note_updates(10)
+    first.close()
+
+    second = make_source(replay, address, spec, initial=10, ratio=1.0)
+    second.restore(first.counts())
+    assert second.is_ready()
+    assert held_windows(second._mirror, 20_000) == held_windows(first._mirror, 20_000)
+    assert second.counts() == first.counts() == {"inserts": 240, "samples": 40}
+    second.close()
+
+
+def test_both_tables_hold_each_chunk(replay, address, spec):
+    """What reached the learner alone could not come back from the server."""
+    sink = replay.make_sink(address, 2)
+    write(sink, episode(0, 20))
+    info = reverb.Client(address).server_info(timeout=5)
+    assert info[EXPERIENCE_TABLE].current_size == info[STREAM_TABLE].current_size == 3
+
+
+def test_a_crashed_episode_gives_no_window_over_the_crash(replay, address, spec, eventually):
+    """A step from before the crash followed by one of the fresh environment is a transition that never was."""
+    sink = replay.make_sink(address, 2)
+    source = make_source(replay, address, spec, initial=1)
+    source.restore({})
+    write(sink, episode(0, 30)[:11])  # one chunk of 8 went out
+    sink.drop_episode()
+    write(sink, episode(500, 4))
+    eventually(lambda: source.is_ready() and source.counts()["inserts"] == 7 + 4)
+    assert all(second == start + 1 for start, second in held_windows(source._mirror))
+    source.close()
+
+
+def test_a_capacity_below_the_warm_up_is_refused():
+    """Training would wait for ever."""
+    with pytest.raises(ValueError, match=r"replay_buffer_capacity = 10 .*initial_collect_steps = 20"):
+        ResidentReplay(replay_buffer_capacity=10).check(initial_collect_steps=20)
