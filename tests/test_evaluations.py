@@ -18,7 +18,7 @@ VARIABLES = [tf.Variable([0.0, 0.0]), tf.Variable(0.0)]
 
 
 def snapshot(step):
-    return Snapshot(step, step, [np.full(2, step, np.float32), np.float32(step)])
+    return Snapshot(step, step, [np.full(2, step, np.float32), np.array(step, np.float32)])
 
 
 def result(step, average_return=0.0):

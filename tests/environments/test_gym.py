@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from tf_agents.environments import utils
@@ -12,7 +14,7 @@ from actorlearner.environments.gym import GymEnvironment
 def play(environment, policy, limit=10_000):
     """Returns the time steps of one episode, without its first."""
     time_step = environment.reset()
-    steps = []
+    steps: list[Any] = []
     while not time_step.is_last() and len(steps) < limit:
         time_step = environment.step(policy(time_step))
         steps.append(time_step)
