@@ -99,7 +99,7 @@ CASES = {
     "server_of_another_experiment": Case(
         ["collect-actor", "sac_minitaur", "--replay_address=localhost:{cartpole_port}"],
         ExitCode.DATA,
-        (r"belongs to another experiment", r"observation: .*\b4\].*\b28\]", r"Start the replay server with the same"),
+        (r"belongs to another experiment", r"observation: .*\b4\].*\b28\]", r"Start the replay server with"),
     ),
     "unknown_environment": Case(
         ["replay-server", "dqn_cartpole", "--port={free_port}", *bind("gym_environment.env_name = 'CartPole-v7'")],
@@ -237,6 +237,7 @@ def test_a_mistake_ends_the_command_with_one_clear_message(name: str, endings, s
     exit_code, stderr, output = endings[name].result(START_SECS * len(CASES))
     assert exit_code == case.exit_code, output
     assert "Traceback" not in output
+    assert "In call to configurable" not in stderr, "gin's words for programmers"
     assert len(re.findall("^error: ", stderr, re.MULTILINE)) == 1, stderr
     message = stderr[stderr.index("error: ") :]
     for pattern in case.says:

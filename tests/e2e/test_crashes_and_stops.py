@@ -32,9 +32,9 @@ def troubled_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pat
     with Processes(folder) as processes:
         train = processes.start(
             "train", "crashing.gin", "--root_dir=run", "--seed=1", "--num_video_episodes=0",
-            *bind(*TINY, "train.num_iterations = 400", "train.eval_interval = 400", "train.policy_save_interval = 400"),
+            *bind(*TINY, "train.num_iterations = 1200", "train.eval_interval = 1200", "train.policy_save_interval = 1200"),
         )  # fmt: skip
-        # 350 steps more are far beyond what the rate limiter grants the learner without an actor.
+        # 1,150 steps more are far beyond what the rate limiter grants the learner without an actor.
         train.await_line("train step 50:")
         (pid,) = role_pids(folder / "run")["collect-actor-0"]
         os.kill(pid, signal.SIGKILL)
@@ -47,7 +47,7 @@ def test_a_killed_collect_actor_is_started_again_and_training_ends(troubled_run)
     assert exit_code == 0, train.output
     assert re.search(r"collect-actor-0 was killed by SIGKILL; starting it again", train.output)
     assert len(role_pids(root_dir)["collect-actor-0"]) == 2
-    assert json.loads((root_dir / "summary.json").read_text())["train_steps"] == 400
+    assert json.loads((root_dir / "summary.json").read_text())["train_steps"] == 1200
 
 
 def test_the_restarted_actor_makes_no_random_steps_of_its_own(troubled_run):

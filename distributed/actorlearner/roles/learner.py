@@ -272,7 +272,8 @@ class TrainingLoop:
                 step, scalars = self._call(step)
                 self._record.note_train_step(step)
                 now = time.monotonic()
-                if now - published_at >= publish_interval_secs or self._is_evaluation_due(step):
+                is_last = step == self._schedule.num_iterations
+                if is_last or now - published_at >= publish_interval_secs or self._is_evaluation_due(step):
                     published_at = now
                     self._publish(step)
                 if scalars is not None and step % self._schedule.log_interval == 0:

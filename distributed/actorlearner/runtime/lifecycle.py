@@ -40,6 +40,7 @@ class RoleError(Exception):
 
     def __init__(self, message: str, exit_code: ExitCode):
         super().__init__(message)
+        self.message = message
         self.exit_code = exit_code
 
 
@@ -140,7 +141,8 @@ def run_to_exit(run: Callable[[Stop], ExitCode]) -> NoReturn:
     try:
         code = run(stop)
     except RoleError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # Not str(error): gin appends its own words about function addresses to whatever passes through a configurable.
+        print(f"error: {error.message}", file=sys.stderr)
         code = error.exit_code
     except Stopped as stopped:
         logging.info("%s", stopped)
