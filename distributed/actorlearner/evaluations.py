@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import threading
+import time
 import zipfile
 from pathlib import Path
 from typing import Any, Optional
@@ -16,24 +18,34 @@ from actorlearner.runtime.messages import Unreachable
 from actorlearner.variable_container import EvaluationRequest, EvaluationRequests, Purpose, Snapshot
 
 
+@dataclasses.dataclass
+class _Pending:
+    """A request whose result has not come back; `sent_at` is None until the queue has it."""
+
+    request: EvaluationRequest
+    sent_at: Optional[float] = None
+
+
 class EvaluationLedger:
     """Sends each due snapshot out once and keeps its weights on disk until it is known whether they are the best.
 
     Thread-safe: the learner's loop requests, its recorder thread records.
     """
 
-    def __init__(self, requests: EvaluationRequests, folder: Path):
+    def __init__(self, requests: EvaluationRequests, folder: Path, *, retry_secs: float = 900.0):
         """Args:
         requests: The queue that eval actors take from.
         folder: For the weights of snapshots, one file each, and the results known so far.
+        retry_secs: A request without a result is queued again after this time: its eval actor has died.
         """
         self._requests = requests
         self._folder = folder
+        self._retry_secs = retry_secs
         self._results_file = folder / "results.json"
         self._lock = threading.Lock()
         self._results: dict[int, dict[str, Any]] = self._read_results()
-        self._unsent: list[EvaluationRequest] = []
-        self._pending: set[int] = set()
+        self._pending: dict[int, _Pending] = {}
+        self._pending_delivered: Optional[_Pending] = None
         self._delivered: Optional[EvaluationResult] = None
 
     def _read_results(self) -> dict[int, dict[str, Any]]:
@@ -43,13 +55,15 @@ class EvaluationLedger:
 
     def request(self, snapshot: Snapshot, purpose: Purpose = Purpose.PERIODIC) -> None:
         """Queues a snapshot for evaluation; each train step once."""
+        pending = _Pending(EvaluationRequest(snapshot, purpose))
         with self._lock:
-            if purpose is Purpose.PERIODIC:
-                if snapshot.train_step in self._results or snapshot.train_step in self._pending:
-                    return
+            if purpose is Purpose.DELIVERED:
+                self._pending_delivered = pending
+            elif snapshot.train_step in self._results or snapshot.train_step in self._pending:
+                return
+            else:
                 np.savez(self._weights_file(snapshot.train_step), *snapshot.variables)
-                self._pending.add(snapshot.train_step)
-            self._unsent.append(EvaluationRequest(snapshot, purpose))
+                self._pending[snapshot.train_step] = pending
         self.send_unsent()
 
     def request_owed(self, train_step: int) -> None:
@@ -66,33 +80,44 @@ class EvaluationLedger:
                 if snapshot is None:  # half written, or of train steps that are to be done again
                     file.unlink()
                     continue
-                self._pending.add(step)
-                self._unsent.append(EvaluationRequest(snapshot, Purpose.PERIODIC))
+                self._pending[step] = _Pending(EvaluationRequest(snapshot, Purpose.PERIODIC))
         self.send_unsent()
 
     def send_unsent(self) -> None:
-        """Hands requests to the queue, again if its server was away; blocks at most about five seconds."""
+        """Hands requests to the queue, again if its server was away or nobody answered for `retry_secs`.
+
+        Blocks at most about five seconds.
+        """
+        now = time.monotonic()
         with self._lock:
-            unsent, self._unsent = self._unsent, []
-        for position, request in enumerate(unsent):
+            everything = [*self._pending.values(), *filter(None, [self._pending_delivered])]
+        for pending in everything:
+            if pending.sent_at is not None and now - pending.sent_at < self._retry_secs:
+                continue
+            train_step = pending.request.snapshot.train_step
+            if pending.sent_at is not None:
+                logging.warning(
+                    "no result of train step %d for %.0f s: evaluating it again", train_step, self._retry_secs
+                )
             try:
-                self._requests.put(request)
+                self._requests.put(pending.request)
             except Unreachable as error:
-                logging.warning("evaluation of train step %d not queued yet: %s", request.snapshot.train_step, error)
-                with self._lock:
-                    self._unsent = unsent[position:] + self._unsent
+                logging.warning("evaluation of train step %d not queued yet: %s", train_step, error)
                 return
+            pending.sent_at = now
 
     def record(self, result: EvaluationResult, environment_steps: int) -> Optional[dict[str, Any]]:
-        """Returns the result as summary.json lists it; None when it was there already, or is the delivered policy's."""
+        """Returns the result as summary.json lists it; None when it is not one that was waited for."""
         with self._lock:
             if result.is_delivered:
-                self._delivered = result
+                waited_for = self._pending_delivered
+                if waited_for is not None and waited_for.request.snapshot.train_step == result.train_step:
+                    self._delivered, self._pending_delivered = result, None
                 return None
-            if result.train_step in self._results:
+            if result.train_step not in self._pending:
                 return None
             best_before = self._best_train_step()
-            self._pending.discard(result.train_step)
+            del self._pending[result.train_step]
             self._results[result.train_step] = {
                 "train_step": result.train_step,
                 "environment_steps": environment_steps,

@@ -225,4 +225,6 @@ def load_experiment(name_or_path: str, gin_bindings: Sequence[str] = (), seed: i
         # gin fills in what is not given here.
         return Experiment(name=path.stem, seed=seed, schedule=Schedule())  # type: ignore[call-arg]
     except (TypeError, ValueError) as error:
-        raise RoleError(f"{path}: {error}", ExitCode.USAGE) from error
+        # gin adds where in its own machinery the error went through.
+        reason = str(error).split("\n  In call to configurable")[0]
+        raise RoleError(f"{path}: {reason}", ExitCode.USAGE) from error

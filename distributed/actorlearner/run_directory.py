@@ -13,9 +13,12 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import Any, Optional
+from typing import IO, Any, Optional
 
 from actorlearner.runtime.lifecycle import ExitCode, RoleError
+
+
+_HELD: list[IO[str]] = []
 
 
 class RunDirectory:
@@ -66,6 +69,7 @@ class RunDirectory:
         try:
             self.evaluated.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.root / ".learner.lock", "w")  # noqa: SIM115  (held until the process ends)
+            _HELD.append(self._lock)  # this object may go before the process does
         except OSError as error:
             raise self._cannot_write(error) from error
         try:

@@ -209,10 +209,11 @@ class Publisher:
         while not self._closing.wait(self._heartbeat_secs):
             try:
                 self._republish_if_lost()
+                self._send(timeout_secs=5.0)
             except Unreachable as error:
                 logging.debug("%s", error)
-                continue
-            self._send(timeout_secs=5.0)
+            except Exception:  # without its heartbeat every actor would take the learner for dead
+                logging.exception("publishing failed; trying again")
 
     def _republish_if_lost(self) -> None:
         size = messages.read_server_info(self.address, timeout_secs=5)[VARIABLES_TABLE].current_size
@@ -327,6 +328,8 @@ class Subscriber:
                     self._version = version
             except Unreachable as error:
                 logging.debug("%s", error)
+            except Exception:  # the actor would act on old weights for ever and never hear of the end
+                logging.exception("refreshing weights failed; trying again")
             self._closing.wait(self._refresh_interval_secs)
 
     def _is_newer(self, version: Version) -> bool:

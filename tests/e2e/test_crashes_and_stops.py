@@ -32,7 +32,8 @@ def troubled_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pat
     with Processes(folder) as processes:
         train = processes.start(
             "train", "crashing.gin", "--root_dir=run", "--seed=1", "--num_video_episodes=0",
-            *bind(*TINY, "train.num_iterations = 1200", "train.eval_interval = 1200", "train.policy_save_interval = 1200"),
+            *bind(*TINY, "train.num_iterations = 1200", "train.eval_interval = 1200"),
+            *bind("train.policy_save_interval = 1200"),
         )  # fmt: skip
         # 1,150 steps more are far beyond what the rate limiter grants the learner without an actor.
         train.await_line("train step 50:")

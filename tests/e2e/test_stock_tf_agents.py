@@ -195,7 +195,7 @@ def test_our_writer_makes_item_for_item_what_the_stock_observer_makes(num_steps:
     observer.close()
     sink = WindowSink(ours, num_steps, chunk_length=4, max_pending_items=16)
     for step in steps:
-        sink.append(step, acted_at=0.0)
+        sink.append(step, acted_at=0)
         assert not sink.is_blocked()
     sink.close(10.0)
 

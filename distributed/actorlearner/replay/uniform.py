@@ -100,7 +100,10 @@ class UniformReplay:
 
     def is_warm(self, address: str, initial_collect_steps: int) -> Optional[bool]:
         """Returns whether the table holds `initial_collect_steps` items. See `Replay.is_warm`."""
-        return read_server_info(address, timeout_secs=5)[REPLAY_TABLE].current_size >= initial_collect_steps
+        table = read_server_info(address, timeout_secs=5)[REPLAY_TABLE]
+        # A queue is emptied as it fills.
+        held = table.rate_limiter_info.insert_stats.completed if self.rate_limiter == "queue" else table.current_size
+        return held >= initial_collect_steps
 
     def _make_rate_limiter(
         self, batch_size: int, initial_collect_steps: int, samples_per_insert: float

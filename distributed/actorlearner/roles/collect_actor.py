@@ -23,6 +23,7 @@ from actorlearner.experiment import Experiment
 from actorlearner.replay.base import RANDOM_POLICY, TrajectorySink, await_tables
 from actorlearner.reports import CollectReport, Reporter
 from actorlearner.run_directory import RunDirectory
+from actorlearner.runtime.configuration import PositiveFloat
 from actorlearner.runtime.lifecycle import SAY_EVERY_SECS, ExitCode, RoleError, Stop, wait_until
 from actorlearner.runtime.messages import Unreachable
 from actorlearner.runtime.telemetry import Events, Rate
@@ -36,9 +37,9 @@ def run_collect_actor(
     root_dir: Path,
     stop: Stop,
     *,
-    refresh_interval_secs: float = 1.0,
-    report_interval_secs: float = 2.0,
-    events_interval_secs: float = 20.0,
+    refresh_interval_secs: PositiveFloat = 1.0,
+    report_interval_secs: PositiveFloat = 2.0,
+    events_interval_secs: PositiveFloat = 20.0,
 ) -> ExitCode:
     """Collects experience until training needs no more or `stop` is set.
 

@@ -18,6 +18,7 @@ from actorlearner.cluster import Cluster
 from actorlearner.environments.batch import EnvironmentBatch
 from actorlearner.experiment import Experiment
 from actorlearner.reports import EvaluationResult, Reporter
+from actorlearner.runtime.configuration import PositiveFloat, PositiveInt
 from actorlearner.runtime.lifecycle import ExitCode, RoleError, Stop, Stopped, wait_until
 from actorlearner.runtime.messages import Unreachable
 from actorlearner.variable_container import EvaluationRequest, Phase
@@ -25,7 +26,12 @@ from actorlearner.variable_container import EvaluationRequest, Phase
 
 @gin.configurable("eval_actor", module="actorlearner", denylist=["experiment", "cluster", "stop"])
 def run_eval_actor(
-    experiment: Experiment, cluster: Cluster, stop: Stop, *, max_environments: int = 20, poll_interval_secs: float = 0.5
+    experiment: Experiment,
+    cluster: Cluster,
+    stop: Stop,
+    *,
+    max_environments: PositiveInt = 20,
+    poll_interval_secs: PositiveFloat = 0.5,
 ) -> ExitCode:
     """Evaluates until training is over or `stop` is set.
 

@@ -29,7 +29,7 @@ from actorlearner.experiment import Experiment
 from actorlearner.replay.base import BatchSource, await_tables
 from actorlearner.run_directory import RunDirectory
 from actorlearner.runtime.checkpoints import Checkpoints
-from actorlearner.runtime.configuration import operative_config
+from actorlearner.runtime.configuration import NonNegativeFloat, PositiveFloat, operative_config
 from actorlearner.runtime.lifecycle import SAY_EVERY_SECS, ExitCode, RoleError, Stop, Stopped, wait_until
 from actorlearner.runtime.messages import Unreachable
 from actorlearner.runtime.telemetry import Events, Rate
@@ -47,9 +47,10 @@ def run_learner(
     versions: dict[str, str],
     stop: Stop,
     *,
-    publish_interval_secs: float = 1.0,
-    checkpoint_interval_secs: float = 60.0,
-    evaluation_patience_secs: float = 1_800.0,
+    publish_interval_secs: NonNegativeFloat = 1.0,
+    checkpoint_interval_secs: NonNegativeFloat = 60.0,
+    evaluation_retry_secs: PositiveFloat = 900.0,
+    evaluation_patience_secs: PositiveFloat = 1_800.0,
 ) -> ExitCode:
     """Trains until `train.num_iterations`, waits for the evaluations due, and writes the run's summary.
 
@@ -62,6 +63,7 @@ def run_learner(
       stop: Set on SIGTERM; looked at between calls of the compiled loop. A checkpoint is saved before returning.
       publish_interval_secs: Least time between two publishes, in seconds.
       checkpoint_interval_secs: Time between two checkpoints, in seconds.
+      evaluation_retry_secs: A snapshot without a result is evaluated again after this time, in seconds.
       evaluation_patience_secs: At the end, the longest wait for the next evaluation's result, in seconds.
 
     Raises:
@@ -98,7 +100,9 @@ def run_learner(
     counts = checkpoints.restore()
     source.restore(counts)
     publisher = Publisher(cluster.variables_address, secrets.randbits(62), first_version=counts.get("version", 0))
-    ledger = EvaluationLedger(EvaluationRequests(cluster.variables_address), directory.evaluated)
+    ledger = EvaluationLedger(
+        EvaluationRequests(cluster.variables_address), directory.evaluated, retry_secs=evaluation_retry_secs
+    )
     record = RunRecord(experiment, cluster, directory, ledger, versions, counts)
     export = PolicyExport(agent, train_step, directory.policies)
     loop = TrainingLoop(
@@ -263,17 +267,19 @@ class TrainingLoop:
         if self._schedule.eval_interval:
             self._ledger.request_owed(step)
         try:
-            self._await_first_data(stop)
+            if step < self._schedule.num_iterations:
+                self._await_first_data(stop)
             self._publisher.announce(Phase.TRAINING)
             published_at = saved_at = time.monotonic()
             while step < self._schedule.num_iterations:
                 if stop.is_set():
                     raise Stopped("stopped")
+                before = step
                 step, scalars = self._call(step)
                 self._record.note_train_step(step)
                 now = time.monotonic()
-                is_last = step == self._schedule.num_iterations
-                if is_last or now - published_at >= publish_interval_secs or self._is_evaluation_due(step):
+                is_evaluation_due = step != before and self._is_evaluation_due(step)
+                if is_evaluation_due or now - published_at >= publish_interval_secs:
                     published_at = now
                     self._publish(step)
                 if scalars is not None and step % self._schedule.log_interval == 0:
@@ -332,6 +338,8 @@ class TrainingLoop:
                 return step + num_updates, {name: float(value) for name, value in scalars.items()}
         reached = int(self._train_step.numpy())
         self._source.note_updates(reached - step)
+        if reached > step:
+            self._starved_since = None
         self._await_more_data()
         return reached, None
 
@@ -461,6 +469,8 @@ class PolicyExport:
 
     def save_checkpoint(self, train_step: int) -> None:
         """Writes the policy's variables to `checkpoints/policy_checkpoint_<train step>`."""
+        if not (self._folder / "greedy_policy").is_dir():
+            self.save_policies()  # what a numbered checkpoint is loaded into
         self._saver("policy").save_checkpoint(
             str(self._folder / "checkpoints" / f"policy_checkpoint_{train_step:010d}")
         )
@@ -552,8 +562,11 @@ class RunRecord:
 
     def _keep(self) -> None:
         while not self._closing.wait(1.0):
-            self._take_reports()
-            self._directory.write_json(self._directory.status, self._status())
+            try:
+                self._take_reports()
+                self._directory.write_json(self._directory.status, self._status())
+            except Exception:  # the record must go on, whatever one row or one write brings
+                logging.exception("keeping the record failed")
 
     def _take_reports(self) -> None:
         try:

@@ -16,13 +16,16 @@ from tf_agents.specs import tensor_spec
 
 from actorlearner import reports, variable_container
 from actorlearner.experiment import Experiment
+from actorlearner.runtime.configuration import NonNegativeFloat
 from actorlearner.runtime.lifecycle import ExitCode, RoleError, Stop
 from actorlearner.runtime.messages import Unreachable
 from actorlearner.variable_container import Phase
 
 
 @gin.configurable("replay_server", module="actorlearner", denylist=["experiment", "port", "stop"])
-def run_replay_server(experiment: Experiment, port: int, stop: Stop, *, linger_secs: float = 10.0) -> ExitCode:
+def run_replay_server(
+    experiment: Experiment, port: int, stop: Stop, *, linger_secs: NonNegativeFloat = 10.0
+) -> ExitCode:
     """Serves until training is over or `stop` is set.
 
     Args:
