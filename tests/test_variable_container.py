@@ -71,7 +71,7 @@ def num_pulls(address):
 def test_published_weights_reach_a_subscriber_whole(address, publish, subscriber, eventually):
     """Weights of one version under the number of another would stamp the data wrongly."""
     assert subscriber.latest() is None
-    assert subscriber.phase() is Phase.TRAINING
+    assert subscriber.phase() is Phase.WARMING_UP
     publish(address, first_version=7).publish(30, make_variables(1.5))
     eventually(subscriber.latest)
     snapshot = subscriber.latest()

@@ -17,7 +17,6 @@ from typing import IO, Any, Optional
 
 from actorlearner.runtime.lifecycle import ExitCode, RoleError
 
-
 _HELD: list[IO[str]] = []
 
 
