@@ -291,7 +291,7 @@ def describe_rest(status: Status, age_secs: float, timing: Timing) -> str:
         words.append(f"last evaluation {status.average_return:,.1f} at {status.evaluated_train_step:,}")
     if status.seconds_left is not None and not status.is_after_training:
         words.append(f"{describe_secs(status.seconds_left)} left")
-    if age_secs > timing.old_status_secs:
+    if age_secs > timing.old_status_secs and status.phase != "reporting":  # recording videos takes its time
         words.append(f"no news for {describe_secs(age_secs)}")
     return "; ".join(words)
 
