@@ -1,0 +1,43 @@
+"""The run's policies as files that others load: SavedModels and numbered checkpoints."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import tensorflow as tf
+from tf_agents.agents import tf_agent
+from tf_agents.policies import greedy_policy, policy_saver
+
+
+class PolicyExport:
+    """Writes what others load: SavedModels, and numbered checkpoints that TF-Agents' `policy_loader` puts into them.
+
+    Folders and names are those of TF-Agents' `PolicySavedModelTrigger`, which would save the untrained weights first.
+    """
+
+    def __init__(self, agent: tf_agent.TFAgent, train_step: tf.Variable, folder: Path):
+        greedy = agent.policy
+        raw = greedy.wrapped_policy if isinstance(greedy, greedy_policy.GreedyPolicy) else greedy
+        if raw is greedy:
+            greedy = greedy_policy.GreedyPolicy(raw)
+        self._policies = {"policy": raw, "collect_policy": agent.collect_policy, "greedy_policy": greedy}
+        self._train_step = train_step
+        self._folder = folder
+
+    @functools.cache  # noqa: B019  making a saver traces the policy, which takes seconds
+    def _saver(self, name: str) -> policy_saver.PolicySaver:
+        return policy_saver.PolicySaver(self._policies[name], batch_size=None, train_step=self._train_step)
+
+    def save_checkpoint(self, train_step: int) -> None:
+        """Writes the policy's variables to `checkpoints/policy_checkpoint_<train step>`."""
+        if not (self._folder / "greedy_policy").is_dir():
+            self.save_policies()  # what a numbered checkpoint is loaded into
+        self._saver("policy").save_checkpoint(
+            str(self._folder / "checkpoints" / f"policy_checkpoint_{train_step:010d}")
+        )
+
+    def save_policies(self) -> None:
+        """Writes the three SavedModels with the weights the agent has now; takes some seconds."""
+        for name in self._policies:
+            self._saver(name).save(str(self._folder / name))

@@ -1,0 +1,181 @@
+"""The run's numbers: taken from the actors' reports in a thread, and written for people and tools to read."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import Any, Optional
+
+from actorlearner import reports
+from actorlearner.cluster import Cluster
+from actorlearner.evaluations import EvaluationLedger
+from actorlearner.experiment import Experiment
+from actorlearner.run_directory import RunDirectory
+from actorlearner.runtime.messages import Unreachable
+from actorlearner.runtime.telemetry import Events, Rate
+
+
+class RunRecord:
+    """Keeps the run's numbers: takes reports from actors in a thread and writes what people and tools read."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        cluster: Cluster,
+        directory: RunDirectory,
+        ledger: EvaluationLedger,
+        versions: dict[str, str],
+        counts: dict[str, Any],
+    ):
+        self._experiment = experiment
+        self._cluster = cluster
+        self._directory = directory
+        self._ledger = ledger
+        self._versions = versions
+        self._wall_secs_before = counts.get("wall_secs", 0.0)
+        self._collected: dict[str, int] = counts.get("collected", {})
+        self._crashes: dict[str, int] = counts.get("crashes", {})
+        self._started_at = time.monotonic()
+        self._train_step = 0
+        self._phase = "waiting"
+        self._waiting_for: Optional[str] = None
+        self._reports: dict[int, reports.CollectReport] = {}
+        self._train_rate, self._collect_rate = Rate(), Rate()
+        self._train_events, self._eval_events = Events(directory.train_events), Events(directory.eval_events)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="record", daemon=True)
+        self._thread.start()
+
+    @property
+    def environment_steps(self) -> int:
+        return sum(self._collected.values())
+
+    def counts(self) -> dict[str, Any]:
+        """Returns what a checkpoint keeps of this record."""
+        return {"wall_secs": self._wall_secs(), "collected": dict(self._collected), "crashes": dict(self._crashes)}
+
+    def _wall_secs(self) -> float:
+        return self._wall_secs_before + time.monotonic() - self._started_at
+
+    def note_train_step(self, step: int) -> None:
+        self._train_step = step
+
+    def note_waiting(self, what: Optional[str]) -> None:
+        self._waiting_for = what
+        if self._phase in ("waiting", "training"):
+            self._phase = "training" if what is None else "waiting"
+
+    def note_phase(self, phase: str) -> None:
+        self._phase = phase
+
+    def save_configuration(self, operative_config: str) -> None:
+        """Writes the operative configuration beside the run and to TensorBoard."""
+        self._directory.write_text(self._directory.operative_config, operative_config)
+        self._train_events.write_text("operative_config", operative_config)
+
+    def log_training(self, step: int, scalars: dict[str, float]) -> None:
+        """Writes one point of training to the log, TensorBoard and metrics.jsonl."""
+        status = self._status()
+        values = {
+            **scalars,
+            "train_steps_per_sec": status["train_steps_per_sec"],
+            "environment_steps_per_sec": status["environment_steps_per_sec"],
+        }
+        logging.info(
+            "train step %d: loss %.4f, %.0f train steps/s, %.0f environment steps/s, data %.0f train steps old",
+            step,
+            scalars["loss"],
+            values["train_steps_per_sec"],
+            values["environment_steps_per_sec"],
+            scalars["staleness"],
+        )
+        self._train_events.write(step, values)
+        self._directory.add_metrics(
+            "train", {"train_step": step, "environment_steps": self.environment_steps, **values}
+        )
+
+    def _keep(self) -> None:
+        while not self._closing.wait(1.0):
+            try:
+                self._take_reports()
+                self._directory.write_json(self._directory.status, self._status())
+            except Exception:  # the record must go on, whatever one row or one write brings
+                logging.exception("keeping the record failed")
+
+    def _take_reports(self) -> None:
+        try:
+            for report in reports.take_collect_reports(self._cluster.variables_address):
+                self._reports[report.actor] = report
+                key = str(report.actor)
+                self._collected[key] = max(report.environment_steps, self._collected.get(key, 0))
+                self._crashes[key] = report.environment_crashes
+            for result in reports.take_evaluation_results(self._cluster.variables_address):
+                self._record_evaluation(result)
+        except Unreachable as error:
+            logging.debug("%s", error)
+
+    def _record_evaluation(self, result: reports.EvaluationResult) -> None:
+        entry = self._ledger.record(result, self.environment_steps)
+        if entry is None:
+            return
+        logging.info(
+            "evaluation at train step %d: average return %.2f over %d episodes, average length %.1f",
+            entry["train_step"],
+            entry["average_return"],
+            entry["num_episodes"],
+            entry["average_episode_length"],
+        )
+        self._eval_events.write(
+            entry["train_step"],
+            {"AverageReturn": entry["average_return"], "AverageEpisodeLength": entry["average_episode_length"]},
+        )
+        self._directory.add_metrics("evaluation", entry)
+
+    def _status(self) -> dict[str, Any]:
+        num_iterations = self._experiment.schedule.num_iterations
+        train_rate = self._train_rate.update(self._train_step)
+        return {
+            "phase": self._phase,
+            "train_step": self._train_step,
+            "num_iterations": num_iterations,
+            "train_steps_per_sec": train_rate,
+            "environment_steps": self.environment_steps,
+            "environment_steps_per_sec": self._collect_rate.update(self.environment_steps),
+            "environment_crashes": sum(self._crashes.values()),
+            "last_evaluation": self._ledger.newest(),
+            "seconds_left": (num_iterations - self._train_step) / train_rate if train_rate else None,
+            "waiting_for": self._waiting_for,
+            "time": time.time(),
+        }
+
+    def write_summary(self) -> None:
+        """Writes summary.json."""
+        delivered = self._ledger.delivered()
+        self._directory.write_json(
+            self._directory.summary,
+            {
+                "experiment": self._experiment.name,
+                "seed": self._experiment.seed,
+                "versions": self._versions,
+                "wall_seconds": round(self._wall_secs(), 1),
+                "train_steps": self._train_step,
+                "environment_steps": self.environment_steps,
+                "environment_crashes": sum(self._crashes.values()),
+                "evaluations": self._ledger.results(),
+                "delivered": delivered
+                and {
+                    "train_step": delivered.train_step,
+                    "average_return": delivered.average_return,
+                    "average_episode_length": delivered.average_episode_length,
+                    "min_episode_length": delivered.min_episode_length,
+                    "num_episodes": delivered.num_episodes,
+                },
+            },
+        )
+
+    def close(self) -> None:
+        """Takes the last reports and stops; blocks at most some seconds."""
+        self._closing.set()
+        self._thread.join(timeout=15)
+        self._directory.write_json(self._directory.status, self._status())
