@@ -277,8 +277,8 @@ class TrainingLoop:
                 step, scalars = self._call(step)
                 self._record.note_train_step(step)
                 now = time.monotonic()
-                is_evaluation_due = step != before and self._is_evaluation_due(step)
-                if is_evaluation_due or now - published_at >= publish_interval_secs:
+                is_wanted = step == self._schedule.num_iterations or self._is_evaluation_due(step)
+                if (is_wanted and step > before) or now - published_at >= publish_interval_secs:
                     published_at = now
                     self._publish(step)
                 if scalars is not None and step % self._schedule.log_interval == 0:
