@@ -48,13 +48,14 @@ ASSIGNMENT = (
 
 
 def bound(name):
-    """Returns the values that the loaded gin files bind to parameters, and macros, of this name."""
+    """Returns the different values that the loaded gin files bind to parameters, and macros, of this name."""
     # gin offers no public list of bindings; gin-config is pinned.
-    return [
+    values = [
         values["value"] if selector == "gin.macro" else values[name]
         for (scope, selector), values in gin.config._CONFIG.items()
         if (scope == name if selector == "gin.macro" else name in values)
     ]
+    return [value for value in values if not isinstance(value, gin.config.ConfigurableReference)]
 
 
 @pytest.mark.parametrize("name", TUTORIAL)
