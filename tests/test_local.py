@@ -71,8 +71,9 @@ wait_for(lambda: False)
 """
 
 LAUNCH = """
-import json, pathlib, sys
+import json, pathlib, signal, sys
 from actorlearner import local
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may be ignoring it, as under nohup
 options = json.loads(sys.argv[1])
 timing = local.Timing(**options.pop("timing"))
 options["root_dir"] = pathlib.Path(options["root_dir"])
