@@ -56,12 +56,12 @@ def kept(folder):
 def test_each_train_step_is_requested_and_recorded_once(address, tmp_path):
     """Two points at one train step, from two eval actors, make a curve that nobody can read."""
     ledger = make(address, tmp_path)
-    ledger.request(snapshot(10))
+    ledger.request(snapshot(10), environment_steps=77)
     ledger.request(snapshot(10))
     assert ledger.pending() == [10]
     assert take(address) == (10, Purpose.PERIODIC)
     assert take(address) is None
-    entry = ledger.record(result(10, 2.0), environment_steps=77)
+    entry = ledger.record(result(10, 2.0))
     assert entry == {
         "train_step": 10,
         "environment_steps": 77,
@@ -71,7 +71,7 @@ def test_each_train_step_is_requested_and_recorded_once(address, tmp_path):
         "num_episodes": 20,
         "wall_secs": 1.0,
     }
-    assert ledger.record(result(10, 3.0), environment_steps=78) is None
+    assert ledger.record(result(10, 3.0)) is None
     ledger.request(snapshot(10))
     assert take(address) is None
     assert ledger.results() == [entry]
@@ -83,7 +83,7 @@ def test_only_the_best_policys_weights_stay_on_disk(address, tmp_path):
     ledger = make(address, tmp_path)
     for step, average_return in ((0, 1.0), (10, 5.0), (20, 3.0)):
         ledger.request(snapshot(step))
-        ledger.record(result(step, average_return), 0)
+        ledger.record(result(step, average_return))
     assert kept(tmp_path) == [10]
     best = ledger.best()
     assert best.train_step == 10
@@ -97,7 +97,7 @@ def test_of_equals_the_later_is_the_best(address, tmp_path):
     for step in (0, 10, 20):
         ledger.request(snapshot(step))
     for step in (0, 20, 10):  # as two eval actors may finish
-        ledger.record(result(step, 7.0), 0)
+        ledger.record(result(step, 7.0))
     assert ledger.best().train_step == 20
     assert kept(tmp_path) == [20]
 
@@ -107,7 +107,7 @@ def test_weights_stay_while_their_result_is_awaited(address, tmp_path):
     ledger = make(address, tmp_path)
     ledger.request(snapshot(0))
     ledger.request(snapshot(10))
-    ledger.record(result(0, 9.0), 0)
+    ledger.record(result(0, 9.0))
     assert kept(tmp_path) == [0, 10]
     assert ledger.best().train_step == 0
 
@@ -117,7 +117,7 @@ def test_results_and_best_weights_survive_a_restart(address, tmp_path):
     ledger = make(address, tmp_path)
     for step, average_return in ((0, 1.0), (10, 8.0), (20, 2.0)):
         ledger.request(snapshot(step))
-        ledger.record(result(step, average_return), step)
+        ledger.record(result(step, average_return))
     again = make(address, tmp_path)
     assert again.results() == ledger.results()
     assert again.best().train_step == 10
@@ -131,12 +131,12 @@ def test_the_delivered_policys_result_is_no_point_of_the_curve(address, tmp_path
     """It has the train step of a point that is there already."""
     ledger = make(address, tmp_path)
     ledger.request(snapshot(10))
-    ledger.record(result(10, 2.0), 0)
+    ledger.record(result(10, 2.0))
     ledger.request(ledger.best(), Purpose.DELIVERED)
     assert [take(address), take(address)] == [(10, Purpose.PERIODIC), (10, Purpose.DELIVERED)]
     assert ledger.delivered() is None
     delivered = dataclasses.replace(result(10, 2.5), purpose=int(Purpose.DELIVERED))
-    assert ledger.record(delivered, 0) is None
+    assert ledger.record(delivered) is None
     assert ledger.delivered() == delivered
     assert [entry["average_return"] for entry in ledger.results()] == [2.0]
 

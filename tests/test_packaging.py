@@ -279,13 +279,15 @@ def state(checkout: Path) -> "dict[str, int]":
 
 def test_second_start_is_quick_and_leaves_the_environment_alone(checkout):
     before = state(checkout)
-    began = time.monotonic()
-    second = start(checkout)
-    seconds = time.monotonic() - began
+    seconds = []
+    for _ in range(3):  # the best of three: the machine may be busy
+        began = time.monotonic()
+        second = start(checkout)
+        seconds.append(time.monotonic() - began)
     assert second.stdout == "['train', 'sac_minitaur']\n"
     assert second.stderr == ""
     assert state(checkout) == before
-    assert seconds < 2
+    assert min(seconds) < 2
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
     video = _add(commands, "video", _video, "record a run's policy, and a random one beside it", [])
     video.add_argument("root_dir", type=Path, metavar="ROOT_DIR", help="directory of a finished run")
     video.add_argument("--num_episodes", type=int, default=3, metavar="N", help="episodes in each video (default: 3)")
-    video.add_argument("--seed", type=int, default=0, help="of the episodes (default: 0)")
+    video.add_argument("--seed", type=_non_negative, default=0, help="of the episodes (default: 0)")
 
     report = _add(commands, "report", _report, "print a run's evaluations and draw its learning curve", [])
     report.add_argument("root_dir", type=Path, metavar="ROOT_DIR", help="directory of a finished run")
@@ -88,7 +88,10 @@ def _experiment_flags() -> argparse.ArgumentParser:
         help="overrides the gin file, e.g. 'train.num_iterations = 100'; may be repeated",
     )
     flags.add_argument(
-        "--seed", type=int, default=None, help="every role's seeds derive from it (default: 0; train: a new one)"
+        "--seed",
+        type=_non_negative,
+        default=None,
+        help="every role's seeds derive from it (default: 0; train: a new one)",
     )
     flags.add_argument(
         "--peer_patience_secs", type=float, default=300.0, metavar="SECS",
@@ -133,8 +136,19 @@ def _add_learner_flags(parser: argparse.ArgumentParser) -> None:
         help="split the CPU into N devices, to try --strategy=mirrored without GPUs (default: 1)",
     )  # fmt: skip
     parser.add_argument(
-        "--num_video_episodes", type=int, default=3, metavar="N", help="episodes in each video, 0 for none (default: 3)"
+        "--num_video_episodes",
+        type=_non_negative,
+        default=3,
+        metavar="N",
+        help="episodes in each video, 0 for none (default: 3)",
     )
+
+
+def _non_negative(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{number} is negative: expected 0 or more")
+    return number
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -190,13 +204,31 @@ def _learner(arguments: argparse.Namespace) -> int:
         strategy = make_strategy(arguments.strategy, tpu=arguments.tpu, num_logical_cpus=arguments.num_logical_cpus)
         code = run_learner(experiment, cluster, arguments.root_dir, strategy, _versions(), stop)
         if code == ExitCode.DONE:
-            if experiment.schedule.eval_interval:  # else there are no points to draw
-                _write_learning_curve(arguments.root_dir)
-            if arguments.num_video_episodes:
-                _record_videos(experiment, arguments.root_dir, arguments.num_video_episodes)
+            _show(experiment, arguments.root_dir, arguments.num_video_episodes)
         return code
 
     return _run_role(arguments, run)
+
+
+def _show(experiment: Experiment, root_dir: Path, num_video_episodes: int) -> None:
+    """Draws the curve and records the videos of a run that has ended.
+
+    Raises:
+      RoleError: That failed; to start the learner again would not help (CANNOT_CREATE).
+    """
+    from actorlearner.runtime.lifecycle import ExitCode, RoleError
+
+    try:
+        if experiment.schedule.eval_interval:  # else there are no points to draw
+            _write_learning_curve(root_dir)
+        if num_video_episodes:
+            _record_videos(experiment, root_dir, num_video_episodes)
+    except Exception as error:
+        raise RoleError(
+            f"training has ended and {root_dir / 'summary.json'} is written, but the curve or the videos could not be "
+            f"made: {error!r}. Mend the cause and run: actorlearner video {root_dir}",
+            ExitCode.CANNOT_CREATE,
+        ) from error
 
 
 def _collect_actor(arguments: argparse.Namespace) -> int:

@@ -23,6 +23,7 @@ class _Pending:
     """A request whose result has not come back; `sent_at` is None until the queue has it."""
 
     request: EvaluationRequest
+    environment_steps: int = 0
     sent_at: Optional[float] = None
 
 
@@ -47,15 +48,16 @@ class EvaluationLedger:
         self._pending: dict[int, _Pending] = {}
         self._pending_delivered: Optional[_Pending] = None
         self._delivered: Optional[EvaluationResult] = None
+        self._heard_at = time.monotonic()
 
     def _read_results(self) -> dict[int, dict[str, Any]]:
         if not self._results_file.exists():
             return {}
         return {result["train_step"]: result for result in json.loads(self._results_file.read_text())}
 
-    def request(self, snapshot: Snapshot, purpose: Purpose = Purpose.PERIODIC) -> None:
-        """Queues a snapshot for evaluation; each train step once."""
-        pending = _Pending(EvaluationRequest(snapshot, purpose))
+    def request(self, snapshot: Snapshot, purpose: Purpose = Purpose.PERIODIC, *, environment_steps: int = 0) -> None:
+        """Queues a snapshot, taken after `environment_steps`, for evaluation; each train step once."""
+        pending = _Pending(EvaluationRequest(snapshot, purpose), environment_steps)
         with self._lock:
             if purpose is Purpose.DELIVERED:
                 self._pending_delivered = pending
@@ -92,7 +94,8 @@ class EvaluationLedger:
         with self._lock:
             everything = [*self._pending.values(), *filter(None, [self._pending_delivered])]
         for pending in everything:
-            if pending.sent_at is not None and now - pending.sent_at < self._retry_secs:
+            # Eval actors that still answer are only behind; to queue more would put them further behind.
+            if pending.sent_at is not None and now - max(pending.sent_at, self._heard_at) < self._retry_secs:
                 continue
             train_step = pending.request.snapshot.train_step
             if pending.sent_at is not None:
@@ -106,9 +109,10 @@ class EvaluationLedger:
                 return
             pending.sent_at = now
 
-    def record(self, result: EvaluationResult, environment_steps: int) -> Optional[dict[str, Any]]:
+    def record(self, result: EvaluationResult) -> Optional[dict[str, Any]]:
         """Returns the result as summary.json lists it; None when it is not one that was waited for."""
         with self._lock:
+            self._heard_at = time.monotonic()
             if result.is_delivered:
                 waited_for = self._pending_delivered
                 if waited_for is not None and waited_for.request.snapshot.train_step == result.train_step:
@@ -117,23 +121,23 @@ class EvaluationLedger:
             if result.train_step not in self._pending:
                 return None
             best_before = self._best_train_step()
-            del self._pending[result.train_step]
+            pending = self._pending.pop(result.train_step)
             self._results[result.train_step] = {
                 "train_step": result.train_step,
-                "environment_steps": environment_steps,
+                "environment_steps": pending.environment_steps,
                 "average_return": result.average_return,
                 "average_episode_length": result.average_episode_length,
                 "min_episode_length": result.min_episode_length,
                 "num_episodes": result.num_episodes,
                 "wall_secs": round(result.wall_secs, 3),
             }
+            temporary = self._results_file.with_suffix(".tmp")
+            temporary.write_text(json.dumps(list(self._results.values())))
+            temporary.replace(self._results_file)
             best = self._best_train_step()
             for train_step in {best_before, result.train_step}:
                 if train_step is not None and train_step != best:
                     self._weights_file(train_step).unlink(missing_ok=True)
-            temporary = self._results_file.with_suffix(".tmp")
-            temporary.write_text(json.dumps(list(self._results.values())))
-            temporary.replace(self._results_file)
             return self._results[result.train_step]
 
     def _weights_file(self, train_step: int) -> Path:

@@ -101,7 +101,7 @@ class Reporter:
         try:
             self._sender.put(table, _row(report), timeout_secs)
         except Unreachable as error:
-            logging.warning("report not delivered: %s", error)
+            logging.info("report not delivered: %s", error)
             return False
         return True
 

@@ -42,6 +42,7 @@ class RunRecord:
         self._waiting_for: Optional[str] = None
         self._reports: dict[int, reports.CollectReport] = {}
         self._train_rate, self._collect_rate = Rate(), Rate()
+        self._rates_lock = threading.Lock()  # the loop and the thread both ask for the status
         self._train_events, self._eval_events = Events(directory.train_events), Events(directory.eval_events)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="record", daemon=True)
@@ -49,7 +50,7 @@ class RunRecord:
 
     @property
     def environment_steps(self) -> int:
-        return sum(self._collected.values())
+        return sum(list(self._collected.values()))  # a copy: the thread adds actors
 
     def counts(self) -> dict[str, Any]:
         """Returns what a checkpoint keeps of this record."""
@@ -67,7 +68,9 @@ class RunRecord:
             self._phase = "training" if what is None else "waiting"
 
     def note_phase(self, phase: str) -> None:
+        """Says so in status.json at once: the launcher tells by it whether an actor that ended has done its work."""
         self._phase = phase
+        self._directory.write_json(self._directory.status, self._status())
 
     def save_configuration(self, operative_config: str) -> None:
         """Writes the operative configuration beside the run and to TensorBoard."""
@@ -116,7 +119,7 @@ class RunRecord:
             logging.debug("%s", error)
 
     def _record_evaluation(self, result: reports.EvaluationResult) -> None:
-        entry = self._ledger.record(result, self.environment_steps)
+        entry = self._ledger.record(result)
         if entry is None:
             return
         logging.info(
@@ -134,14 +137,16 @@ class RunRecord:
 
     def _status(self) -> dict[str, Any]:
         num_iterations = self._experiment.schedule.num_iterations
-        train_rate = self._train_rate.update(self._train_step)
+        with self._rates_lock:
+            train_rate = self._train_rate.update(self._train_step)
+            collect_rate = self._collect_rate.update(self.environment_steps)
         return {
             "phase": self._phase,
             "train_step": self._train_step,
             "num_iterations": num_iterations,
             "train_steps_per_sec": train_rate,
             "environment_steps": self.environment_steps,
-            "environment_steps_per_sec": self._collect_rate.update(self.environment_steps),
+            "environment_steps_per_sec": collect_rate,
             "environment_crashes": sum(self._crashes.values()),
             "last_evaluation": self._ledger.newest(),
             "seconds_left": (num_iterations - self._train_step) / train_rate if train_rate else None,

@@ -194,11 +194,14 @@ class Publisher:
             self._unpublished = True
             return self._snapshot
 
-    def announce(self, phase: Phase, *, timeout_secs: float = 5.0) -> None:
-        """Tells every role how far training is. Blocks at most about `timeout_secs` seconds."""
+    def announce(self, phase: Phase, *, timeout_secs: float = 5.0) -> bool:
+        """Tells every role how far training is; returns whether the container has it.
+
+        Blocks at most about `timeout_secs` seconds.
+        """
         with self._lock:
             self._phase = phase
-        self._send(timeout_secs)
+        return self._send(timeout_secs)
 
     def close(self) -> None:
         """Stops the heartbeat; blocks at most a few seconds."""
@@ -221,7 +224,7 @@ class Publisher:
             if not size and self._snapshot is not None:
                 self._unpublished = True
 
-    def _send(self, timeout_secs: float) -> None:
+    def _send(self, timeout_secs: float) -> bool:
         with self._talking:
             with self._lock:
                 snapshot, phase, unpublished = self._snapshot, self._phase, self._unpublished
@@ -229,7 +232,7 @@ class Publisher:
                 self._heartbeat += 1
                 heartbeat = self._heartbeat
             if snapshot is None:
-                return
+                return False
             train_step = np.int64(snapshot.train_step)
             try:
                 if unpublished:  # first the weights, then the version that points at them
@@ -247,6 +250,8 @@ class Publisher:
                 logging.warning("weights of train step %d not published yet: %s", snapshot.train_step, error)
                 with self._lock:
                     self._unpublished = True
+                return False
+            return True
 
 
 class EvaluationRequests:

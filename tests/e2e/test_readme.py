@@ -35,14 +35,16 @@ COMMANDS: dict[str, list[str] | None] = {
     ".venv/bin/actorlearner report runs/short": [],
     ".venv/bin/actorlearner video runs/short --num_episodes=1": [],
     ".venv/bin/tensorboard --logdir runs/short": ["--inspect"],  # the same reading, without the server
-    "actorlearner replay-server dqn_cartpole --port=8008": TINY_CARTPOLE,
-    "actorlearner learner dqn_cartpole --replay_address=host1:8008 --root_dir=runs/cartpole": [
+    ".venv/bin/actorlearner replay-server dqn_cartpole --port=8008": TINY_CARTPOLE,
+    ".venv/bin/actorlearner learner dqn_cartpole --replay_address=host1:8008 --root_dir=runs/cartpole": [
         *TINY_CARTPOLE,
         *NO_VIDEO,
     ],
-    "actorlearner collect-actor dqn_cartpole --replay_address=host1:8008 --task=0": TINY_CARTPOLE,
-    "actorlearner collect-actor dqn_cartpole --replay_address=host1:8008 --task=1": TINY_CARTPOLE,
-    "actorlearner eval-actor dqn_cartpole --replay_address=host1:8008": TINY_CARTPOLE,
+    ".venv/bin/actorlearner collect-actor dqn_cartpole --replay_address=host1:8008 --root_dir=runs/cartpole "
+    "--task=0": TINY_CARTPOLE,
+    ".venv/bin/actorlearner collect-actor dqn_cartpole --replay_address=host1:8008 --root_dir=runs/cartpole "
+    "--task=1": TINY_CARTPOLE,
+    ".venv/bin/actorlearner eval-actor dqn_cartpole --replay_address=host1:8008": TINY_CARTPOLE,
     "./tests/run.sh": None,  # it is what runs this
 }
 ROLES = ("replay-server", "learner", "collect-actor", "eval-actor")
@@ -71,8 +73,6 @@ def test_the_commands_of_the_readme_run_to_their_ends(tmp_path):
             if added is None:
                 continue
             words = shlex.split(command.replace("host1:", "localhost:").replace("8008", str(port)))
-            if words[0] == "actorlearner":
-                words[0] = ".venv/bin/actorlearner"
             words[0] = str(CHECKOUT / words[0])
             process = processes.start_program(*words, *added)
             if any(role in words for role in ROLES):

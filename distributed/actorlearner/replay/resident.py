@@ -331,12 +331,13 @@ class ResidentSource:
 
     def restore(self, counts: Mapping[str, Any]) -> None:
         """Goes on from a checkpoint's counts; the mirror is filled from the durable table, which counts no insert."""
-        if counts:
-            self._inserts, self._samples = counts["inserts"], counts["samples"]
-            chunks = self._read_experience()
-            if chunks:
-                self._mirror.add(chunks)
+        chunks = self._read_experience()
+        if chunks:
+            self._mirror.add(chunks)
             logging.info("%d windows came back from the replay server", self._mirror.num_windows)
+        # Without a checkpoint, what a learner before this one was sent still counts for the warm-up.
+        self._inserts = counts.get("inserts", self._mirror.num_windows)
+        self._samples = counts.get("samples", 0)
         self._reader = threading.Thread(target=self._read_stream, name="ingest", daemon=True)
         self._reader.start()
 

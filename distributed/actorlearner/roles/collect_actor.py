@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import collections
 import logging
-import os
 import secrets
 import time
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ import gin
 import numpy as np
 from tf_agents.trajectories import StepType, trajectory
 
+from actorlearner import variable_container
 from actorlearner.cluster import Cluster
 from actorlearner.experiment import Experiment
 from actorlearner.replay.base import RANDOM_POLICY, TrajectorySink, await_tables
@@ -57,7 +57,9 @@ def run_collect_actor(
         experiment (DATA), or `root_dir` cannot be written (CANNOT_CREATE).
     """
     experiment.seed_process("collect-actor", cluster.task)
-    events = Events(RunDirectory(root_dir).make_collect_events(cluster.task))
+    events_folder = RunDirectory(root_dir).make_collect_events(cluster.task)
+    life = len(list(events_folder.glob("events*")))  # 0 for the first process of this task, as its files tell
+    events = Events(events_folder)
     agent, train_step = experiment.make_agent()
     policy = agent.collect_policy
     await_tables(
@@ -66,8 +68,11 @@ def run_collect_actor(
         stop=stop,
         deadline_secs=cluster.peer_patience_secs,
     )
+    variable_container.await_container(
+        cluster.variables_address, policy.variables(), stop=stop, deadline_secs=cluster.peer_patience_secs
+    )
     weights = Subscriber(cluster.variables_address, policy.variables(), refresh_interval_secs=refresh_interval_secs)
-    collector = Collector(experiment, cluster, agent.train_sequence_length)
+    collector = Collector(experiment, cluster, agent.train_sequence_length, life)
     progress = Progress(cluster, Reporter(cluster.variables_address), events)
     acting: Any = experiment.make_random_acting(policy, "collect-actor", cluster.task, "random-actions")
     acted_at, version = RANDOM_POLICY, -1
@@ -115,13 +120,12 @@ def _await_trained_policy(
 class Collector:
     """Steps a batch of environments; each has its own trajectory and its own sink."""
 
-    def __init__(self, experiment: Experiment, cluster: Cluster, num_steps: int):
+    def __init__(self, experiment: Experiment, cluster: Cluster, num_steps: int, life: int):
         num_environments = experiment.schedule.num_environments
         self._cluster = cluster
         self._replay = experiment.replay
         self._quota = experiment.schedule.initial_collect_steps
         # A restarted actor must not repeat the episodes of the process before it.
-        life = os.getpid()
         self._environments = experiment.make_environments(num_environments, "collect-actor", cluster.task, life)
         self._sinks: Sequence[TrajectorySink] = [
             experiment.replay.make_sink(cluster.replay_address, num_steps) for _ in range(num_environments)
@@ -230,7 +234,7 @@ class Progress:
         return time.monotonic() - self._reported_at >= interval_secs
 
     def report(self, collector: Collector, train_step: int, events_interval_secs: float) -> None:
-        """Sends the counts so far; blocks at most a second when the server is away."""
+        """Sends the counts so far; blocks at most five seconds when the server is away."""
         self._reported_at = time.monotonic()
         rate = self._rate.update(collector.environment_steps)
         average_return = float(np.mean(collector.recent_returns)) if collector.recent_returns else float("nan")
@@ -244,7 +248,7 @@ class Progress:
                 average_return=average_return,
                 blocked_secs=collector.blocked_secs,
             ),
-            timeout_secs=1.0,
+            timeout_secs=5.0,
         )
         if self._reported_at - self._shown_at >= events_interval_secs:
             self._shown_at = self._reported_at

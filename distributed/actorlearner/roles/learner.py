@@ -120,9 +120,16 @@ def run_learner(
     try:
         record.save_configuration(operative_config())
         loop.run(stop, publish_interval_secs=publish_interval_secs, checkpoint_interval_secs=checkpoint_interval_secs)
+        record.note_phase("final evaluation")
         publisher.announce(Phase.EVALUATING)
         finish(experiment, agent, train_step, export, ledger, record, stop, evaluation_patience_secs)
-        publisher.announce(Phase.OVER)
+        wait_until(
+            lambda: publisher.announce(Phase.OVER),
+            lambda: f"the variable container at {cluster.variables_address} to take the news that training is over",
+            stop=stop,
+            deadline_secs=patience_secs,
+            setting="--peer_patience_secs",
+        )
     except Stopped as stopped:
         logging.info("%s at train step %d", stopped, int(train_step.numpy()))
         return stop.exit_code
@@ -159,22 +166,25 @@ def _identity(experiment: Experiment, agent: tf_agent.TFAgent) -> dict[str, Any]
     }
 
 
-def _refuse_second_learner(cluster: Cluster, stop: Stop, watch_secs: float = 3.0) -> None:
+def _refuse_second_learner(cluster: Cluster, stop: Stop, watch_secs: float = 6.0) -> None:
     """Returns when no other learner's heartbeat goes on at the container; watches for `watch_secs` if one ever did."""
     try:
         before = variable_container.read_version(cluster.variables_address)
         if before is None or before.phase is Phase.OVER:
             return
-        stop.wait(watch_secs)
-        now = variable_container.read_version(cluster.variables_address)
+        deadline = time.monotonic() + watch_secs
+        now = before
+        while (now.learner, now.heartbeat) == (before.learner, before.heartbeat):
+            if time.monotonic() > deadline or stop.wait(0.5):
+                return
+            now = variable_container.read_version(cluster.variables_address) or before
     except Unreachable:
         return
-    if now is not None and (now.learner, now.heartbeat) != (before.learner, before.heartbeat):
-        raise RoleError(
-            f"another learner publishes to the variable container at {cluster.variables_address} (train step "
-            f"{now.train_step:,}). Stop it, or give this run a replay server of its own.",
-            ExitCode.OCCUPIED,
-        )
+    raise RoleError(
+        f"another learner publishes to the variable container at {cluster.variables_address} (train step "
+        f"{now.train_step:,}). Stop it, or give this run a replay server of its own.",
+        ExitCode.OCCUPIED,
+    )
 
 
 def make_train_function(
@@ -300,7 +310,8 @@ class TrainingLoop:
         snapshot = self._publisher.take_snapshot(step, self._variables)
         self._version = snapshot.version
         if self._is_evaluation_due(step):
-            self._ledger.request(snapshot)
+            self._save()  # what is evaluated must never be trained again, with other weights under the same step
+            self._ledger.request(snapshot, environment_steps=self._record.environment_steps)
 
     def _await_first_data(self, stop: Stop) -> None:
         """Returns when the replay holds enough to train on."""

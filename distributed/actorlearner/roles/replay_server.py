@@ -7,6 +7,7 @@ collect actors --> [replay server] --> learner
 from __future__ import annotations
 
 import logging
+import socket
 import time
 
 import gin
@@ -80,8 +81,12 @@ def _step_signature(collect_data_spec: object) -> object:
 
 def _serve(tables: list[reverb.Table], port: int) -> reverb.Server:
     try:
+        # gRPC shares a port with any other server that would; half the actors would then talk to the wrong one.
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("", port))
         return reverb.Server(tables, port=port)
-    except (RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise RoleError(
             f"--port = {port}: the replay server cannot listen there: {error}. "
             "Stop what uses the port, or give another.",
