@@ -8,6 +8,12 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow is impor
 
 import pytest
 
+
+def pytest_collection_modifyitems(items):
+    """Fast tests first: those that start real processes come last."""
+    items.sort(key=lambda item: "e2e" in item.path.parts)
+
+
 UNUSED_ADDRESS = "localhost:1"
 
 
