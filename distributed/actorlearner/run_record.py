@@ -61,6 +61,8 @@ class RunRecord:
 
     def note_train_step(self, step: int) -> None:
         self._train_step = step
+        with self._rates_lock:
+            self._train_rate.update(step)
 
     def note_waiting(self, what: Optional[str]) -> None:
         self._waiting_for = what

@@ -302,16 +302,21 @@ class Subscriber:
         self._snapshot: Optional[Snapshot] = None
         self._version: Optional[Version] = None
         self._heard_at = time.monotonic()
+        self._has_looked = threading.Event()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._refresh, name="subscriber", daemon=True)
         self._thread.start()
+
+    def has_looked(self) -> bool:
+        """Returns whether the container has answered, so that `phase` and `latest` say what it knows."""
+        return self._has_looked.is_set()
 
     def latest(self) -> Optional[Snapshot]:
         """Returns the newest weights pulled, or None before the first."""
         return self._snapshot
 
     def phase(self) -> Phase:
-        """Returns how far training is; WARMING_UP before the learner's first word."""
+        """Returns how far training is; WARMING_UP before the learner's first word arrived."""
         return self._version.phase if self._version else Phase.WARMING_UP
 
     def learner_silent_secs(self) -> float:
@@ -331,6 +336,7 @@ class Subscriber:
                     if self._is_newer(version):
                         self._pull(version)
                     self._version = version
+                self._has_looked.set()
             except Unreachable as error:
                 logging.debug("%s", error)
             except Exception:  # the actor would act on old weights for ever and never hear of the end

@@ -33,7 +33,7 @@ def troubled_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pat
         train = processes.start(
             "train", "crashing.gin", "--root_dir=run", "--seed=1", "--num_video_episodes=0",
             *bind(*TINY, "train.num_iterations = 1200", "train.eval_interval = 1200"),
-            *bind("train.policy_save_interval = 1200"),
+            *bind("train.policy_save_interval = 1200", "collect_actor.report_interval_secs = 0.1"),
         )  # fmt: skip
         # 1,150 steps more are far beyond what the rate limiter grants the learner without an actor.
         train.await_line("train step 50:")
@@ -73,9 +73,8 @@ def test_an_environment_that_crashes_is_replaced_and_counted(troubled_run):
     log = _logged(root_dir, "collect-actor-0")
     num_replaced = len(re.findall(r"environment \d+ was replaced by a fresh one", log))
     num_counted = json.loads((root_dir / "summary.json").read_text())["environment_crashes"]
-    assert num_replaced > 0
-    # What the killed actor had not reported yet went with it.
-    assert num_replaced - 2 <= num_counted <= num_replaced
+    # What an actor had not reported when it was killed, or when the summary was written, is not in the count.
+    assert 0 < num_counted <= num_replaced
 
 
 @pytest.fixture(scope="module")

@@ -72,6 +72,14 @@ def run_collect_actor(
         cluster.variables_address, policy.variables(), stop=stop, deadline_secs=cluster.peer_patience_secs
     )
     weights = Subscriber(cluster.variables_address, policy.variables(), refresh_interval_secs=refresh_interval_secs)
+    wait_until(  # a restarted actor must know that training is under way, or it acts at random
+        weights.has_looked,
+        lambda: f"the variable container at {cluster.variables_address} to say how far training is",
+        stop=stop,
+        deadline_secs=cluster.peer_patience_secs,
+        setting="--peer_patience_secs",
+        every_secs=0.05,
+    )
     collector = Collector(experiment, cluster, agent.train_sequence_length, life)
     progress = Progress(cluster, Reporter(cluster.variables_address), events)
     acting: Any = experiment.make_random_acting(policy, "collect-actor", cluster.task, "random-actions")
