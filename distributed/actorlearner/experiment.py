@@ -26,7 +26,7 @@ from tf_agents.train.utils import spec_utils, train_utils
 from actorlearner.agents.acting import CompiledActing, RandomActing
 from actorlearner.agents.base import AgentFactory
 from actorlearner.environments.batch import EnvironmentBatch
-from actorlearner.replay.base import Replay
+from actorlearner.replay.base import Replay, Sampling
 from actorlearner.runtime.configuration import (
     NonNegativeInt,
     PositiveFloat,
@@ -109,6 +109,17 @@ class Experiment:
     def __post_init__(self) -> None:
         self.replay.check(initial_collect_steps=self.schedule.initial_collect_steps)
 
+    def sampling(self, num_steps: int) -> Sampling:
+        """Returns what the schedule asks of the replay, for an agent that trains on windows of `num_steps` steps."""
+        return Sampling(
+            num_steps=num_steps,
+            batch_size=self.schedule.batch_size,
+            num_updates_per_call=self.schedule.num_updates_per_call,
+            num_environments=self.schedule.num_environments,
+            initial_collect_steps=self.schedule.initial_collect_steps,
+            samples_per_insert=self.schedule.samples_per_insert,
+        )
+
     def derive_seed(self, *path: Any) -> int:
         """Returns a seed below 2**31 for whatever `path` names, e.g. `("collect-actor", 3)`; the same each time."""
         return int(np.random.SeedSequence([self.seed, zlib.crc32(repr(path).encode())]).generate_state(1)[0]) % 2**31
@@ -174,12 +185,16 @@ class Experiment:
         """Returns `policy` compiled for a batch of environments."""
         return CompiledActing(policy, num_environments)
 
-    def make_random_acting(self, policy: tf_policy.TFPolicy, *seed_path: Any) -> RandomActing:
+    def make_random_acting(
+        self, policy: tf_policy.TFPolicy, num_environments: int, *seed_path: Any
+    ) -> RandomActing:
         """Returns random actions in the place of `policy`'s."""
         time_step_spec, action_spec, info_spec = (
             tensor_spec.to_array_spec(spec) for spec in (self.time_step_spec, self.action_spec, policy.info_spec)
         )
-        return RandomActing(time_step_spec, action_spec, info_spec, self.derive_seed(*seed_path))
+        return RandomActing(
+            time_step_spec, action_spec, info_spec, num_environments, self.derive_seed(*seed_path)
+        )
 
 
 def shipped_experiments_folder() -> Path:

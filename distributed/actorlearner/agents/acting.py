@@ -1,8 +1,10 @@
-"""Acts for a batch of environments: one compiled call per step for a trained policy, numpy for a random one."""
+"""Acts for a batch of environments: one compiled call per step for a trained policy, numpy for a random one.
+
+Time steps and actions are columns: arrays of shape [num_environments, ...].
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,15 +12,15 @@ import tensorflow as tf
 import tree
 from tf_agents.policies import random_py_policy, tf_policy
 from tf_agents.specs import tensor_spec
-from tf_agents.trajectories import policy_step
+from tf_agents.trajectories import StepType, policy_step
 from tf_agents.trajectories import time_step as ts
 
 
 class Acting(Protocol):
     """Chooses one action per environment."""
 
-    def act(self, time_steps: Sequence[ts.TimeStep]) -> Sequence[policy_step.PolicyStep]:
-        """Returns one unbatched step of numpy arrays per environment, in order; `state` is kept inside."""
+    def act(self, time_step: ts.TimeStep) -> policy_step.PolicyStep:
+        """Returns the actions and policy infos for a time step, all as columns; `state` is kept inside."""
         ...
 
 
@@ -47,25 +49,31 @@ class CompiledActing:
         self._function = tf.function(act, autograph=False).get_concrete_function(
             *_unnamed(specs), *_unnamed(state_specs)
         )
+        # Most policies look at the observation only; what they do not look at need not be handed over each time.
+        placeholders = self._function.inputs[:num_inputs]
+        self._unused = [
+            None if placeholder.consumers() else tf.zeros(placeholder.shape, placeholder.dtype)
+            for placeholder in placeholders
+        ]
 
-    def act(self, time_steps: Sequence[ts.TimeStep]) -> Sequence[policy_step.PolicyStep]:
-        """Returns actions for `num_environments` time steps. See `Acting.act`."""
-        flat_steps = [tree.flatten(time_step) for time_step in time_steps]
-        self._begin_anew(time_steps)
-        outputs = self._function(
-            *(tf.constant(np.stack(leaves)) for leaves in zip(*flat_steps)), *tf.nest.flatten(self._state)
-        )
+    def act(self, time_step: ts.TimeStep) -> policy_step.PolicyStep:
+        """Returns actions for `num_environments` environments. See `Acting.act`."""
+        self._begin_anew(time_step)
+        inputs = [
+            tf.convert_to_tensor(column) if unused is None else unused
+            for column, unused in zip(tree.flatten(time_step), self._unused)
+        ]
+        outputs = self._function(*inputs, *tf.nest.flatten(self._state))
         step = tf.nest.pack_sequence_as(self._step_structure, outputs)
         self._state = step.state
-        structure = policy_step.PolicyStep(step.action, (), step.info)
-        columns = [np.asarray(leaf) for leaf in tree.flatten(structure)]
-        return [tree.unflatten_as(structure, row) for row in zip(*columns)]
+        action, info = tree.map_structure(np.asarray, (step.action, step.info))
+        return policy_step.PolicyStep(action, (), info)
 
-    def _begin_anew(self, time_steps: Sequence[ts.TimeStep]) -> None:
+    def _begin_anew(self, time_step: ts.TimeStep) -> None:
         """Resets the policy's state where an episode begins."""
         if not tf.nest.flatten(self._state):
             return
-        first = np.array([time_step.is_first() for time_step in time_steps])
+        first = time_step.step_type == StepType.FIRST
         if first.any():
             self._state = tf.nest.map_structure(
                 lambda initial, state: tf.where(first.reshape([-1] + [1] * (len(state.shape) - 1)), initial, state),
@@ -82,11 +90,13 @@ def _unnamed(specs: Any) -> list[tf.TensorSpec]:
 class RandomActing:
     """Acts uniformly at random within the action spec, whatever it sees."""
 
-    def __init__(self, time_step_spec: Any, action_spec: Any, info_spec: Any, seed: int):
+    def __init__(self, time_step_spec: Any, action_spec: Any, info_spec: Any, num_environments: int, seed: int):
         """Specs are array specs of one environment; `info_spec` is that of the policy whose place it takes."""
-        self._policy = random_py_policy.RandomPyPolicy(time_step_spec, action_spec, seed=seed)
-        self._info = tree.map_structure(lambda spec: np.zeros(spec.shape, spec.dtype), info_spec)
+        self._policy = random_py_policy.RandomPyPolicy(
+            time_step_spec, action_spec, seed=seed, outer_dims=(num_environments,)
+        )
+        self._info = tree.map_structure(lambda spec: np.zeros((num_environments, *spec.shape), spec.dtype), info_spec)
 
-    def act(self, time_steps: Sequence[ts.TimeStep]) -> Sequence[policy_step.PolicyStep]:
-        """Returns one random action per time step. See `Acting.act`."""
-        return [self._policy.action(time_step)._replace(info=self._info) for time_step in time_steps]
+    def act(self, time_step: ts.TimeStep) -> policy_step.PolicyStep:
+        """Returns random actions. See `Acting.act`."""
+        return self._policy.action(time_step)._replace(info=self._info)

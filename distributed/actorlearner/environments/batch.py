@@ -1,15 +1,27 @@
-"""Several environments stepped in turn with one batch of actions; a crashed one is replaced by a fresh one."""
+"""Several environments stepped side by side: columns in, columns out; a crashed one is replaced by a fresh one.
+
+A column holds one leaf for every environment: arrays of shape [num_environments, ...].
+"""
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Callable, Iterator
-from typing import Any, Optional
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Optional, Protocol
 
-from tf_agents.environments import py_environment
+import numpy as np
+import tree
+from tf_agents.environments import gym_wrapper, py_environment, wrappers
+from tf_agents.trajectories import StepType
 from tf_agents.trajectories import time_step as ts
 
 MAX_CRASHES_WITHOUT_STEP = 3
+
+_FIRST, _MID, _LAST = int(StepType.FIRST), int(StepType.MID), int(StepType.LAST)
+
+# What one environment answers: step type, reward, discount, observation.
+_Answer = tuple[int, Any, Any, Any]
 
 
 class EnvironmentBatch:
@@ -30,36 +42,75 @@ class EnvironmentBatch:
         """
         self._make_environment = make_environment
         self._seeds = seeds
-        self._environments = [make_environment(next(seeds)) for _ in range(num_environments)]
+        environments = [make_environment(next(seeds)) for _ in range(num_environments)]
+        self._lanes = [_make_lane(environment) for environment in environments]
         self._crashes_in_a_row = [0] * num_environments
         self.num_crashes = 0
+        self.crashed = np.zeros(num_environments, bool)
+        """Which environments the last `step` found crashed; each has begun anew, at a first time step."""
+        spec = environments[0].time_step_spec()
+        self._observation_spec = spec.observation
+        self._has_one_leaf = not tree.is_nested(spec.observation)
+        # Two sets: the time step before stays as it was while the next is filled in.
+        self._columns = itertools.cycle(
+            [
+                tree.map_structure(lambda leaf: np.zeros((num_environments, *leaf.shape), leaf.dtype), spec)
+                for _ in range(2)
+            ]
+        )
+        self._current = next(self._columns)
 
     def __len__(self) -> int:
-        return len(self._environments)
+        return len(self._lanes)
 
-    def reset(self) -> list[ts.TimeStep]:
-        """Returns the first time step of a new episode in each environment."""
-        return [self._reset(index) for index in range(len(self))]
+    def reset(self) -> ts.TimeStep:
+        """Returns the first time step of a new episode in each environment, as columns."""
+        for index in range(len(self)):
+            self._fill(index, self._reset(index))
+        return self._current
 
-    def step(self, index: int, action: Any) -> Optional[ts.TimeStep]:
-        """Returns what environment `index` answered, or None when it crashed: then `restart` it.
+    def step(self, actions: Any, indices: Optional[Iterable[int]] = None) -> ts.TimeStep:
+        """Returns what the environments answer, as columns; they stay valid until the second call from here.
 
-        After a last time step, the next call begins a new episode and ignores its action.
-        """
-        try:
-            time_step = self._environments[index].step(action)
-        except Exception:  # whatever an environment raises, the actor goes on
-            logging.exception("environment %d crashed in step", index)
-            return None
-        self._crashes_in_a_row[index] = 0
-        return time_step
+        After a last time step, the next call begins a new episode and ignores its action. The answer of an environment
+        that crashed is the first time step of its fresh one; `crashed` tells.
 
-    def restart(self, index: int) -> ts.TimeStep:
-        """Returns the first time step of a fresh environment in the place of the crashed one.
+        Args:
+          actions: Columns.
+          indices: Which environments to step; the columns of others are left as they were. All by default.
 
         Raises:
-          RuntimeError: It crashed again and again without one good step.
+          RuntimeError: An environment crashed again and again without one good step.
         """
+        before, self._current = self._current, next(self._columns)
+        if indices is not None:
+            tree.map_structure(np.copyto, self._current, before)
+        self.crashed[:] = False
+        for index, action in enumerate(_rows(actions)):
+            if indices is not None and index not in indices:
+                continue
+            try:
+                answer = self._lanes[index].step(action)
+                self._crashes_in_a_row[index] = 0
+            except Exception:  # whatever an environment raises, the actor goes on
+                logging.exception("environment %d crashed in step", index)
+                self.crashed[index] = True
+                answer = self._restart(index)
+            self._fill(index, answer)
+        return self._current
+
+    def _fill(self, index: int, answer: _Answer) -> None:
+        columns = self._current
+        columns.step_type[index], columns.reward[index], columns.discount[index], observation = answer
+        if self._has_one_leaf:
+            columns.observation[index] = observation
+        else:
+            leaves = tree.flatten_up_to(self._observation_spec, observation)
+            for column, leaf in zip(tree.flatten(columns.observation), leaves):
+                column[index] = leaf
+
+    def _restart(self, index: int) -> _Answer:
+        """Returns the first time step of a fresh environment in the place of the crashed one."""
         self.num_crashes += 1
         self._crashes_in_a_row[index] += 1
         if self._crashes_in_a_row[index] > MAX_CRASHES_WITHOUT_STEP:
@@ -67,20 +118,102 @@ class EnvironmentBatch:
                 f"environment {index} crashed {self._crashes_in_a_row[index]} times without one good step; see the log"
             )
         try:
-            self._environments[index].close()
+            self._lanes[index].close()
         except Exception:
             logging.warning("the crashed environment %d did not close", index)
-        self._environments[index] = self._make_environment(next(self._seeds))
+        self._lanes[index] = _make_lane(self._make_environment(next(self._seeds)))
         logging.warning("environment %d was replaced by a fresh one; %d crashes so far", index, self.num_crashes)
         return self._reset(index)
 
-    def _reset(self, index: int) -> ts.TimeStep:
+    def _reset(self, index: int) -> _Answer:
         try:
-            return self._environments[index].reset()
+            return self._lanes[index].reset()
         except Exception:
             logging.exception("environment %d crashed in reset", index)
-            return self.restart(index)
+            return self._restart(index)
 
     def close(self) -> None:
-        for environment in self._environments:
-            environment.close()
+        for lane in self._lanes:
+            lane.close()
+
+
+def _rows(actions: Any) -> Iterable[Any]:
+    """Returns one action per environment; plain numbers where the action is one whole number, as gym likes them."""
+    if isinstance(actions, np.ndarray):
+        return actions.tolist() if actions.ndim == 1 and actions.dtype.kind == "i" else actions
+    return [tree.unflatten_as(actions, row) for row in zip(*tree.flatten(actions))]
+
+
+class _Lane(Protocol):
+    """One environment of the batch."""
+
+    def reset(self) -> _Answer: ...
+
+    def step(self, action: Any) -> _Answer: ...
+
+    def close(self) -> None: ...
+
+
+class _PyLane:
+    """Any of TF-Agents' environments."""
+
+    def __init__(self, environment: py_environment.PyEnvironment):
+        self._environment = environment
+        spec = environment.action_spec()
+        self._dtype = None if tree.is_nested(spec) else spec.dtype
+
+    def reset(self) -> _Answer:
+        time_step = self._environment.reset()
+        return time_step.step_type, time_step.reward, time_step.discount, time_step.observation
+
+    def step(self, action: Any) -> _Answer:
+        action = action if self._dtype is None else np.asarray(action, self._dtype)
+        time_step = self._environment.step(action)
+        return time_step.step_type, time_step.reward, time_step.discount, time_step.observation
+
+    def close(self) -> None:
+        self._environment.close()
+
+
+class _GymLane:
+    """A gym environment, stepped as TF-Agents' `GymWrapper` and `TimeLimit` step it, without their cost.
+
+    The wrappers take three quarters of a CartPole step: they convert and check what the batch's columns convert anyway.
+    """
+
+    def __init__(self, environment: Any, max_episode_steps: float):
+        self._environment = environment
+        self._max_episode_steps = max_episode_steps
+        self._num_steps = 0
+        self._is_over = True
+
+    def reset(self) -> _Answer:
+        observation = self._environment.reset()
+        self._num_steps, self._is_over = 0, False
+        return _FIRST, 0.0, 1.0, observation
+
+    def step(self, action: Any) -> _Answer:
+        if self._is_over:
+            return self.reset()
+        observation, reward, done, _ = self._environment.step(action)
+        self._num_steps += 1
+        if done:
+            self._is_over = True
+            return _LAST, reward, 0.0, observation
+        if self._num_steps >= self._max_episode_steps:
+            self._is_over = True
+            return _LAST, reward, 1.0, observation
+        return _MID, reward, 1.0, observation
+
+    def close(self) -> None:
+        self._environment.close()
+
+
+def _make_lane(environment: py_environment.PyEnvironment) -> _Lane:
+    """Returns the fastest way to step `environment` that gives what its own `step` gives."""
+    duration, inner = float("inf"), environment
+    if type(inner) is wrappers.TimeLimit:
+        duration, inner = inner.duration, inner.wrapped_env()
+    if type(inner) is gym_wrapper.GymWrapper and inner._discount == 1.0 and inner._match_obs_space_dtype:
+        return _GymLane(inner.gym, duration)
+    return _PyLane(environment)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, Optional, Protocol
 
+import numpy as np
 import reverb
 import tensorflow as tf
 
@@ -15,26 +17,48 @@ RANDOM_POLICY = -1
 """Stands for "no weights acted" where the train step of the acting weights is asked for."""
 
 
-class TrajectorySink(Protocol):
-    """Takes one environment's steps to the replay server."""
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """What the learner takes out of a replay, and how that is tied to what goes in.
 
-    def append(self, step: Any, acted_at: int) -> None:
-        """Adds one unbatched `Trajectory` step; the steps of an episode come in order and end with its boundary.
+    Attributes:
+      num_steps: Steps in a window; 2 is a transition.
+      batch_size: Windows in one train step, over all replicas together.
+      num_updates_per_call: Train steps in one compiled call; samples per insert is kept to within one call.
+      num_environments: Environments one collect actor steps as a batch.
+      initial_collect_steps: Windows inserted before training begins.
+      samples_per_insert: Windows sampled for each one inserted after that.
+    """
+
+    num_steps: int
+    batch_size: int
+    num_updates_per_call: int
+    num_environments: int
+    initial_collect_steps: int
+    samples_per_insert: float
+
+
+class TrajectorySink(Protocol):
+    """Takes the steps of one collect actor's environments to the replay server; none of its windows spans two."""
+
+    def append(self, steps: Any, acted_at: int, crashed: np.ndarray) -> None:
+        """Adds one `Trajectory` step per environment; those of an episode come in order and end with its boundary.
 
         Args:
-          step: Nest of numpy arrays.
+          steps: Nest of numpy columns, [num_environments, ...]; copied.
           acted_at: Train step at which the weights that acted were published, or `RANDOM_POLICY`.
+          crashed: [num_environments], true where an environment crashed: its row is none, and its episode has ended.
         """
 
     def is_blocked(self) -> bool:
         """Returns whether the server holds writes back; blocks at most half a second to find out.
 
         The caller decides how long to go on asking; it appends nothing while blocked.
+
+        Raises:
+          RuntimeError: The server refused an item.
         """
         ...
-
-    def drop_episode(self) -> None:
-        """Forgets the episode under way as far as nothing of it was sent: its environment crashed."""
 
     def close(self, timeout_secs: float) -> None:
         """Sends what is pending; blocks at most about `timeout_secs` seconds."""
@@ -103,9 +127,7 @@ class Replay(Protocol):
         """Returns what each of its tables holds, by table name, for trajectories of `step_spec`."""
         ...
 
-    def make_tables(
-        self, step_spec: Any, *, batch_size: int, initial_collect_steps: int, samples_per_insert: float
-    ) -> list[reverb.Table]:
+    def make_tables(self, step_spec: Any, sampling: Sampling) -> list[reverb.Table]:
         """Returns the server's tables. Raises `ValueError` when their settings contradict each other."""
         ...
 
@@ -117,22 +139,18 @@ class Replay(Protocol):
         """
         ...
 
-    def make_sink(self, address: str, num_steps: int) -> TrajectorySink:
-        """Returns a writer for one environment's steps."""
+    def make_sink(self, address: str, sampling: Sampling) -> TrajectorySink:
+        """Returns a writer for the steps of one actor's environments."""
         ...
 
     def make_source(
-        self,
-        address: str,
-        step_spec: Any,
-        *,
-        num_steps: int,
-        batch_size: int,
-        initial_collect_steps: int,
-        samples_per_insert: float,
-        strategy: tf.distribute.Strategy,
+        self, address: str, step_spec: Any, sampling: Sampling, strategy: tf.distribute.Strategy
     ) -> BatchSource:
-        """Returns the learner's side; `batch_size` is the global one."""
+        """Returns the learner's side.
+
+        Raises:
+          RoleError: It does not fit into the memory there is (USAGE).
+        """
         ...
 
 

@@ -3,8 +3,9 @@
 collect actors --chunks--> [stream, a queue] --> learner's mirror --windows--> agent.train
                \\--chunks--> [experience, durable] --> refills the mirror of a restarted learner
 
-A chunk is a run of steps of one episode that needs no other chunk: the last `num_steps - 1` steps of one open the next,
-so each window of an episode lies in exactly one chunk, as each is exactly one item in a stock TF-Agents table.
+A chunk is what one actor's environments did in a row of steps: [num_environments, length, ...]. It needs no other chunk:
+the last `num_steps - 1` steps of one open the next, so each window of an episode lies in exactly one chunk, as each is
+exactly one item in a stock TF-Agents table.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import logging
+import math
 import secrets
 import threading
 import time
@@ -26,8 +28,10 @@ import tree
 from tf_agents.specs import tensor_spec
 from tf_agents.trajectories import StepType
 
-from actorlearner.replay.base import describe_account
+from actorlearner.replay.base import Sampling, describe_account
 from actorlearner.runtime.configuration import PositiveFloat, PositiveInt
+from actorlearner.runtime.devices import compute_devices, free_host_bytes
+from actorlearner.runtime.lifecycle import ExitCode, RoleError
 from actorlearner.runtime.messages import read_server_info
 
 EXPERIENCE_TABLE = "experience"
@@ -35,8 +39,6 @@ STREAM_TABLE = "stream"
 
 MAX_KNOWN_CHUNKS = 100_000
 """How many chunks are remembered, so that none is taken in twice."""
-
-_INT64 = tf.TensorSpec((), tf.int64)
 
 
 @gin.configurable("resident_replay", module="actorlearner")
@@ -47,8 +49,9 @@ class ResidentReplay:
     Attributes:
       replay_buffer_capacity: Windows the mirror holds at most; with two-step windows a window is a transition.
       samples_per_insert: Overrides the ratio that `collect_steps_per_iteration` and `batch_size` give.
-      error_buffer: How many samples the ratio may be off at any moment; None takes a thousand windows' worth.
-      chunk_length: Steps an actor sends in one piece.
+      error_buffer: How many samples the ratio may be off at any moment; None takes those of one compiled call.
+      chunk_length: Steps an actor sends in one piece, all its environments together; never less than three windows'
+        length for each environment.
       chunk_secs: A chunk that is not full is sent after this time, in seconds.
       stream_length: Chunks that wait in the queue; when it is full, actors wait.
     """
@@ -56,9 +59,9 @@ class ResidentReplay:
     replay_buffer_capacity: PositiveInt = 100_000
     samples_per_insert: Optional[PositiveFloat] = None
     error_buffer: Optional[PositiveFloat] = None
-    chunk_length: PositiveInt = 50
+    chunk_length: PositiveInt = 100
     chunk_secs: PositiveFloat = 1.0
-    stream_length: PositiveInt = 32
+    stream_length: PositiveInt = 4
 
     def check(self, *, initial_collect_steps: int) -> None:
         """Raises `ValueError` when the mirror could never hold what training waits for."""
@@ -71,146 +74,178 @@ class ResidentReplay:
 
     def table_signatures(self, step_spec: Any) -> dict[str, Any]:
         """Returns what each table of this replay holds, by table name."""
-        signature = tensor_spec.add_outer_dim(_row_spec(step_spec))
+        signature = {
+            "acted_at": tf.TensorSpec((None,), tf.int64),
+            "chunk": tf.TensorSpec((), tf.int64),
+            "ends_run": tf.TensorSpec((None, None), tf.bool),
+            "step": tensor_spec.add_outer_dim(tensor_spec.add_outer_dim(step_spec)),
+        }
         return {EXPERIENCE_TABLE: signature, STREAM_TABLE: signature}
 
-    def make_tables(
-        self, step_spec: Any, *, batch_size: int, initial_collect_steps: int, samples_per_insert: float
-    ) -> list[reverb.Table]:
+    def make_tables(self, step_spec: Any, sampling: Sampling) -> list[reverb.Table]:
         """Returns the queue and the durable table. See `Replay.make_tables`."""
-        del batch_size, initial_collect_steps, samples_per_insert  # the learner keeps the ratio
         signatures = self.table_signatures(step_spec)
+        windows_per_chunk = sampling.num_environments * (self._num_rows(sampling) - sampling.num_steps + 1)
         return [
             reverb.Table.queue(STREAM_TABLE, max_size=self.stream_length, signature=signatures[STREAM_TABLE]),
             reverb.Table(
                 EXPERIENCE_TABLE,
                 sampler=reverb.selectors.Uniform(),
                 remover=reverb.selectors.Fifo(),
-                max_size=max(1, self.replay_buffer_capacity // self.chunk_length),
+                # Twice the mirror: short episodes and a slow environment leave chunks half full.
+                max_size=math.ceil(2 * self.replay_buffer_capacity / windows_per_chunk),
                 rate_limiter=reverb.rate_limiters.MinSize(1),
                 signature=signatures[EXPERIENCE_TABLE],
             ),
         ]
+
+    def _num_rows(self, sampling: Sampling) -> int:
+        """Returns how many steps of each environment a full chunk holds."""
+        return max(3 * sampling.num_steps, math.ceil(self.chunk_length / sampling.num_environments))
 
     def is_warm(self, address: str, initial_collect_steps: int) -> Optional[bool]:
         """Returns None: only the learner knows how many windows it was sent."""
         del address, initial_collect_steps
         return None
 
-    def make_sink(self, address: str, num_steps: int) -> ChunkSink:
-        """Returns a writer of chunks for one environment."""
-        return ChunkSink(reverb.Client(address), num_steps, max(self.chunk_length, 2 * num_steps), self.chunk_secs)
+    def make_sink(self, address: str, sampling: Sampling) -> ChunkSink:
+        """Returns a writer of chunks. See `Replay.make_sink`."""
+        return ChunkSink(
+            reverb.Client(address),
+            sampling.num_steps,
+            sampling.num_environments,
+            self._num_rows(sampling),
+            self.chunk_secs,
+        )
 
     def make_source(
-        self,
-        address: str,
-        step_spec: Any,
-        *,
-        num_steps: int,
-        batch_size: int,
-        initial_collect_steps: int,
-        samples_per_insert: float,
-        strategy: tf.distribute.Strategy,
+        self, address: str, step_spec: Any, sampling: Sampling, strategy: tf.distribute.Strategy
     ) -> ResidentSource:
-        """Returns the mirror, with a thread that reads the queue. See `Replay.make_source`."""
-        ratio = self.samples_per_insert or samples_per_insert
-        mirror = Mirror(step_spec, num_steps, self.replay_buffer_capacity)
+        """Returns the mirror, a share of it on each replica's device, with a thread that reads the queue.
+
+        Raises:
+          RoleError: It does not fit (USAGE).
+        """
+        devices = compute_devices(strategy)
+        capacity = math.ceil(self.replay_buffer_capacity / len(devices))
+        num_bytes = Mirror.num_bytes_for(step_spec, sampling.num_steps, capacity)
         logging.info(
-            "the replay holds %s windows of %d steps beside the learner: %.1f MB",
+            "the replay holds %s windows of %d steps beside the learner: %.1f MB on each of %s",
             f"{self.replay_buffer_capacity:,}",
-            num_steps,
-            mirror.num_bytes / 1e6,
+            sampling.num_steps,
+            num_bytes / 1e6,
+            ", ".join(devices),
         )
+        if "cpu" in devices[0].lower():
+            self._check_fits(num_bytes * len(devices), free_host_bytes(), "the host")
+        try:
+            mirrors = [Mirror(step_spec, sampling.num_steps, capacity, device) for device in devices]
+        except tf.errors.ResourceExhaustedError as error:
+            self._check_fits(num_bytes, 0, devices[0])
+            raise AssertionError from error
+        ratio = self.samples_per_insert or sampling.samples_per_insert
         return ResidentSource(
             address,
-            mirror,
-            batch_size=batch_size,
-            batch_size_per_replica=batch_size // strategy.num_replicas_in_sync,
-            initial_collect_steps=initial_collect_steps,
+            mirrors,
+            batch_size=sampling.batch_size,
+            initial_collect_steps=sampling.initial_collect_steps,
             samples_per_insert=ratio,
-            error_buffer=self.error_buffer or max(1_000 * ratio, 2 * batch_size),
+            error_buffer=self.error_buffer or max(sampling.num_updates_per_call * sampling.batch_size, ratio),
         )
 
-
-def _row_spec(step_spec: Any) -> dict[str, Any]:
-    """What one step is in the tables: the trajectory's, when its weights were published, and which chunk it is in."""
-    return {"acted_at": _INT64, "chunk": _INT64, "step": step_spec}
-
+    def _check_fits(self, num_bytes: int, free: int, where: str) -> None:
+        if num_bytes > free:
+            raise RoleError(
+                f"resident_replay.replay_buffer_capacity = {self.replay_buffer_capacity:,} takes {num_bytes / 1e9:.1f} "
+                f"GB of memory, more than is free on {where}"
+                + (f": {free / 1e9:.1f} GB" if free else "")
+                + ". Lower it, or let the server hold and sample it: experiment.replay = @uniform_replay().",
+                ExitCode.USAGE,
+            )
 
 class ChunkSink:
-    """Writes one environment's episodes as chunks. See `TrajectorySink`."""
+    """Writes what one actor's environments do as chunks. See `TrajectorySink`."""
 
-    def __init__(self, client: reverb.Client, num_steps: int, chunk_length: int, chunk_secs: float):
-        self._client = client
+    def __init__(
+        self, client: reverb.Client, num_steps: int, num_environments: int, num_rows: int, chunk_secs: float
+    ):
         self._num_steps = num_steps
-        self._chunk_length = chunk_length
+        self._num_environments = num_environments
+        self._num_rows = num_rows
         self._chunk_secs = chunk_secs
-        self._rows: list[dict[str, Any]] = []  # of the chunk under way, its opening overlap included
+        self._writer = client.trajectory_writer(num_keep_alive_refs=1, validate_items=False)
+        self._columns: Any = None  # leaves of a chunk, [num_rows, num_environments, ...]
+        self._acted_at = np.zeros(num_rows, np.int64)
+        self._ends_run = np.zeros((num_rows, num_environments), bool)
+        self._length = 0  # rows filled; a new chunk begins with the last ones of the chunk before
         self._opened_at = 0.0
         self._is_sending = False
-        self._open()
 
-    def _open(self) -> None:
-        self._writer = self._client.trajectory_writer(num_keep_alive_refs=self._chunk_length, validate_items=False)
-        self._is_configured = False
-
-    def append(self, step: Any, acted_at: int) -> None:
-        """Adds one step and hands the chunk to the writer when it is full, old, or its episode is over."""
+    def append(self, steps: Any, acted_at: int, crashed: np.ndarray) -> None:
+        """Adds one step per environment and hands the chunk to the writer when it is full or old."""
         assert not self._is_sending, "append while blocked: ask is_blocked first"
         now = time.monotonic()
-        if not self._rows:
+        leaves = tree.flatten(steps)
+        if self._columns is None:
+            self._structure = steps
+            self._columns = [np.zeros((self._num_rows, *leaf.shape), leaf.dtype) for leaf in leaves]
+        if not self._length:
             self._opened_at = now
-        self._rows.append({"acted_at": np.int64(acted_at), "chunk": np.int64(0), "step": step})
-        is_over = bool(step.step_type == StepType.LAST)
-        is_due = len(self._rows) >= self._chunk_length or now - self._opened_at > self._chunk_secs
-        if len(self._rows) >= self._num_steps and (is_over or is_due):
+        row = self._length
+        for column, leaf in zip(self._columns, leaves):
+            column[row] = leaf
+        self._acted_at[row] = acted_at
+        np.equal(steps.step_type, StepType.LAST, out=self._ends_run[row])
+        if crashed.any():
+            self._ends_run[row] |= crashed  # nothing leads from the row that is none ...
+            if row:
+                self._ends_run[row - 1] |= crashed  # ... nor into it
+        self._length += 1
+        is_due = self._length == self._num_rows or now - self._opened_at > self._chunk_secs
+        if is_due and self._length >= self._num_steps:
             self._send()
-            self._rows = [] if is_over else self._rows[len(self._rows) - self._num_steps + 1 :]
             self._opened_at = now
-        elif is_over:
-            self._rows = []  # the episode has no window
 
     def _send(self) -> None:
-        chunk = np.int64(secrets.randbits(62))
-        if not self._is_configured:
-            for path, _ in tree.flatten_with_path(self._rows[0]):
-                self._writer.configure(
-                    path, num_keep_alive_refs=self._chunk_length, max_chunk_length=self._chunk_length
-                )
-            self._is_configured = True
-        for row in self._rows:
-            self._writer.append({**row, "chunk": chunk})
-        trajectory = tree.map_structure(lambda column: column[-len(self._rows) :], self._writer.history)
+        length, kept = self._length, self._num_steps - 1
+        columns = [np.ascontiguousarray(np.swapaxes(column[:length], 0, 1)) for column in self._columns]
+        # Ordered by time, so that a restarted learner knows which are the oldest; the last bits tell actors apart.
+        chunk = (time.time_ns() & ~0xFFFF) | secrets.randbits(16)
+        self._writer.append(
+            {
+                "acted_at": self._acted_at[:length].copy(),
+                "chunk": np.int64(chunk),
+                "ends_run": np.ascontiguousarray(self._ends_run[:length].T),
+                "step": tree.unflatten_as(self._structure, columns),
+            }
+        )
+        trajectory = tree.map_structure(lambda column: column[-1], self._writer.history)
         # First the durable table: what reaches the learner must be there to come back from.
         for table in (EXPERIENCE_TABLE, STREAM_TABLE):
             self._writer.create_item(table, priority=1.0, trajectory=trajectory)
+        for array in (*self._columns, self._acted_at, self._ends_run):
+            array[:kept] = array[length - kept : length].copy()
+        self._length = kept
         self._is_sending = True
 
     def is_blocked(self) -> bool:
-        """Returns whether the queue has not taken the last chunk; blocks at most half a second to find out.
-
-        Raises:
-          RuntimeError: The server refused a chunk.
-        """
+        """Returns whether the queue has not taken the last chunk. See `TrajectorySink.is_blocked`."""
         if not self._is_sending:
             return False
         try:
-            # Ends what Reverb calls an episode: the next chunk shares no storage with this one; an item is one piece.
-            self._writer.end_episode(clear_buffers=True, timeout_ms=500)
+            self._writer.flush(timeout_ms=500)
         except reverb.errors.DeadlineExceededError:
             return True
         self._is_sending = False
         return False
 
-    def drop_episode(self) -> None:
-        """Forgets the steps that no chunk holds yet."""
-        self._rows = []
-
     def close(self, timeout_secs: float) -> None:
-        """Waits for the last chunk to be taken, at most `timeout_secs` seconds."""
+        """Sends the chunk under way if the one before was taken; blocks at most `timeout_secs` seconds."""
+        if not self._is_sending and self._length >= self._num_steps:
+            self._send()
         if self._is_sending:
             try:
-                self._writer.end_episode(clear_buffers=True, timeout_ms=int(timeout_secs * 1000))
+                self._writer.flush(timeout_ms=int(timeout_secs * 1000))
             except (reverb.errors.ReverbError, RuntimeError):
                 logging.debug("the last chunk was not confirmed")
 
@@ -221,20 +256,21 @@ class Mirror:
     One ring holds step rows, another the positions in it at which a window begins. A chunk leaves as a whole.
     """
 
-    def __init__(self, step_spec: Any, num_steps: int, capacity: int):
+    def __init__(self, step_spec: Any, num_steps: int, capacity: int, device: str = "/cpu:0"):
         """Args:
         step_spec: Of one trajectory step.
         num_steps: Steps in a window.
         capacity: Windows held at most.
+        device: Where the variables live: the device that draws from them.
         """
         self.num_steps = num_steps
         self._capacity = capacity
-        # Chunks overlap, so there are more steps than windows: a quarter more holds chunks from five windows up.
-        self._num_rows = capacity + capacity // 4 + 1_000
-        self._spec = {"acted_at": _INT64, "step": step_spec}
-        with tf.device("/cpu:0"):
+        self._num_rows = _num_rows_for(num_steps, capacity)
+        self._spec = {"acted_at": tf.TensorSpec((), tf.int64), "step": step_spec}
+        self._device = device
+        with tf.device(device):
             self._rows = [
-                tf.Variable(tf.zeros([self._num_rows, *spec.shape], spec.dtype), trainable=False)
+                tf.Variable(tf.zeros([self._num_rows, *spec.shape], _held_dtype(spec.dtype)), trainable=False)
                 for spec in tf.nest.flatten(self._spec)
             ]
             self._starts = tf.Variable(tf.zeros([capacity], tf.int64), trainable=False)
@@ -243,39 +279,67 @@ class Mirror:
         self._chunks: collections.deque[tuple[int, int]] = collections.deque()  # (first row, windows), oldest first
         self._next_row = 0
         self.num_windows = 0
+        int64 = tf.TensorSpec((), tf.int64)
+        blocks = [tf.TensorSpec([None, *variable.shape[1:]], variable.dtype) for variable in self._rows]
+        # Flat positional arguments of a concrete function: a list costs several times the work, at every call.
+        self._write = tf.function(self._write_block, autograph=False).get_concrete_function(
+            int64, int64, tf.TensorSpec([None], tf.int64), *blocks
+        )
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(int(np.prod(v.shape)) * v.dtype.size for v in [*self._rows, self._starts])
+    @staticmethod
+    def num_bytes_for(step_spec: Any, num_steps: int, capacity: int) -> int:
+        """Returns how much memory a mirror takes."""
+        row = sum(int(np.prod(spec.shape)) * _held_dtype(spec.dtype).size for spec in tf.nest.flatten(step_spec))
+        return (row + tf.int64.size) * _num_rows_for(num_steps, capacity) + tf.int64.size * capacity
 
-    def add(self, chunks: Sequence[Any]) -> int:
-        """Returns how many windows it added; a chunk is a nest of `[length, ...]` arrays with `acted_at` and `step`."""
-        lengths = [len(tf.nest.flatten(chunk)[0]) for chunk in chunks]
-        starts = []
-        for length in lengths:
-            num_windows = length - self.num_steps + 1
-            starts.append(self._next_row + np.arange(num_windows))
-            self._chunks.append((self._next_row, num_windows))
-            self._next_row += length
-            self.num_windows += num_windows
+    def make_block(self, chunk: Mapping[str, Any]) -> Block:
+        """Returns a chunk as `add` takes it, its rows on this mirror's device; any thread may call it."""
+        ends_run = chunk["ends_run"]
+        num_environments, length = ends_run.shape
+        is_start = np.ones((num_environments, max(0, length - self.num_steps + 1)), bool)
+        for ahead in range(self.num_steps - 1):
+            is_start &= ~ends_run[:, ahead : ahead + is_start.shape[1]]
+        acted_at = np.broadcast_to(chunk["acted_at"], (num_environments, length))
+        leaves = tf.nest.flatten({"acted_at": acted_at, "step": chunk["step"]})
+        lanes, steps = np.nonzero(is_start)
+        with tf.device(self._device):
+            rows = [
+                tf.convert_to_tensor(leaf.reshape(-1, *leaf.shape[2:]).astype(variable.dtype.as_numpy_dtype))
+                for leaf, variable in zip(leaves, self._rows)
+            ]
+        return Block(rows, num_environments * length, lanes * length + steps)
+
+    def add(self, block: Block) -> None:
+        """Takes in a chunk's rows and windows; what is too old leaves."""
+        first_row, self._next_row = self._next_row, self._next_row + block.num_rows
+        num_windows = len(block.starts)
+        self._chunks.append((first_row, num_windows))
+        self.num_windows += num_windows
         num_evicted = 0
         while self.num_windows > self._capacity or self._chunks[0][0] < self._next_row - self._num_rows:
-            _, num_windows = self._chunks.popleft()
-            self.num_windows -= num_windows
-            num_evicted += num_windows
-        blocks = [np.concatenate(leaves) for leaves in zip(*(tf.nest.flatten(chunk) for chunk in chunks))]
-        begin = self._next_row - sum(lengths)
-        self._write(tf.constant(begin, tf.int64), blocks, np.concatenate(starts), tf.constant(num_evicted, tf.int64))
-        return sum(length - self.num_steps + 1 for length in lengths)
+            _, num_left = self._chunks.popleft()
+            self.num_windows -= num_left
+            num_evicted += num_left
+        if not self._chunks:
+            raise ValueError(
+                f"a chunk of {num_windows:,} windows in {block.num_rows:,} steps does not fit into a replay of "
+                f"{self._capacity:,} windows. Raise resident_replay.replay_buffer_capacity."
+            )
+        starts = (first_row + block.starts) % self._num_rows
+        self._write(
+            tf.constant(first_row % self._num_rows, tf.int64),
+            tf.constant(num_evicted, tf.int64),
+            tf.convert_to_tensor(starts, tf.int64),
+            *block.rows,
+        )
 
-    @tf.function(reduce_retracing=True)
-    def _write(self, begin: tf.Tensor, blocks: list[tf.Tensor], starts: tf.Tensor, num_evicted: tf.Tensor) -> None:
-        rows = (begin + tf.range(tf.shape(blocks[0], tf.int64)[0], dtype=tf.int64)) % self._num_rows
-        for variable, block in zip(self._rows, blocks):
-            variable.scatter_nd_update(rows[:, None], block)
+    def _write_block(self, first_row: tf.Tensor, num_evicted: tf.Tensor, starts: tf.Tensor, *rows: tf.Tensor) -> None:
+        positions = (first_row + tf.range(tf.shape(rows[0], tf.int64)[0], dtype=tf.int64)) % self._num_rows
+        for variable, block in zip(self._rows, rows):
+            variable.scatter_nd_update(positions[:, None], block)
         num_starts = tf.shape(starts, tf.int64)[0]
         windows = (self._end + tf.range(num_starts, dtype=tf.int64)) % self._capacity
-        self._starts.scatter_nd_update(windows[:, None], starts % self._num_rows)
+        self._starts.scatter_nd_update(windows[:, None], starts)
         self._end.assign_add(num_starts)
         self._first.assign_add(num_evicted)
 
@@ -291,52 +355,86 @@ class Mirror:
         """Returns the windows with these numbers; `draw` chooses the numbers."""
         starts = tf.gather(self._starts, windows % self._capacity)
         rows = (starts[:, None] + tf.range(self.num_steps, dtype=tf.int64)) % self._num_rows
-        drawn = tf.nest.pack_sequence_as(self._spec, [tf.gather(variable, rows) for variable in self._rows])
-        return drawn["step"], drawn["acted_at"][:, 0]
+        drawn = [
+            tf.cast(tf.gather(variable, rows), spec.dtype)
+            for variable, spec in zip(self._rows, tf.nest.flatten(self._spec))
+        ]
+        packed = tf.nest.pack_sequence_as(self._spec, drawn)
+        return packed["step"], packed["acted_at"][:, 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A chunk's rows, one tensor [num_rows, ...] per leaf, and the rows at which a window begins."""
+
+    rows: Sequence[tf.Tensor]
+    num_rows: int
+    starts: np.ndarray
+
+
+def _num_rows_for(num_steps: int, capacity: int) -> int:
+    # Chunks overlap, at worst by a third of their length; an episode's end costs some rows more.
+    return int(1.1 * capacity * 3 * num_steps / (2 * num_steps + 1)) + 1_000
+
+
+def _held_dtype(dtype: tf.DType) -> tf.DType:
+    return tf.int64 if dtype == tf.int32 else dtype  # TensorFlow keeps int32 variables of a GPU in host memory
 
 
 class ResidentSource:
-    """Feeds the mirror from the queue and keeps samples per insert, in both directions. See `BatchSource`.
+    """Feeds the mirrors from the queue and keeps samples per insert, in both directions. See `BatchSource`.
 
     ahead = (inserts - initial_collect_steps) * samples_per_insert - samples stays within the error buffer: beyond it
     the queue is not read, fills, and holds the actors back; below it no update is allowed.
+
+    A thread reads the queue and moves each chunk to its mirror's device while the compiled loop runs; between two calls
+    it only has to be copied into place.
     """
 
     def __init__(
         self,
         address: str,
-        mirror: Mirror,
+        mirrors: Sequence[Mirror],
         *,
         batch_size: int,
-        batch_size_per_replica: int,
         initial_collect_steps: int,
         samples_per_insert: float,
         error_buffer: float,
     ):
-        self.handle = tf.constant(0)  # nothing to pass: the mirror is captured
+        """Args:
+        address: The replay server's.
+        mirrors: One for each replica, which draws its part of a batch from it; chunks go to them in turn.
+        batch_size: Windows in one update, over all replicas together.
+        initial_collect_steps: Windows inserted before training begins.
+        samples_per_insert: The ratio to keep.
+        error_buffer: How many samples it may be off.
+        """
+        self.handle = tf.constant(0)  # nothing to pass: the mirrors are captured
         self._address = address
-        self._mirror = mirror
+        self._mirrors = mirrors
         self._batch_size = batch_size
-        self._batch_size_per_replica = batch_size_per_replica
         self._initial_collect_steps = initial_collect_steps
         self._samples_per_insert = samples_per_insert
         self._error_buffer = error_buffer
         self._inserts = self._samples = 0
-        self._num_staged = 0
-        self._staged: list[Any] = []
+        self._num_chunks = 0
+        self._num_staged = 0  # windows
+        self._staged: list[tuple[Mirror, Block]] = []
         self._known_chunks: dict[int, None] = {}  # a set that remembers its order
-        self._changed = threading.Condition()  # guards all of the above but the mirror, which one thread touches
+        self._changed = threading.Condition()  # guards all of the above but the mirrors, which one thread touches
         self._closing = False
         self._reader: Optional[threading.Thread] = None
 
     def restore(self, counts: Mapping[str, Any]) -> None:
         """Goes on from a checkpoint's counts; the mirror is filled from the durable table, which counts no insert."""
-        chunks = self._read_experience()
-        if chunks:
-            self._mirror.add(chunks)
-            logging.info("%d windows came back from the replay server", self._mirror.num_windows)
+        for chunk in self._read_experience():
+            self._stage(chunk)
+        self._ingest()
+        num_windows = self._num_windows()
+        if num_windows:
+            logging.info("%d windows came back from the replay server", num_windows)
         # Without a checkpoint, what a learner before this one was sent still counts for the warm-up.
-        self._inserts = counts.get("inserts", self._mirror.num_windows)
+        self._inserts = counts.get("inserts", num_windows)
         self._samples = counts.get("samples", 0)
         self._reader = threading.Thread(target=self._read_stream, name="ingest", daemon=True)
         self._reader.start()
@@ -346,12 +444,15 @@ class ResidentSource:
         return {"inserts": self._inserts, "samples": self._samples}
 
     def draw(self, handle: Any) -> tuple[Any, ...]:
-        """Returns nothing: each replica draws its own batch."""
+        """Returns nothing: each replica draws its own part."""
         return ()
 
     def unpack(self) -> tuple[Any, tf.Tensor]:
-        """Returns one replica's batch. See `BatchSource.unpack`."""
-        return self._mirror.draw(self._batch_size_per_replica)
+        """Returns one replica's batch, drawn from its mirror. See `BatchSource.unpack`."""
+        replica = tf.get_static_value(tf.distribute.get_replica_context().replica_id_in_sync_group) or 0
+        return self._mirrors[replica % len(self._mirrors)].draw(
+            self._batch_size // tf.distribute.get_strategy().num_replicas_in_sync
+        )
 
     def allow(self, num_updates: int) -> int:
         """Returns how many updates may be made now, at most `num_updates`; takes in what has arrived first."""
@@ -374,14 +475,14 @@ class ResidentSource:
     def is_ready(self) -> bool:
         """Returns whether training may begin, or go on after a restart; takes in what has arrived first."""
         self._ingest()
-        if not self._mirror.num_windows:
+        if not all(mirror.num_windows for mirror in self._mirrors):
             return False
         return self._samples > 0 or self._inserts >= self._initial_collect_steps
 
     def describe(self) -> str:
         """Returns how the replay stands, in words; never blocks."""
         return describe_account(
-            self._mirror.num_windows,
+            self._num_windows(),
             self._inserts,
             self._samples,
             needed=self._initial_collect_steps,
@@ -399,6 +500,9 @@ class ResidentSource:
             self._closing = True
             self._changed.notify_all()
 
+    def _num_windows(self) -> int:
+        return sum(mirror.num_windows for mirror in self._mirrors)
+
     def _ahead(self) -> float:
         return (
             self._inserts + self._num_staged - self._initial_collect_steps
@@ -406,18 +510,18 @@ class ResidentSource:
 
     def _ingest(self) -> None:
         with self._changed:
-            chunks, self._staged = self._staged, []
-            self._num_staged = 0
-        if chunks:
-            num_windows = self._mirror.add(chunks)
+            staged, self._staged = self._staged, []
+        for mirror, block in staged:
+            mirror.add(block)
             with self._changed:
-                self._inserts += num_windows
+                self._inserts += len(block.starts)
+                self._num_staged -= len(block.starts)
 
     def _read_stream(self) -> None:
         while not self._closing:
             try:
                 for sample in self._dataset(STREAM_TABLE, rate_limiter_timeout_ms=1_000):
-                    self._stage(sample.data)
+                    self._stage(_to_numpy(sample))
                     with self._changed:
                         self._changed.wait_for(lambda: self._closing or self._ahead() <= self._error_buffer)
                     if self._closing:
@@ -427,36 +531,39 @@ class ResidentSource:
                 with self._changed:
                     self._changed.wait_for(lambda: self._closing, timeout=0.5)
 
-    def _stage(self, data: Any) -> None:
-        row = tree.map_structure(lambda tensor: tensor.numpy(), data)
-        chunk = int(row["chunk"][0])
+    def _stage(self, chunk: Mapping[str, Any]) -> None:
+        """Prepares a chunk for its mirror, unless it was had before: a restored server hands some out twice."""
+        number = int(chunk["chunk"])
+        if number in self._known_chunks:
+            return
+        mirror = self._mirrors[self._num_chunks % len(self._mirrors)]
+        block = mirror.make_block(chunk)
         with self._changed:
-            if chunk in self._known_chunks:  # a restored server hands some out twice
-                return
-            self._known_chunks[chunk] = None
+            self._num_chunks += 1
+            self._known_chunks[number] = None
             if len(self._known_chunks) > MAX_KNOWN_CHUNKS:
                 del self._known_chunks[next(iter(self._known_chunks))]
-            self._staged.append({"acted_at": row["acted_at"], "step": row["step"]})
-            self._num_staged += len(row["chunk"]) - self._mirror.num_steps + 1
+            self._staged.append((mirror, block))
+            self._num_staged += len(block.starts)
             self._changed.notify_all()
 
-    def _read_experience(self) -> list[Any]:
-        """Returns every chunk of the durable table, each once, in no order; sampled, as Reverb lists none."""
+    def _read_experience(self) -> list[dict[str, Any]]:
+        """Returns every chunk of the durable table once, the oldest first; sampled, as Reverb lists none."""
         size = read_server_info(self._address, timeout_secs=5)[EXPERIENCE_TABLE].current_size
-        chunks: dict[int, Any] = {}
         if not size:
             return []
+        chunks: dict[int, dict[str, Any]] = {}
         # Drawing n of n with replacement takes about n ln n draws; the bound leaves room and ends if others write.
         max_samples = int(size * (np.log(size) + 8))
         for sample in self._dataset(
             EXPERIENCE_TABLE, rate_limiter_timeout_ms=1_000, max_samples=max_samples, in_flight=50
         ):
-            row = tree.map_structure(lambda tensor: tensor.numpy(), sample.data)
-            chunks.setdefault(int(row["chunk"][0]), {"acted_at": row["acted_at"], "step": row["step"]})
+            number = int(sample.data["chunk"])
+            if number not in chunks:
+                chunks[number] = _to_numpy(sample)
             if len(chunks) >= size:
                 break
-        self._known_chunks.update(dict.fromkeys(chunks))
-        return list(chunks.values())
+        return [chunks[number] for number in sorted(chunks)]
 
     def _dataset(
         self, table: str, *, rate_limiter_timeout_ms: int, max_samples: int = -1, in_flight: int = 2
@@ -470,3 +577,7 @@ class ResidentSource:
             get_signature_timeout_secs=5,
             max_samples=max_samples,
         )
+
+
+def _to_numpy(sample: Any) -> dict[str, Any]:
+    return tree.map_structure(lambda tensor: tensor.numpy(), sample.data)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Optional
 
 import gin
+import numpy as np
 import reverb
 import tensorflow as tf
 import tree
 from tf_agents.specs import tensor_spec
 from tf_agents.trajectories import StepType
 
-from actorlearner.replay.base import describe_account
+from actorlearner.replay.base import Sampling, describe_account
 from actorlearner.runtime.configuration import PositiveFloat, PositiveInt
 from actorlearner.runtime.messages import Unreachable, read_server_info
 
@@ -76,9 +78,7 @@ class UniformReplay:
         """Returns the one table's signature; the unknown outer dimension is what stock TF-Agents clients write."""
         return {REPLAY_TABLE: tensor_spec.add_outer_dim(step_spec)}
 
-    def make_tables(
-        self, step_spec: Any, *, batch_size: int, initial_collect_steps: int, samples_per_insert: float
-    ) -> list[reverb.Table]:
+    def make_tables(self, step_spec: Any, sampling: Sampling) -> list[reverb.Table]:
         """Returns one table of windows. See `Replay.make_tables`.
 
         Raises:
@@ -93,7 +93,7 @@ class UniformReplay:
                 sampler=_SELECTORS[self.sampler](),
                 remover=_SELECTORS[self.remover](),
                 max_size=self.replay_buffer_capacity,
-                rate_limiter=self._make_rate_limiter(batch_size, initial_collect_steps, samples_per_insert),
+                rate_limiter=self._make_rate_limiter(sampling),
                 signature=signature,
             )
         ]
@@ -105,14 +105,12 @@ class UniformReplay:
         held = table.rate_limiter_info.insert_stats.completed if self.rate_limiter == "queue" else table.current_size
         return held >= initial_collect_steps
 
-    def _make_rate_limiter(
-        self, batch_size: int, initial_collect_steps: int, samples_per_insert: float
-    ) -> reverb.rate_limiters.RateLimiter:
-        min_size = max(1, initial_collect_steps)
+    def _make_rate_limiter(self, sampling: Sampling) -> reverb.rate_limiters.RateLimiter:
+        min_size = max(1, sampling.initial_collect_steps)
         if self.rate_limiter == "min_size":
             return reverb.rate_limiters.MinSize(min_size)
-        ratio = self.samples_per_insert or samples_per_insert
-        error_buffer = self.error_buffer or max(100 * ratio, 10 * batch_size)
+        ratio = self.samples_per_insert or sampling.samples_per_insert
+        error_buffer = self.error_buffer or max(100 * ratio, 10 * sampling.batch_size)
         if error_buffer < max(1.0, ratio):
             raise ValueError(
                 f"uniform_replay.error_buffer = {error_buffer:g} must be at least max(1, samples_per_insert) = "
@@ -122,23 +120,21 @@ class UniformReplay:
             samples_per_insert=ratio, min_size_to_sample=min_size, error_buffer=error_buffer
         )
 
-    def make_sink(self, address: str, num_steps: int) -> WindowSink:
-        """Returns a writer of overlapping `num_steps`-step items for one environment."""
-        return WindowSink(reverb.Client(address), num_steps, self.chunk_length, self.max_pending_items)
+    def make_sink(self, address: str, sampling: Sampling) -> WindowSink:
+        """Returns a writer of overlapping `num_steps`-step items. See `Replay.make_sink`."""
+        client = reverb.Client(address)
+        return WindowSink(
+            [
+                _EpisodeWriter(client, sampling.num_steps, self.chunk_length, self.max_pending_items)
+                for _ in range(sampling.num_environments)
+            ]
+        )
 
     def make_source(
-        self,
-        address: str,
-        step_spec: Any,
-        *,
-        num_steps: int,
-        batch_size: int,
-        initial_collect_steps: int,
-        samples_per_insert: float,
-        strategy: tf.distribute.Strategy,
+        self, address: str, step_spec: Any, sampling: Sampling, strategy: tf.distribute.Strategy
     ) -> ServerSampledSource:
-        """Returns batches sampled by the server at `address`. See `Replay.make_source`."""
-        del initial_collect_steps, samples_per_insert  # the server keeps the ratio
+        """Returns batches sampled by the server at `address`, which keeps the ratio. See `Replay.make_source`."""
+        num_steps, batch_size = sampling.num_steps, sampling.batch_size
 
         def make_dataset(context: tf.distribute.InputContext) -> tf.data.Dataset:
             per_replica = context.get_per_replica_batch_size(batch_size)
@@ -245,6 +241,31 @@ class ServerSampledSource:
 
 
 class WindowSink:
+    """Hands each environment's steps to a writer of its own. See `TrajectorySink`."""
+
+    def __init__(self, writers: Sequence[_EpisodeWriter]):
+        self._writers = writers
+
+    def append(self, steps: Any, acted_at: int, crashed: np.ndarray) -> None:
+        """Adds one step per environment; never blocks. See `TrajectorySink.append`."""
+        for index, writer in enumerate(self._writers):
+            if crashed[index]:
+                writer.end_episode()
+            else:
+                writer.append(tree.map_structure(lambda column, row=index: column[row], steps), acted_at)
+
+    def is_blocked(self) -> bool:
+        """Returns whether some writer has too much unconfirmed; blocks at most half a second to find out."""
+        return any(writer.is_blocked() for writer in self._writers)
+
+    def close(self, timeout_secs: float) -> None:
+        """Sends what is pending; gives up, with what is left, after about `timeout_secs` seconds."""
+        deadline = time.monotonic() + timeout_secs
+        for writer in self._writers:
+            writer.close(max(0.0, deadline - time.monotonic()))
+
+
+class _EpisodeWriter:
     """Writes each run of `num_steps` consecutive steps as one item; no item spans two episodes.
 
     The items are those of TF-Agents' `ReverbAddTrajectoryObserver(sequence_length=num_steps, stride_length=1)`: an
@@ -258,16 +279,13 @@ class WindowSink:
         self._num_kept = num_steps + chunk_length
         self._max_pending_items = max_pending_items
         self._must_end_episode = False
-        self._open()
-
-    def _open(self) -> None:
         # validate_items would compare every item in Python; the actor compared the signatures at its start.
         self._writer = self._client.trajectory_writer(num_keep_alive_refs=self._num_kept, validate_items=False)
         self._num_cached = self._num_unflushed = 0
         self._is_configured = False
 
     def append(self, step: Any, acted_at: int) -> None:
-        """Adds one step; never blocks. See `TrajectorySink.append`."""
+        """Adds one step; never blocks."""
         assert not self._must_end_episode, "append after a blocked boundary: ask is_blocked first"
         if not self._is_configured:
             for path, _ in tree.flatten_with_path(step):
@@ -299,10 +317,9 @@ class WindowSink:
             return True
         return False
 
-    def drop_episode(self) -> None:
-        """Forgets the steps of the episode under way; items made of them before stay valid."""
-        self._must_end_episode = False
-        self._open()
+    def end_episode(self) -> None:
+        """Lets no window span what comes next; items made before stay valid. `is_blocked` does the work."""
+        self._must_end_episode = True
 
     def close(self, timeout_secs: float) -> None:
         """Sends what is pending; gives up, with what is left, after `timeout_secs` seconds."""

@@ -9,18 +9,18 @@ import collections
 import logging
 import secrets
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import gin
 import numpy as np
 from tf_agents.trajectories import StepType, trajectory
+from tf_agents.trajectories import time_step as ts
 
 from actorlearner import variable_container
 from actorlearner.cluster import Cluster
 from actorlearner.experiment import Experiment
-from actorlearner.replay.base import RANDOM_POLICY, TrajectorySink, await_tables
+from actorlearner.replay.base import RANDOM_POLICY, Sampling, await_tables
 from actorlearner.reports import CollectReport, Reporter
 from actorlearner.run_directory import RunDirectory
 from actorlearner.runtime.configuration import PositiveFloat
@@ -80,9 +80,11 @@ def run_collect_actor(
         setting="--peer_patience_secs",
         every_secs=0.05,
     )
-    collector = Collector(experiment, cluster, agent.train_sequence_length, life)
+    collector = Collector(experiment, cluster, experiment.sampling(agent.train_sequence_length), life)
     progress = Progress(cluster, Reporter(cluster.variables_address), events)
-    acting: Any = experiment.make_random_acting(policy, "collect-actor", cluster.task, "random-actions")
+    acting: Any = experiment.make_random_acting(
+        policy, experiment.schedule.num_environments, "collect-actor", cluster.task, "random-actions"
+    )
     acted_at, version = RANDOM_POLICY, -1
     warming_up = True
 
@@ -126,19 +128,17 @@ def _await_trained_policy(
 
 
 class Collector:
-    """Steps a batch of environments; each has its own trajectory and its own sink."""
+    """Steps a batch of environments and hands what they do to replay."""
 
-    def __init__(self, experiment: Experiment, cluster: Cluster, num_steps: int, life: int):
-        num_environments = experiment.schedule.num_environments
+    def __init__(self, experiment: Experiment, cluster: Cluster, sampling: Sampling, life: int):
+        num_environments = sampling.num_environments
         self._cluster = cluster
         self._replay = experiment.replay
-        self._quota = experiment.schedule.initial_collect_steps
+        self._quota = sampling.initial_collect_steps
         # A restarted actor must not repeat the episodes of the process before it.
         self._environments = experiment.make_environments(num_environments, "collect-actor", cluster.task, life)
-        self._sinks: Sequence[TrajectorySink] = [
-            experiment.replay.make_sink(cluster.replay_address, num_steps) for _ in range(num_environments)
-        ]
-        self._time_steps = self._environments.reset()
+        self._sink = experiment.replay.make_sink(cluster.replay_address, sampling)
+        self._time_step = self._environments.reset()
         self._returns = np.zeros(num_environments)
         self._asked_at = 0.0
         self.recent_returns: collections.deque[float] = collections.deque(maxlen=20)
@@ -162,26 +162,34 @@ class Collector:
         return phase >= Phase.TRAINING if is_warm is None else is_warm
 
     def step(self, acting: Any, acted_at: int) -> None:
-        """Acts once in every environment and hands each step to its sink."""
-        policy_steps = acting.act(self._time_steps)
-        for index, (time_step, policy_step) in enumerate(zip(self._time_steps, policy_steps)):
-            next_time_step = self._environments.step(index, policy_step.action)
-            if next_time_step is None:
-                self._sinks[index].drop_episode()
-                self._time_steps[index] = self._environments.restart(index)
-                self._returns[index] = 0.0
-                continue
-            self._sinks[index].append(trajectory.from_transition(time_step, policy_step, next_time_step), acted_at)
-            self._time_steps[index] = next_time_step
-            if time_step.step_type != StepType.LAST:  # is_last() costs ten times as much
-                self._count(index, next_time_step)
+        """Acts once in every environment and hands what came of it to the sink."""
+        policy_step = acting.act(self._time_step)
+        before, after = self._time_step, self._environments.step(policy_step.action)
+        crashed = self._environments.crashed
+        self._sink.append(
+            trajectory.Trajectory(
+                step_type=before.step_type,
+                observation=before.observation,
+                action=policy_step.action,
+                policy_info=policy_step.info,
+                next_step_type=after.step_type,
+                reward=after.reward,
+                discount=after.discount,
+            ),
+            acted_at,
+            crashed,
+        )
+        self._time_step = after
+        self._count(before.step_type, after, crashed)
 
-    def _count(self, index: int, next_time_step: Any) -> None:
-        self.environment_steps += 1
-        self._returns[index] += float(next_time_step.reward)
-        if next_time_step.step_type == StepType.LAST:
+    def _count(self, step_type: np.ndarray, after: ts.TimeStep, crashed: np.ndarray) -> None:
+        acted = (step_type != StepType.LAST) & ~crashed  # after a last step comes a reset, no step of the environment
+        self.environment_steps += int(np.count_nonzero(acted))
+        self._returns[crashed] = 0.0
+        self._returns += np.where(acted, after.reward, 0.0)
+        for index in np.flatnonzero(acted & (after.step_type == StepType.LAST)):
             self.episodes += 1
-            self.recent_returns.append(self._returns[index])
+            self.recent_returns.append(float(self._returns[index]))
             self._returns[index] = 0.0
 
     def await_server(self, weights: Subscriber, stop: Stop) -> None:
@@ -192,38 +200,35 @@ class Collector:
             `--peer_patience_secs` (UNAVAILABLE).
         """
         start = said = time.monotonic()
-        for sink in self._sinks:
-            while self._is_blocked(sink) and not stop.is_set() and weights.phase() <= Phase.TRAINING:
-                now = time.monotonic()
-                silent = min(now - start, weights.learner_silent_secs())
-                if silent > self._cluster.peer_patience_secs:
-                    raise RoleError(
-                        f"the replay server at {self._cluster.replay_address} has taken nothing for "
-                        f"{now - start:.0f} s and the learner has been silent for {silent:.0f} s, longer than "
-                        f"--peer_patience_secs = {self._cluster.peer_patience_secs:g}. Start what is missing, or "
-                        "raise it.",
-                        ExitCode.UNAVAILABLE,
-                    )
-                if now - said > SAY_EVERY_SECS:
-                    said = now
-                    logging.info(
-                        "waiting %.0f s for the replay at %s to take more: the learner has to catch up, or is away",
-                        now - start,
-                        self._cluster.replay_address,
-                    )
+        while self._is_blocked() and not stop.is_set() and weights.phase() <= Phase.TRAINING:
+            now = time.monotonic()
+            silent = min(now - start, weights.learner_silent_secs())
+            if silent > self._cluster.peer_patience_secs:
+                raise RoleError(
+                    f"the replay server at {self._cluster.replay_address} has taken nothing for "
+                    f"{now - start:.0f} s and the learner has been silent for {silent:.0f} s, longer than "
+                    f"--peer_patience_secs = {self._cluster.peer_patience_secs:g}. Start what is missing, or raise it.",
+                    ExitCode.UNAVAILABLE,
+                )
+            if now - said > SAY_EVERY_SECS:
+                said = now
+                logging.info(
+                    "waiting %.0f s for the replay at %s to take more: the learner has to catch up, or is away",
+                    now - start,
+                    self._cluster.replay_address,
+                )
         self.blocked_secs += time.monotonic() - start
 
-    def _is_blocked(self, sink: TrajectorySink) -> bool:
+    def _is_blocked(self) -> bool:
         try:
-            return sink.is_blocked()
+            return self._sink.is_blocked()
         except RuntimeError as error:
             raise RoleError(
                 f"the replay server at {self._cluster.replay_address} refused a trajectory: {error}", ExitCode.DATA
             ) from error
 
     def close(self) -> None:
-        for sink in self._sinks:
-            sink.close(timeout_secs=0.2)
+        self._sink.close(timeout_secs=0.5)
         self._environments.close()
 
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any, Optional
+from typing import Any
 
 import gin
 import numpy as np
 from tf_agents.policies import greedy_policy
+from tf_agents.trajectories import StepType
 
 from actorlearner import variable_container
 from actorlearner.cluster import Cluster
@@ -104,31 +105,26 @@ def evaluate(
     start = time.monotonic()
     num_environments = len(environments)
     episodes_left = [len(range(index, num_episodes, num_environments)) for index in range(num_environments)]
-    time_steps = environments.reset()
+    time_step = environments.reset()
     returns = np.zeros(num_environments)
     lengths = np.zeros(num_environments, int)
     all_returns: list[float] = []
     all_lengths: list[int] = []
-    while any(episodes_left):
+    playing = list(range(num_environments))
+    while playing:
         if stop.is_set():
             raise Stopped(f"stopped while evaluating train step {request.snapshot.train_step}")
-        policy_steps = acting.act(time_steps)
-        for index in range(num_environments):
+        time_step = environments.step(acting.act(time_step).action, playing)
+        returns += time_step.reward
+        lengths += 1
+        has_begun = time_step.step_type == StepType.FIRST  # anew, after the last step or after a crash
+        returns[has_begun], lengths[has_begun] = 0.0, 0
+        for index in [index for index in playing if time_step.step_type[index] == StepType.LAST]:
+            all_returns.append(float(returns[index]))
+            all_lengths.append(int(lengths[index]))
+            episodes_left[index] -= 1
             if not episodes_left[index]:
-                continue
-            time_step: Optional[Any] = environments.step(index, policy_steps[index].action)
-            if time_step is None:
-                time_step = environments.restart(index)
-            if time_step.is_first():
-                returns[index], lengths[index] = 0.0, 0
-            else:
-                returns[index] += float(time_step.reward)
-                lengths[index] += 1
-            if time_step.is_last():
-                episodes_left[index] -= 1
-                all_returns.append(float(returns[index]))
-                all_lengths.append(int(lengths[index]))
-            time_steps[index] = time_step
+                playing.remove(index)
     return EvaluationResult(
         train_step=request.snapshot.train_step,
         version=request.snapshot.version,

@@ -88,11 +88,8 @@ def run_learner(
     source = experiment.replay.make_source(
         cluster.replay_address,
         tensor_spec.from_spec(agent.collect_data_spec),
-        num_steps=agent.train_sequence_length,
-        batch_size=schedule.batch_size,
-        initial_collect_steps=schedule.initial_collect_steps,
-        samples_per_insert=schedule.samples_per_insert,
-        strategy=strategy,
+        experiment.sampling(agent.train_sequence_length),
+        strategy,
     )
     train = make_train_function(agent, train_step, source, strategy)
     checkpoints = Checkpoints(directory.checkpoints, train_step, {"agent": agent})

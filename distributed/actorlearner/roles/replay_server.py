@@ -61,13 +61,9 @@ def run_replay_server(
 
 def _make_tables(experiment: Experiment) -> list[reverb.Table]:
     agent, _ = experiment.make_agent()
-    schedule = experiment.schedule
     try:
         replay_tables = experiment.replay.make_tables(
-            _step_signature(agent.collect_data_spec),
-            batch_size=schedule.batch_size,
-            initial_collect_steps=schedule.initial_collect_steps,
-            samples_per_insert=schedule.samples_per_insert,
+            _step_signature(agent.collect_data_spec), experiment.sampling(agent.train_sequence_length)
         )
     except ValueError as error:
         raise RoleError(str(error), ExitCode.USAGE) from error

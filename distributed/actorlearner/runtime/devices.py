@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 from typing import Literal, Optional, get_args
 
 import tensorflow as tf
@@ -67,3 +68,32 @@ def _make_tpu_strategy(tpu: Optional[str]) -> tf.distribute.Strategy:
             "--strategy=default on this machine.",
             ExitCode.USAGE,
         ) from error
+
+
+def compute_devices(strategy: tf.distribute.Strategy) -> tuple[str, ...]:
+    """Returns the device on which each replica computes, one for each; a TPU's host for a TPU."""
+    if strategy.num_replicas_in_sync > 1 and isinstance(strategy, tf.distribute.MirroredStrategy):
+        return tuple(strategy.extended.worker_devices)
+    has_gpu = not isinstance(strategy, tf.distribute.TPUStrategy) and tf.config.list_logical_devices("GPU")
+    return ("/gpu:0",) if has_gpu else ("/cpu:0",)
+
+
+def has_one_gpu(strategy: tf.distribute.Strategy) -> bool:
+    """Returns whether everything is computed on one GPU, where compiling a whole loop with XLA pays.
+
+    Several replicas cannot be fused (TensorFlow cannot merge gradients inside a compiled loop), and on a CPU a plain
+    graph loop is the faster one.
+    """
+    return strategy.num_replicas_in_sync == 1 and "gpu" in compute_devices(strategy)[0].lower()
+
+
+def free_host_bytes() -> int:
+    """Returns the memory that this process may still take on the host, in bytes: the machine's or the container's."""
+    meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(meminfo["MemAvailable"].split()[0]) * 1024
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+    except OSError:
+        return free  # no limit of a container
+    return free if limit == "max" else min(free, int(limit) - int(used))
