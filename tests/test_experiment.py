@@ -165,7 +165,7 @@ def experiment():
 
 
 def first_observations(environments):
-    return [time_step.observation.tolist() for time_step in environments.reset()]
+    return environments.reset().observation.tolist()
 
 
 def test_the_same_seed_gives_the_same_episodes(experiment):

@@ -19,8 +19,13 @@ ACTION = tensor_spec.BoundedTensorSpec((2,), tf.float32, -1.0, 1.0)
 SPEC = ts.time_step_spec(OBSERVATION)
 
 
+def stack(*time_steps):
+    """Returns time steps as columns, as a batch of environments gives them."""
+    return tf.nest.map_structure(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *time_steps)
+
+
 def observe(*observations):
-    return [ts.transition(np.full(3, value, np.float32), reward=np.float32(0)) for value in observations]
+    return stack(*(ts.transition(np.full(3, value, np.float32), reward=np.float32(0)) for value in observations))
 
 
 def test_a_batch_acts_as_the_policy_itself_does():
@@ -32,13 +37,13 @@ def test_a_batch_acts_as_the_policy_itself_does():
         variable.assign(random.normal(size=variable.shape))
     observations = random.normal(size=(30, 4)).astype(np.float32)
     time_steps = [ts.transition(observation, reward=np.float32(0)) for observation in observations]
-    batched = experiment.make_acting(agent.policy, 30).act(time_steps)
+    batched = experiment.make_acting(agent.policy, 30).act(stack(*time_steps))
     one_by_one = experiment.make_acting(agent.policy, 1)
-    expected = [int(one_by_one.act([time_step])[0].action) for time_step in time_steps]
-    direct = agent.policy.action(tf.nest.map_structure(lambda *x: tf.stack(x), *time_steps)).action
-    assert [int(step.action) for step in batched] == expected == direct.numpy().tolist()
+    expected = [int(one_by_one.act(stack(time_step)).action[0]) for time_step in time_steps]
+    direct = agent.policy.action(tf.nest.map_structure(tf.convert_to_tensor, stack(*time_steps))).action
+    assert batched.action.tolist() == expected == direct.numpy().tolist()
     assert len(set(expected)) == 2, "all actions alike show nothing"
-    assert all(step.action.shape == () and step.state == () for step in batched)
+    assert batched.state == ()
 
 
 def test_new_weights_act_without_compiling_anew():
@@ -50,7 +55,7 @@ def test_new_weights_act_without_compiling_anew():
     last_bias = agent.policy.variables()[-1]
     for best in (0, 1, 0):
         last_bias.assign([10.0 * (best == 0), 10.0 * (best == 1)])
-        assert int(acting.act([time_step])[0].action) == best
+        assert int(acting.act(stack(time_step)).action[0]) == best
 
 
 class Counting(tf_policy.TFPolicy):
@@ -74,10 +79,10 @@ class Counting(tf_policy.TFPolicy):
 def test_state_is_kept_per_environment_and_begins_anew_with_an_episode():
     """A recurrent policy that remembers the episode before acts on what is no longer so."""
     acting = CompiledActing(Counting(), 2)
-    first, middle = ts.restart(np.zeros(3, np.float32)), observe(0)[0]
+    first, middle = ts.restart(np.zeros(3, np.float32)), ts.transition(np.zeros(3, np.float32), np.float32(0))
 
     def calls(*time_steps):
-        return [float(step.action[0]) for step in acting.act(time_steps)]
+        return acting.act(stack(*time_steps)).action[:, 0].tolist()
 
     assert calls(first, first) == [1, 1]
     assert calls(middle, middle) == [2, 2]
@@ -93,11 +98,11 @@ def test_a_recurrent_network_acts_as_the_policy_itself_does():
     policy = greedy_policy.GreedyPolicy(actor_policy.ActorPolicy(SPEC, ACTION, network))
     acting = CompiledActing(policy, 2)
     state = policy.get_initial_state(2)
-    for time_steps in ([ts.restart(np.full(3, value, np.float32)) for value in (1, 2)], observe(3, 4), observe(5, 6)):
-        expected = policy.action(tf.nest.map_structure(lambda *x: tf.stack(x), *time_steps), state)
+    first = stack(*(ts.restart(np.full(3, value, np.float32)) for value in (1, 2)))
+    for time_step in (first, observe(3, 4), observe(5, 6)):
+        expected = policy.action(tf.nest.map_structure(tf.convert_to_tensor, time_step), state)
         state = expected.state
-        actions = np.stack([step.action for step in acting.act(time_steps)])
-        np.testing.assert_allclose(actions, expected.action.numpy(), rtol=1e-5)
+        np.testing.assert_allclose(acting.act(time_step).action, expected.action.numpy(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int32])
@@ -105,23 +110,23 @@ def test_random_actions_stay_within_the_spec_and_reach_its_ends(dtype):
     """An action out of bounds crashes some simulators; one that never reaches them explores too little."""
     array_action = array_spec.BoundedArraySpec((2,), dtype, minimum=-2, maximum=3)
     info = {"log_probability": array_spec.ArraySpec((), np.float32)}
-    acting = RandomActing(tensor_spec.to_array_spec(SPEC), array_action, info, seed=3)
-    steps = [step for _ in range(300) for step in acting.act(observe(0, 0))]
-    actions = np.stack([step.action for step in steps])
+    acting = RandomActing(tensor_spec.to_array_spec(SPEC), array_action, info, 2, seed=3)
+    steps = [acting.act(observe(0, 0)) for _ in range(300)]
+    actions = np.concatenate([step.action for step in steps])
     assert actions.dtype == dtype
     assert actions.min() >= -2
     assert actions.max() <= 3
     assert actions.min() < -1.8
     assert actions.max() > 2.8
-    assert steps[0].info == {"log_probability": 0.0}
+    assert steps[0].info["log_probability"].tolist() == [0.0, 0.0]
 
 
 def test_random_actions_are_those_of_their_seed():
     """A run that cannot be repeated cannot be debugged."""
 
     def actions(seed):
-        acting = RandomActing(tensor_spec.to_array_spec(SPEC), tensor_spec.to_array_spec(ACTION), (), seed)
-        return np.stack([step.action for step in acting.act(observe(0, 0, 0))]).tolist()
+        acting = RandomActing(tensor_spec.to_array_spec(SPEC), tensor_spec.to_array_spec(ACTION), (), 3, seed)
+        return acting.act(observe(0, 0, 0)).action.tolist()
 
     assert actions(1) == actions(1)
     assert actions(1) != actions(2)

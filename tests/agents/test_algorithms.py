@@ -61,11 +61,11 @@ def test_epsilon_falls_with_the_train_step_that_an_actor_is_given():
     acting = load_experiment("dqn_cartpole", bindings).make_acting(agent.collect_policy, 400)
     spec = tensor_spec.add_outer_dim(agent.time_step_spec, 400)
     batch = tensor_spec.sample_spec_nest(spec, seed=1)._replace(observation=tf.zeros((400, 4)))
-    time_steps = [tf.nest.map_structure(lambda x, i=i: x[i].numpy(), batch) for i in range(400)]
+    columns = tf.nest.map_structure(lambda column: column.numpy(), batch)
 
     def share_of_others(step):
         train_step.assign(step)
-        return np.mean([int(policy_step.action) for policy_step in acting.act(time_steps)])
+        return np.mean(acting.act(columns).action)
 
     assert 0.4 < share_of_others(0) < 0.6
     assert 0.15 < share_of_others(5) < 0.35

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 from tf_agents.environments import random_py_environment
 from tf_agents.specs import array_spec
+from tf_agents.trajectories import StepType
 
-from actorlearner.environments.batch import MAX_CRASHES_WITHOUT_STEP, EnvironmentBatch
+from actorlearner.environments.batch import MAX_CRASHES_WITHOUT_STEP, EnvironmentBatch, _GymLane
+from actorlearner.environments.gym import GymEnvironment
 
-ACTION = np.int32(0)
+TWO = np.zeros(2, np.int32)
+ONE = np.zeros(1, np.int32)
 
 
 class Fragile(random_py_environment.RandomPyEnvironment):
@@ -57,7 +60,7 @@ def test_each_environment_has_its_own_seed():
     batch, made = make({}, 3)
     assert [environment.seed_given for environment in made] == [0, 1, 2]
     assert len(batch) == 3
-    assert len({tuple(step.observation) for step in batch.reset()}) == 3
+    assert len({tuple(observation) for observation in batch.reset().observation}) == 3
 
 
 @pytest.mark.parametrize("crashes", [("step",), ("step", "close")])
@@ -65,19 +68,20 @@ def test_a_crash_in_a_step_is_answered_by_a_fresh_environment(crashes):
     """One NaN in a simulator would end a run of days; the others must not notice."""
     batch, made = make({1: crashes})
     batch.reset()
-    assert batch.step(0, ACTION) is not None
-    assert batch.step(1, ACTION) is None
-    assert batch.restart(1).is_first()
+    time_step = batch.step(TWO)
+    assert batch.crashed.tolist() == [False, True]
+    assert time_step.step_type[1] == StepType.FIRST
     assert batch.num_crashes == 1
     assert made[1].is_closed
     assert [environment.seed_given for environment in made] == [0, 1, 2]
-    assert batch.step(1, ACTION) is not None
+    batch.step(TWO)
+    assert not batch.crashed.any()
 
 
 def test_a_crash_in_a_reset_is_answered_by_a_fresh_environment():
     """Environments that connect to something fail at the reset."""
     batch, _ = make({0: ("reset",)})
-    assert all(step.is_first() for step in batch.reset())
+    assert (batch.reset().step_type == StepType.FIRST).all()
     assert batch.num_crashes == 1
 
 
@@ -86,11 +90,10 @@ def test_an_environment_that_never_takes_a_step_is_given_up():
     batch, made = make(dict.fromkeys(range(100), ("step",)), 1)
     batch.reset()
     for _ in range(MAX_CRASHES_WITHOUT_STEP):
-        assert batch.step(0, ACTION) is None
-        batch.restart(0)
-    assert batch.step(0, ACTION) is None
+        batch.step(ONE)
+        assert batch.crashed.all()
     with pytest.raises(RuntimeError, match="environment 0 crashed 4 times without one good step"):
-        batch.restart(0)
+        batch.step(ONE)
     assert len(made) == 1 + MAX_CRASHES_WITHOUT_STEP
 
 
@@ -106,13 +109,78 @@ def test_a_good_step_makes_up_for_the_crashes_before():
     batch, made = make(dict.fromkeys(range(0, 40, 2), ("step",)), 1)
     batch.reset()
     for _ in range(20):
-        assert batch.step(0, ACTION) is None  # even seeds
-        batch.restart(0)
-        assert batch.step(0, ACTION) is not None  # odd ones
+        batch.step(ONE)  # even seeds
+        assert batch.crashed.all()
+        batch.step(ONE)  # odd ones
+        assert not batch.crashed.any()
         made[-1].crashes.add("step")
-        assert batch.step(0, ACTION) is None
-        batch.restart(0)
+        batch.step(ONE)
+        assert batch.crashed.all()
     assert batch.num_crashes == 40
+
+
+@pytest.mark.parametrize("env_name", ["CartPole-v1", "Pendulum-v1"])
+def test_a_batch_gives_what_the_environments_own_steps_give(env_name):
+    """Stepping past TF-Agents' wrappers for speed must not lose a reset, a discount or a time limit."""
+    factory = GymEnvironment(env_name, max_episode_steps=30)
+    batch = EnvironmentBatch(factory.make_environment, 2, itertools.count(7))
+    others = [factory.make_environment(seed) for seed in (7, 8)]
+    assert all(type(lane) is _GymLane for lane in batch._lanes)
+    rng = np.random.RandomState(0)
+    pairs = [(batch.reset(), [other.reset() for other in others])]
+    last_discounts = set()
+    for _ in range(200):
+        actions = np.stack([array_spec.sample_bounded_spec(others[0].action_spec(), rng) for _ in range(2)])
+        pairs.append((batch.step(actions), [other.step(action) for other, action in zip(others, actions)]))
+        columns, expected = pairs[-1]
+        for index, time_step in enumerate(expected):
+            for column, leaf in zip(columns, time_step):
+                np.testing.assert_array_equal(column[index], leaf)
+                assert column.dtype == np.asarray(leaf).dtype
+            if time_step.is_last():
+                last_discounts.add(float(time_step.discount))
+    assert last_discounts == ({0.0, 1.0} if env_name == "CartPole-v1" else {1.0})
+
+
+def test_a_time_step_stays_as_it_was_while_the_next_is_made():
+    """A trajectory is made of both; one array under the two would record an environment that stands still."""
+    batch, _ = make({})
+    before = batch.reset()
+    kept = before.observation.copy()
+    after = batch.step(TWO)
+    np.testing.assert_array_equal(before.observation, kept)
+    assert not np.array_equal(before.observation, after.observation)
+
+
+def test_environments_that_are_not_asked_to_step_stay_where_they_are():
+    """An evaluation plays each environment's share of episodes, and no more."""
+    batch, _ = make({})
+    before = batch.reset()
+    after = batch.step(TWO, [1])
+    np.testing.assert_array_equal(before.observation[0], after.observation[0])
+    assert not np.array_equal(before.observation[1], after.observation[1])
+
+
+def test_nested_observations_and_actions_keep_their_structure():
+    """Goal environments observe dictionaries."""
+
+    class Nested(random_py_environment.RandomPyEnvironment):
+        def __init__(self, seed):
+            observation = {"goal": array_spec.ArraySpec((2,), np.float32), "image": array_spec.ArraySpec((3, 3), np.uint8)}
+            actions = {"fire": array_spec.BoundedArraySpec((), np.int32, 0, 1), "turn": array_spec.BoundedArraySpec((2,), np.float32, -1, 1)}
+            super().__init__(observation, actions, seed=seed)
+            self.actions = []
+
+        def _step(self, action):
+            self.actions.append(action)
+            return super()._step(action)
+
+    made = []
+    batch = EnvironmentBatch(lambda seed: made.append(Nested(seed)) or made[-1], 2, itertools.count())
+    assert batch.reset().observation["image"].shape == (2, 3, 3)
+    batch.step({"fire": np.array([0, 1], np.int32), "turn": np.array([[0, 0], [1, -1]], np.float32)})
+    assert made[1].actions[0]["fire"] == 1
+    assert made[1].actions[0]["turn"].tolist() == [1, -1]
 
 
 def test_closing_closes_every_environment():

@@ -12,7 +12,9 @@ from tf_agents.replay_buffers import reverb_replay_buffer, reverb_utils
 from tf_agents.specs import array_spec, tensor_spec
 from tf_agents.trajectories import StepType, time_step, trajectory
 
+from actorlearner.replay.base import Sampling
 from actorlearner.replay.resident import EXPERIENCE_TABLE, STREAM_TABLE, Mirror, ResidentReplay
+from actorlearner.runtime.lifecycle import RoleError
 
 RANDOM = -1
 
@@ -56,20 +58,55 @@ def episode(first: int, num_environment_steps: int) -> list[trajectory.Trajector
     return steps
 
 
-def write(sink, steps, acted_at=RANDOM):
-    for step in steps:
-        sink.append(step, acted_at)
+def columns(*steps):
+    """Returns one step of each environment as columns."""
+    return tf.nest.map_structure(lambda *leaves: np.stack(leaves), *steps)
+
+
+def write(sink, *lanes, acted_at=RANDOM, crashes=()):
+    """Writes runs of steps of equal length, one for each environment; `crashes` are (row, environment)."""
+    for row, steps in enumerate(zip(*lanes)):
+        crashed = np.array([(row, index) in crashes for index in range(len(lanes))])
+        sink.append(columns(*steps), acted_at, crashed)
         assert not sink.is_blocked()
 
 
-def as_chunk(steps, acted_at=RANDOM):
-    stacked = tf.nest.map_structure(lambda *leaves: np.stack(leaves), *steps)
-    return {"acted_at": np.full(len(steps), acted_at), "step": stacked}
+def flush(sink):
+    """Sends what is pending, as at the end of a run."""
+    sink.close(timeout_secs=5)
+
+
+def as_chunk(*lanes, acted_at=RANDOM):
+    """Returns what a sink sends of these runs of steps, one for each environment."""
+    stacked = columns(*(columns(*steps) for steps in lanes))
+    return {
+        "acted_at": np.full(len(lanes[0]), acted_at),
+        "ends_run": stacked.step_type == StepType.LAST,
+        "length": np.int64(len(lanes[0])),
+        "step": stacked,
+    }
+
+
+def add(mirror, *lanes, acted_at=RANDOM):
+    mirror.add(mirror.make_block(as_chunk(*lanes, acted_at=acted_at)))
 
 
 def held_windows(mirror: Mirror, num_draws: int = 4_000) -> set[tuple[float, ...]]:
     drawn, _ = mirror.draw(num_draws)
     return {tuple(window) for window in drawn.observation.numpy()[..., 0]}
+
+
+def sample(**changes):
+    """Returns a plan of two-step windows, one update for each window after the tenth."""
+    plan = {
+        "num_steps": 2,
+        "batch_size": 4,
+        "num_updates_per_call": 5,
+        "num_environments": 1,
+        "initial_collect_steps": 10,
+        "samples_per_insert": 4.0,
+    }
+    return Sampling(**{**plan, **changes})
 
 
 @pytest.fixture
@@ -79,20 +116,11 @@ def replay():
 
 @pytest.fixture
 def address(serve, replay, spec):
-    tables = replay.make_tables(spec, batch_size=4, initial_collect_steps=0, samples_per_insert=1.0)
-    return f"localhost:{serve(tables).port}"
+    return f"localhost:{serve(replay.make_tables(spec, sample())).port}"
 
 
-def make_source(replay, address, spec, *, num_steps=2, batch_size=4, initial=10, ratio=4.0):
-    return replay.make_source(
-        address,
-        spec,
-        num_steps=num_steps,
-        batch_size=batch_size,
-        initial_collect_steps=initial,
-        samples_per_insert=ratio,
-        strategy=tf.distribute.get_strategy(),
-    )
+def make_source(replay, address, spec, **changes):
+    return replay.make_source(address, spec, sample(**changes), tf.distribute.get_strategy())
 
 
 @pytest.mark.parametrize("num_steps", [2, 4])
@@ -100,9 +128,11 @@ def test_the_mirror_holds_the_windows_that_a_stock_table_holds_as_items(
     serve, replay, address, spec, eventually, num_steps
 ):
     """A window lost or doubled at a chunk's edge, or over an episode's end, would train on what nobody saw."""
-    episodes = [episode(100, 3), episode(200, 25), episode(300, 1), episode(400, 8)]
-    sink = replay.make_sink(address, num_steps)
-    source = make_source(replay, address, spec, num_steps=num_steps, initial=1)
+    # Two environments: a long episode beside short ones.
+    lanes = [episode(100, 3), episode(200, 25), episode(300, 1), episode(400, 8)], [episode(500, 40)]
+    plan = {"num_steps": num_steps, "num_environments": 2, "initial_collect_steps": 1, "num_updates_per_call": 1_000}
+    sink = replay.make_sink(address, sample(**plan))
+    source = make_source(replay, address, spec, **plan)
     source.restore({})
     table = reverb.Table(
         "stock",
@@ -117,18 +147,21 @@ def test_the_mirror_holds_the_windows_that_a_stock_table_holds_as_items(
     observer = reverb_utils.ReverbAddTrajectoryObserver(
         reverb.Client(stock_address), "stock", sequence_length=num_steps
     )
-    for steps in episodes:
-        write(sink, steps)
+    for steps in [steps for lane in lanes for steps in lane]:
         for step in steps:
             observer(step)
+        observer.reset()
     observer.close()
+    write(sink, *([step for steps in lane for step in steps] for lane in lanes))
+    flush(sink)
 
     num_items = reverb.Client(stock_address).server_info(timeout=5)["stock"].current_size
     buffer = reverb_replay_buffer.ReverbReplayBuffer(spec, "stock", num_steps, server_address=stock_address)
     items = iter(buffer.as_dataset(num_steps=num_steps, single_deterministic_pass=True))
     expected = {tuple(next(items)[0].observation.numpy()[:, 0]) for _ in range(num_items)}
+    assert len(expected) == num_items
     eventually(lambda: source.is_ready() and source.counts()["inserts"] == num_items)
-    assert held_windows(source._mirror) == expected
+    assert held_windows(source._mirrors[0]) == expected
     source.close()
 
 
@@ -136,7 +169,8 @@ def test_a_drawn_batch_is_what_the_stock_pipeline_gives_for_the_same_windows(spe
     """A column gathered from the wrong row, or cast on the way, would train the agent on noise without a word."""
     steps = episode(0, 20)
     mirror = Mirror(spec, num_steps=3, capacity=100)
-    mirror.add([as_chunk(steps[:12], acted_at=5), as_chunk(steps[10:], acted_at=7)])
+    add(mirror, steps[:12], acted_at=5)
+    add(mirror, steps[10:], acted_at=7)
     batch, acted_at = mirror.gather(tf.constant([0, 9, 10, 18], tf.int64))
     expected = [steps[start : start + 3] for start in (0, 9, 10, 18)]
     for row, window in enumerate(expected):
@@ -149,7 +183,8 @@ def test_windows_are_drawn_uniformly(spec):
     """Favouring short or long chunks would weigh episodes by their length."""
     tf.random.set_seed(1)
     mirror = Mirror(spec, num_steps=2, capacity=1_000)
-    mirror.add([as_chunk(episode(first, length)) for first, length in ((0, 3), (100, 40), (200, 7))])
+    for first, length in ((0, 3), (100, 40), (200, 7)):
+        add(mirror, episode(first, length))
     num_draws = 200_000
     drawn, _ = mirror.draw(num_draws)
     starts, counts = np.unique(drawn.observation.numpy()[:, 0, 0], return_counts=True)
@@ -163,7 +198,7 @@ def test_the_oldest_chunks_leave_and_their_windows_are_never_drawn_again(spec):
     """A ring that is overwritten under windows still in the list would mix two episodes in one window."""
     mirror = Mirror(spec, num_steps=2, capacity=60)
     for first in range(0, 200_000, 1_000):
-        mirror.add([as_chunk(episode(first, 9))])
+        add(mirror, episode(first, 9))
         assert mirror.num_windows <= 60
         windows = held_windows(mirror, 500)
         assert all(second == start + 1 for start, second in windows)
@@ -172,83 +207,149 @@ def test_the_oldest_chunks_leave_and_their_windows_are_never_drawn_again(spec):
 
 def test_the_learner_waits_for_actors_when_it_is_ahead(replay, address, spec, eventually):
     """With too many updates per step a replay is overfitted; ml-agents and sheeprl both had the ratio wrong."""
-    sink = replay.make_sink(address, 2)
-    source = make_source(replay, address, spec, initial=10, ratio=4.0, batch_size=4)  # one update a window
-    source._error_buffer = 80.0  # twenty updates
+    sink = replay.make_sink(address, sample())
+    source = make_source(replay, address, spec)
     source.restore({})
     assert source.allow(50) == 0
     write(sink, episode(0, 20))
+    flush(sink)
     eventually(lambda: source.is_ready() and source.counts()["inserts"] == 20)
-    assert source.allow(50) == 30  # 20 - 10 windows, and twenty updates of slack
-    source.note_updates(30)
+    assert source.allow(50) == 15  # 20 - 10 windows, and one call of five
+    source.note_updates(15)
     assert source.allow(50) == 0
     write(sink, episode(100, 5))
+    flush(sink)
     eventually(lambda: source.allow(50) == 5)
     source.close()
 
 
 def test_actors_wait_for_the_learner_when_they_are_ahead(replay, address, spec, eventually):
     """Without back-pressure actors flood the server, and samples per insert means nothing."""
-    sink = replay.make_sink(address, 2)
-    source = make_source(replay, address, spec, initial=10, ratio=4.0, batch_size=4)
-    source._error_buffer = 40.0
+    sink = replay.make_sink(address, sample())
+    source = make_source(replay, address, spec)
     source.restore({})
-    blocked_after = None
-    for number in range(100):
-        for step in episode(1_000 * number, 7):
-            sink.append(step, RANDOM)
-            if sink.is_blocked():
-                blocked_after = number
-                break
-        source.is_ready()
-        if blocked_after is not None:
+    num_steps = None
+    for number, step in enumerate(episode(0, 400)):
+        sink.append(columns(step), RANDOM, np.array([False]))
+        if sink.is_blocked():
+            num_steps = number
             break
-    # 20 windows are taken in, then a few chunks of 7 wait in the queue and on their way.
-    assert blocked_after is not None and blocked_after < 15
-    source.allow(1)
+        source.is_ready()
+    # Ten of warm-up and one call's five are taken in; then the queue's four chunks of eight, and a few on their way.
+    assert num_steps is not None and num_steps < 100
     source.note_updates(100)
     eventually(lambda: source.is_ready() and not sink.is_blocked())
     source.close()
 
 
+def test_whoever_is_faster_the_ratio_is_kept_to_within_one_call(replay, address, spec):
+    """A ratio that is only aimed at drifts with the machine's load, and a run cannot be compared with another."""
+    sink = replay.make_sink(address, sample())
+    source = make_source(replay, address, spec)
+    source.restore({})
+    steps = (step for number in range(200) for step in episode(1_000 * number, 9))
+    worst = 0.0
+    for turn in range(600):
+        for _ in range(3 if turn % 100 < 50 else 1):  # now the actor is the faster, now the learner
+            if not sink.is_blocked():
+                sink.append(columns(next(steps)), RANDOM, np.array([False]))
+        allowed = source.allow(1 if turn % 100 < 50 else 5)
+        source.note_updates(allowed)
+        counts = source.counts()
+        if counts["samples"]:
+            worst = max(worst, abs((counts["inserts"] - 10) * 4.0 - counts["samples"]))
+    assert counts["samples"] > 400
+    assert worst <= 5 * 4 + 8 * 4  # one call, and a chunk that cannot be taken by halves
+    source.close()
+
+
 def test_a_restarted_learner_gets_its_replay_back_from_the_server(replay, address, spec, eventually):
     """Others lose their replay on resume (tensorflow/agents#475, open since 2020)."""
-    sink = replay.make_sink(address, 2)
-    first = make_source(replay, address, spec, initial=10, ratio=1.0)
+    sink = replay.make_sink(address, sample())
+    first = make_source(replay, address, spec, samples_per_insert=1.0, num_updates_per_call=100)
     first.restore({})
     for number in range(20):
         write(sink, episode(100 * number, 12))
         first.is_ready()
+    flush(sink)
     eventually(lambda: first.is_ready() and first.counts()["inserts"] == 240)
     first.note_updates(10)
     first.close()
 
-    second = make_source(replay, address, spec, initial=10, ratio=1.0)
+    second = make_source(replay, address, spec, samples_per_insert=1.0, num_updates_per_call=100)
     second.restore(first.counts())
     assert second.is_ready()
-    assert held_windows(second._mirror, 20_000) == held_windows(first._mirror, 20_000)
+    assert held_windows(second._mirrors[0], 20_000) == held_windows(first._mirrors[0], 20_000)
     assert second.counts() == first.counts() == {"inserts": 240, "samples": 40}
+    oldest = second._mirrors[0].gather(tf.constant([0], tf.int64))[0]
+    assert oldest.observation.numpy()[0, 0, 0] == 0, "what is oldest must be the first to leave, also from now on"
     second.close()
+
+
+def test_several_replicas_each_hold_a_share(replay, address, spec, eventually):
+    """Two whole copies would halve what fits; a share that stays empty would train on nothing."""
+    sink = replay.make_sink(address, sample())
+    source = make_source(replay, address, spec, num_updates_per_call=100)
+    source._mirrors = [Mirror(spec, 2, 500) for _ in range(2)]
+    source.restore({})
+    write(sink, episode(0, 30))
+    flush(sink)
+    eventually(lambda: source.is_ready() and source.counts()["inserts"] == 30)
+    shares = [held_windows(mirror) for mirror in source._mirrors]
+    assert min(map(len, shares)) >= 8
+    assert not shares[0] & shares[1]
+    assert len(shares[0] | shares[1]) == 30
+    source.close()
+
+
+def test_images_come_back_bit_by_bit():
+    """Eight bits a pixel are a quarter of the memory; a cast on the way would change them."""
+    observation = array_spec.BoundedArraySpec((4, 4, 3), np.uint8, 0, 255)
+    image_spec = trajectory.Trajectory(
+        *(tf.TensorSpec((), tf.int32), tensor_spec.from_spec(observation), tf.TensorSpec((), tf.int64), ()),
+        *(tf.TensorSpec((), tf.int32), tf.TensorSpec((), tf.float32), tf.TensorSpec((), tf.float32)),
+    )
+    images = np.random.default_rng(0).integers(0, 256, (20, 4, 4, 3), np.uint8)
+    steps = [step._replace(observation=image) for step, image in zip(episode(0, 19), images)]
+    mirror = Mirror(image_spec, 2, 100)
+    add(mirror, steps)
+    drawn, _ = mirror.gather(tf.range(19, dtype=tf.int64))
+    np.testing.assert_array_equal(drawn.observation.numpy()[:, 0], images[:19])
+    assert drawn.observation.dtype == tf.uint8
+    assert drawn.step_type.dtype == tf.int32
+
+
+def test_a_replay_larger_than_the_memory_is_refused_with_the_numbers(address, spec):
+    """The operating system would end the learner an hour later, without a word."""
+    replay = ResidentReplay(replay_buffer_capacity=10**12)
+    with pytest.raises(RoleError, match=r"replay_buffer_capacity = 1,000,000,000,000 takes [\d.]+ GB .*GB\. Lower it"):
+        make_source(replay, address, spec)
 
 
 def test_both_tables_hold_each_chunk(replay, address, spec):
     """What reached the learner alone could not come back from the server."""
-    sink = replay.make_sink(address, 2)
+    sink = replay.make_sink(address, sample())
     write(sink, episode(0, 20))
+    flush(sink)
     info = reverb.Client(address).server_info(timeout=5)
     assert info[EXPERIENCE_TABLE].current_size == info[STREAM_TABLE].current_size == 3
 
 
 def test_a_crashed_episode_gives_no_window_over_the_crash(replay, address, spec, eventually):
     """A step from before the crash followed by one of the fresh environment is a transition that never was."""
-    sink = replay.make_sink(address, 2)
-    source = make_source(replay, address, spec, initial=1)
+    plan = {"num_environments": 2, "initial_collect_steps": 1, "num_updates_per_call": 100}
+    sink = replay.make_sink(address, sample(**plan))
+    source = make_source(replay, address, spec, **plan)
     source.restore({})
-    write(sink, episode(0, 30)[:11])  # one chunk of 8 went out
-    sink.drop_episode()
-    write(sink, episode(500, 4))
-    eventually(lambda: source.is_ready() and source.counts()["inserts"] == 7 + 4)
-    assert all(second == start + 1 for start, second in held_windows(source._mirror))
+    junk = episode(-1, 0)
+    crashing = [*episode(0, 30)[:11], *junk, *episode(500, 4)]
+    write(sink, crashing, episode(1_000, 16), crashes={(11, 0)})
+    flush(sink)
+    eventually(lambda: source.is_ready() and source.counts()["inserts"] == 10 + 4 + 16)
+    windows = held_windows(source._mirrors[0])
+    assert len(windows) == 30
+    assert all(second == start + 1 for start, second in windows)
+    assert not [start for start, _ in windows if start < 0]
     source.close()
 
 

@@ -78,6 +78,7 @@ class ResidentReplay:
             "acted_at": tf.TensorSpec((None,), tf.int64),
             "chunk": tf.TensorSpec((), tf.int64),
             "ends_run": tf.TensorSpec((None, None), tf.bool),
+            "length": tf.TensorSpec((), tf.int64),
             "step": tensor_spec.add_outer_dim(tensor_spec.add_outer_dim(step_spec)),
         }
         return {EXPERIENCE_TABLE: signature, STREAM_TABLE: signature}
@@ -208,14 +209,16 @@ class ChunkSink:
 
     def _send(self) -> None:
         length, kept = self._length, self._num_steps - 1
-        columns = [np.ascontiguousarray(np.swapaxes(column[:length], 0, 1)) for column in self._columns]
+        # Always whole arrays, though only `length` rows count: a writer's columns must keep their shapes.
+        columns = [np.ascontiguousarray(np.swapaxes(column, 0, 1)) for column in self._columns]
         # Ordered by time, so that a restarted learner knows which are the oldest; the last bits tell actors apart.
         chunk = (time.time_ns() & ~0xFFFF) | secrets.randbits(16)
         self._writer.append(
             {
-                "acted_at": self._acted_at[:length].copy(),
+                "acted_at": self._acted_at.copy(),
                 "chunk": np.int64(chunk),
-                "ends_run": np.ascontiguousarray(self._ends_run[:length].T),
+                "ends_run": np.ascontiguousarray(self._ends_run.T),
+                "length": np.int64(length),
                 "step": tree.unflatten_as(self._structure, columns),
             }
         )
@@ -246,6 +249,7 @@ class ChunkSink:
         if self._is_sending:
             try:
                 self._writer.flush(timeout_ms=int(timeout_secs * 1000))
+                self._is_sending = False
             except (reverb.errors.ReverbError, RuntimeError):
                 logging.debug("the last chunk was not confirmed")
 
@@ -294,17 +298,18 @@ class Mirror:
 
     def make_block(self, chunk: Mapping[str, Any]) -> Block:
         """Returns a chunk as `add` takes it, its rows on this mirror's device; any thread may call it."""
-        ends_run = chunk["ends_run"]
-        num_environments, length = ends_run.shape
+        length = int(chunk["length"])
+        ends_run = chunk["ends_run"][:, :length]
+        num_environments = len(ends_run)
         is_start = np.ones((num_environments, max(0, length - self.num_steps + 1)), bool)
         for ahead in range(self.num_steps - 1):
             is_start &= ~ends_run[:, ahead : ahead + is_start.shape[1]]
-        acted_at = np.broadcast_to(chunk["acted_at"], (num_environments, length))
-        leaves = tf.nest.flatten({"acted_at": acted_at, "step": chunk["step"]})
+        acted_at = np.broadcast_to(chunk["acted_at"], chunk["ends_run"].shape)
+        leaves = [leaf[:, :length] for leaf in tf.nest.flatten({"acted_at": acted_at, "step": chunk["step"]})]
         lanes, steps = np.nonzero(is_start)
         with tf.device(self._device):
             rows = [
-                tf.convert_to_tensor(leaf.reshape(-1, *leaf.shape[2:]).astype(variable.dtype.as_numpy_dtype))
+                tf.convert_to_tensor(leaf.reshape(-1, *leaf.shape[2:]).astype(variable.dtype.as_numpy_dtype, copy=False))
                 for leaf, variable in zip(leaves, self._rows)
             ]
         return Block(rows, num_environments * length, lanes * length + steps)
