@@ -14,7 +14,6 @@ TUTORIAL = {
     "num_iterations": 100_000,
     "initial_collect_steps": 10_000,
     "collect_steps_per_iteration": 1,
-    "replay_buffer_capacity": 10_000,
     "batch_size": 256,
     "critic_learning_rate": 3e-4,
     "actor_learning_rate": 3e-4,
@@ -22,7 +21,6 @@ TUTORIAL = {
     "target_update_tau": 0.005,
     "target_update_period": 1,
     "gamma": 0.99,
-    "reward_scale_factor": 1.0,
     "actor_fc_layer_params": (256, 256),
     "critic_joint_fc_layer_params": (256, 256),
     "log_interval": 5_000,
@@ -63,6 +61,16 @@ def test_sac_minitaur_has_the_tutorials_value_under_the_tutorials_name(name):
     """Who knows the tutorial must find its settings, and get its run."""
     load_experiment("sac_minitaur")
     assert bound(name) == [TUTORIAL[name]]
+
+
+def test_sac_minitaur_marks_what_it_changed_of_the_tutorials_numbers():
+    """Two numbers are ours, because with the tutorial's it does not walk; the file must say both values."""
+    load_experiment("sac_minitaur")
+    assert bound("replay_buffer_capacity") == [1_000_000]
+    assert gin.query_parameter("sac.reward_scale_factor") == 50.0
+    text = (shipped_experiments_folder() / "sac_minitaur.gin").read_text()
+    assert "the tutorial: 1.0" in text
+    assert "the tutorial: 10_000" in text
 
 
 @pytest.mark.parametrize("name", ASSIGNMENT)
