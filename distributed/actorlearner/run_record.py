@@ -88,11 +88,13 @@ class RunRecord:
             "environment_steps_per_sec": status["environment_steps_per_sec"],
         }
         logging.info(
-            "train step %d: loss %.4f, %.0f train steps/s, %.0f environment steps/s, data %.0f train steps old",
+            "train step %d: loss %.4f, %.0f train steps/s, %.0f environment steps/s, %.0f%% of the time waiting for data, "
+            "which is %.0f train steps old",
             step,
             scalars["loss"],
             values["train_steps_per_sec"],
             values["environment_steps_per_sec"],
+            100 * scalars["waiting_share"],
             scalars["staleness"],
         )
         self._train_events.write(step, values)

@@ -23,7 +23,8 @@ from tf_agents.train.utils import spec_utils, train_utils
 from tf_agents.trajectories import trajectory
 
 from actorlearner.local import find_free_port
-from actorlearner.replay.uniform import WindowSink
+from actorlearner.experiment import load_experiment
+from actorlearner.replay.uniform import UniformReplay
 from tests.e2e.processes import START_SECS, TINY, Process, Processes, bind
 
 TABLE = "uniform_table"
@@ -193,9 +194,11 @@ def test_our_writer_makes_item_for_item_what_the_stock_observer_makes(num_steps:
     for step in steps:
         observer(step)
     observer.close()
-    sink = WindowSink(ours, num_steps, chunk_length=4, max_pending_items=16)
+    replay = UniformReplay(chunk_length=4, max_pending_items=16)
+    sampling = dataclasses.replace(load_experiment("dqn_cartpole").sampling(num_steps), num_environments=1)
+    sink = replay.make_sink(ours.server_address, sampling)
     for step in steps:
-        sink.append(step, acted_at=0)
+        sink.append(tree.map_structure(lambda leaf: np.asarray(leaf)[None], step), 0, np.array([False]))
         assert not sink.is_blocked()
     sink.close(10.0)
 

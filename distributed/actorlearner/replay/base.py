@@ -70,6 +70,9 @@ class BatchSource(Protocol):
     handle: Any
     """Passed to `draw` through the compiled function's arguments, so that replacing it does not retrace."""
 
+    can_fuse: bool
+    """Whether XLA can compile `draw` and `unpack` together with the update."""
+
     def restore(self, counts: Mapping[str, Any]) -> None:
         """Begins, or goes on from the counts of a checkpoint; called once, before all else."""
 

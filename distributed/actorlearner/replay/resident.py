@@ -396,6 +396,8 @@ class ResidentSource:
     it only has to be copied into place.
     """
 
+    can_fuse = True
+
     def __init__(
         self,
         address: str,

@@ -173,6 +173,8 @@ def read_stamps(priorities: tf.Tensor) -> tf.Tensor:
 class ServerSampledSource:
     """Batches that Reverb sampled, distributed over a strategy's replicas. See `BatchSource`."""
 
+    can_fuse = False  # what is drawn comes out of an iterator
+
     def __init__(self, address: str, batch_size: int, strategy: tf.distribute.Strategy, make_dataset: Any):
         self._address = address
         self._batch_size = batch_size

@@ -6,12 +6,13 @@ replay --batches--> [learner] --weights--> variable container
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import functools
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Optional
 
@@ -30,6 +31,7 @@ from actorlearner.run_directory import RunDirectory
 from actorlearner.run_record import RunRecord
 from actorlearner.runtime.checkpoints import Checkpoints
 from actorlearner.runtime.configuration import NonNegativeFloat, PositiveFloat, operative_config
+from actorlearner.runtime.devices import has_one_gpu
 from actorlearner.runtime.lifecycle import SAY_EVERY_SECS, ExitCode, RoleError, Stop, Stopped, wait_until
 from actorlearner.runtime.messages import Unreachable
 from actorlearner.variable_container import EvaluationRequests, Phase, Publisher, Purpose
@@ -50,6 +52,7 @@ def run_learner(
     checkpoint_interval_secs: NonNegativeFloat = 60.0,
     evaluation_retry_secs: PositiveFloat = 900.0,
     evaluation_patience_secs: PositiveFloat = 1_800.0,
+    jit_compile: Optional[bool] = None,
 ) -> ExitCode:
     """Trains until `train.num_iterations`, waits for the evaluations due, and writes the run's summary.
 
@@ -64,6 +67,7 @@ def run_learner(
       checkpoint_interval_secs: Time between two checkpoints, in seconds.
       evaluation_retry_secs: A snapshot without a result is evaluated again after this time, in seconds.
       evaluation_patience_secs: At the end, the longest wait for the next evaluation's result, in seconds.
+      jit_compile: Whether XLA makes one program of a whole call's train steps; None does it where it pays, on one GPU.
 
     Raises:
       RoleError: The run directory is unfit or occupied, a peer is unreachable past the deadline, the tables are another
@@ -91,7 +95,8 @@ def run_learner(
         experiment.sampling(agent.train_sequence_length),
         strategy,
     )
-    train = make_train_function(agent, train_step, source, strategy)
+    fuses = jit_compile if jit_compile is not None else source.can_fuse and has_one_gpu(strategy)
+    train = make_train_function(agent, train_step, source, strategy, jit_compile=fuses)
     checkpoints = Checkpoints(directory.checkpoints, train_step, {"agent": agent})
     counts = checkpoints.restore()
     source.restore(counts)
@@ -185,9 +190,17 @@ def _refuse_second_learner(cluster: Cluster, stop: Stop, watch_secs: float = 6.0
 
 
 def make_train_function(
-    agent: tf_agent.TFAgent, train_step: tf.Variable, source: BatchSource, strategy: tf.distribute.Strategy
+    agent: tf_agent.TFAgent,
+    train_step: tf.Variable,
+    source: BatchSource,
+    strategy: tf.distribute.Strategy,
+    *,
+    jit_compile: bool = False,
 ) -> Callable[[Any, tf.Tensor], dict[str, tf.Tensor]]:
     """Returns `train(handle, num_updates)`: that many of the agent's own updates in one compiled call.
+
+    With `jit_compile` the call is one XLA program, batches and all: on a GPU the updates of a small network are
+    bound by the launching of their many kernels otherwise. The source must be one that `can_fuse`.
 
     It returns the last update's scalars: `loss`, the agent's extra losses, and `staleness`, the mean number of train
     steps between the weights that made the batch and those trained on it. Under several replicas the losses are summed
@@ -213,7 +226,7 @@ def make_train_function(
             name: strategy.reduce(tf.distribute.ReduceOp.SUM, value, axis=None) for name, value in per_replica.items()
         }
 
-    @tf.function
+    @tf.function(jit_compile=jit_compile or None)
     def train(handle: Any, num_updates: tf.Tensor) -> dict[str, tf.Tensor]:
         scalars = one_step(handle)  # once outside the loop: autograph must know the shapes
         for _ in tf.range(num_updates - 1):
@@ -224,6 +237,37 @@ def make_train_function(
     with strategy.scope():
         train.get_concrete_function(source.handle, tf.constant(1))
     return train
+
+
+class TimeShares:
+    """Where the learner's time goes: into the compiled calls, into waiting for data, or between the two."""
+
+    def __init__(self) -> None:
+        self._began_at = time.monotonic()
+        self._secs = {"computing": 0.0, "waiting": 0.0}
+
+    def computing(self) -> contextlib.AbstractContextManager[None]:
+        return self._measure("computing")
+
+    def waiting(self) -> contextlib.AbstractContextManager[None]:
+        return self._measure("waiting")
+
+    @contextlib.contextmanager
+    def _measure(self, name: str) -> Iterator[None]:
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self._secs[name] += time.monotonic() - start
+
+    def take(self) -> dict[str, float]:
+        """Returns the shares since the last call, 0 to 1: `computing_share`, `waiting_share`, `between_share`."""
+        now = time.monotonic()
+        total = max(now - self._began_at, 1e-9)
+        shares = {f"{name}_share": secs / total for name, secs in self._secs.items()}
+        self._began_at = now
+        self._secs = dict.fromkeys(self._secs, 0.0)
+        return {**shares, "between_share": max(0.0, 1.0 - sum(shares.values()))}
 
 
 class TrainingLoop:
@@ -257,6 +301,9 @@ class TrainingLoop:
         self._version = 0
         self._starved_since: Optional[float] = None
         self._said_at = time.monotonic()
+        self._shares = TimeShares()
+        # A call may block inside Reverb, where no signal reaches it; this thread does, the loop looks at the clock.
+        self._caller = concurrent.futures.ThreadPoolExecutor(1, "train")
 
     def run(self, stop: Stop, *, publish_interval_secs: float, checkpoint_interval_secs: float) -> None:
         """Trains to the last train step, saving on the way and at the end.
@@ -277,11 +324,12 @@ class TrainingLoop:
                 self._await_first_data(stop)
             self._publisher.announce(Phase.TRAINING)
             published_at = saved_at = time.monotonic()
+            self._shares.take()  # what came before was no training
             while step < self._schedule.num_iterations:
                 if stop.is_set():
                     raise Stopped("stopped")
                 before = step
-                step, scalars = self._call(step)
+                step, scalars = self._call(step, stop)
                 self._record.note_train_step(step)
                 now = time.monotonic()
                 is_wanted = step == self._schedule.num_iterations or self._is_evaluation_due(step)
@@ -289,7 +337,7 @@ class TrainingLoop:
                     published_at = now
                     self._publish(step)
                 if scalars is not None and step % self._schedule.log_interval == 0:
-                    self._record.log_training(step, scalars)
+                    self._record.log_training(step, {**scalars, **self._shares.take()})
                 if scalars is not None and step % self._schedule.policy_save_interval == 0:
                     self._export.save_checkpoint(step)
                 if now - saved_at >= checkpoint_interval_secs:
@@ -330,25 +378,48 @@ class TrainingLoop:
         )
         self._record.note_waiting(None)
 
-    def _call(self, step: int) -> tuple[int, Optional[dict[str, float]]]:
+    def _call(self, step: int, stop: Stop) -> tuple[int, Optional[dict[str, float]]]:
         """Returns the train step reached and the last update's scalars; None when data ran out during the call."""
         num_updates = self._source.allow(self._num_updates_to_boundary(step))
         if num_updates:
             try:
-                scalars = self._train(self._source.handle, tf.constant(num_updates))
+                with self._shares.computing():
+                    scalars = self._run_compiled(num_updates, stop)
             except (tf.errors.OutOfRangeError, tf.errors.UnavailableError):
                 pass  # the batches that did come were trained on
             else:
                 self._source.note_updates(num_updates)
                 self._starved_since = None
                 self._record.note_waiting(None)
-                return step + num_updates, {name: float(value) for name, value in scalars.items()}
+                return step + num_updates, scalars
         reached = int(self._train_step.numpy())
         self._source.note_updates(reached - step)
         if reached > step:
             self._starved_since = None
-        self._await_more_data()
+        with self._shares.waiting():
+            self._await_more_data()
         return reached, None
+
+    def _run_compiled(self, num_updates: int, stop: Stop) -> dict[str, float]:
+        """Returns the last update's scalars.
+
+        Raises:
+          Stopped: `stop` was set and the call did not return; it is left behind, with the train steps it made.
+          RoleError: No update was made for longer than the deadline (UNAVAILABLE).
+        """
+        future = self._caller.submit(self._train, self._source.handle, tf.constant(num_updates))
+        reached, moved_at = int(self._train_step.numpy()), time.monotonic()
+        while True:
+            done, _ = concurrent.futures.wait([future], timeout=1.0)
+            if done:
+                return {name: float(value) for name, value in future.result().items()}
+            now = int(self._train_step.numpy())
+            if now != reached:
+                reached, moved_at = now, time.monotonic()
+            elif time.monotonic() - moved_at > 5.0:  # a batch takes far less; XLA's compiler may take longer
+                self._say_starved(moved_at, self._source.describe())
+            if stop.is_set() and time.monotonic() - moved_at > 2.0:
+                raise Stopped("stopped while a batch was awaited")
 
     def _num_updates_to_boundary(self, step: int) -> int:
         """Returns how many updates one call may make so that it ends where something is due."""
@@ -363,26 +434,26 @@ class TrainingLoop:
         Raises:
           RoleError: No data for longer than the deadline (UNAVAILABLE).
         """
-        now = time.monotonic()
-        self._starved_since = self._starved_since or now
-        starved_secs = now - self._starved_since
-        if starved_secs > 1.0:  # shorter waits are the ordinary pace of samples per insert
-            what = (
-                f"collect actors: no data from the replay at {self._cluster.replay_address} ({self._source.describe()})"
-            )
-            self._record.note_waiting(what)
-            if now - self._said_at > SAY_EVERY_SECS:
-                self._said_at = now
-                logging.info("waiting for %s (%.0f s)", what, starved_secs)
-            if starved_secs > self._cluster.peer_patience_secs:
-                raise RoleError(
-                    f"waited {starved_secs:.0f} s for {what}, longer than --peer_patience_secs = "
-                    f"{self._cluster.peer_patience_secs:g}. Start collect actors, or raise it.",
-                    ExitCode.UNAVAILABLE,
-                )
+        self._starved_since = self._starved_since or time.monotonic()
+        if time.monotonic() - self._starved_since > 1.0:  # shorter waits are the ordinary pace of samples per insert
+            self._say_starved(self._starved_since, self._source.describe())
         self._source.await_data(secs=0.25)
         with contextlib.suppress(tf.errors.OpError):  # the server is away; the next call asks again
             self._source.renew()
+
+    def _say_starved(self, since: float, described: str) -> None:
+        now = time.monotonic()
+        what = f"collect actors: no data from the replay at {self._cluster.replay_address} ({described})"
+        self._record.note_waiting(what)
+        if now - self._said_at > SAY_EVERY_SECS:
+            self._said_at = now
+            logging.info("waiting for %s (%.0f s)", what, now - since)
+        if now - since > self._cluster.peer_patience_secs:
+            raise RoleError(
+                f"waited {now - since:.0f} s for {what}, longer than --peer_patience_secs = "
+                f"{self._cluster.peer_patience_secs:g}. Start collect actors, or raise it.",
+                ExitCode.UNAVAILABLE,
+            )
 
     def _save(self) -> None:
         self._checkpoints.save({**self._record.counts(), **self._source.counts(), "version": self._version + 1})
