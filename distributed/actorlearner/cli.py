@@ -189,7 +189,7 @@ def _replay_server(arguments: argparse.Namespace) -> int:
 
         _hold_to_one_thread()
         port = arguments.port or int(cluster.replay_address.rpartition(":")[2])
-        return run_replay_server(_load_experiment(arguments), port, stop)
+        return run_replay_server(_load_experiment(arguments), port, arguments.root_dir, stop)
 
     return _run_role(arguments, run)
 

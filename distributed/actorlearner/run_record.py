@@ -167,6 +167,7 @@ class RunRecord:
                 "versions": self._versions,
                 "wall_seconds": round(self._wall_secs(), 1),
                 "train_steps": self._train_step,
+                "has_ended": True,
                 "environment_steps": self.environment_steps,
                 "environment_crashes": sum(self._crashes.values()),
                 "evaluations": self._ledger.results(),

@@ -9,8 +9,10 @@ so each window of an episode lies in exactly one chunk, as each is exactly one i
 
 from __future__ import annotations
 
+import base64
 import collections
 import dataclasses
+import itertools
 import logging
 import secrets
 import threading
@@ -245,6 +247,10 @@ class Mirror:
         self.num_windows = 0
 
     @property
+    def num_chunks(self) -> int:
+        return len(self._chunks)
+
+    @property
     def num_bytes(self) -> int:
         return sum(int(np.prod(v.shape)) * v.dtype.size for v in [*self._rows, self._starts])
 
@@ -295,6 +301,18 @@ class Mirror:
         return drawn["step"], drawn["acted_at"][:, 0]
 
 
+def _num_windows(chunk: Any, num_steps: int) -> int:
+    return len(chunk["acted_at"]) - num_steps + 1
+
+
+def _pack_ids(numbers: Sequence[int]) -> str:
+    return base64.b64encode(np.array(numbers, np.int64).tobytes()).decode()
+
+
+def _unpack_ids(text: str) -> list[int]:
+    return np.frombuffer(base64.b64decode(text), np.int64).tolist()
+
+
 class ResidentSource:
     """Feeds the mirror from the queue and keeps samples per insert, in both directions. See `BatchSource`.
 
@@ -330,20 +348,40 @@ class ResidentSource:
         self._reader: Optional[threading.Thread] = None
 
     def restore(self, counts: Mapping[str, Any]) -> None:
-        """Goes on from a checkpoint's counts; the mirror is filled from the durable table, which counts no insert."""
+        """Goes on from a checkpoint's counts; the mirror is filled from the durable table.
+
+        What the server holds but the checkpoint did not count is counted now, so the samples-per-insert account is
+        exact whichever of the two was saved later. May be called again after it raised.
+
+        Raises:
+          Unreachable, tf.errors.OpError: The server is away; nothing was changed.
+        """
         chunks = self._read_experience()
-        if chunks:
-            self._mirror.add(chunks)
-            logging.info("%d windows came back from the replay server", self._mirror.num_windows)
-        # Without a checkpoint, what a learner before this one was sent still counts for the warm-up.
-        self._inserts = counts.get("inserts", self._mirror.num_windows)
+        # The checkpoint counts the chunks it knew; those that came to the server later are inserts as well. Without a
+        # checkpoint all are: what a learner before this one was sent still counts for the warm-up.
+        counted = set(_unpack_ids(counts.get("chunks", "")))
+        new = [chunk for number, chunk in chunks.items() if number not in counted]
+        self._inserts = counts.get("inserts", 0) + sum(_num_windows(chunk, self._mirror.num_steps) for chunk in new)
         self._samples = counts.get("samples", 0)
+        if chunks:
+            # In the order of insertion, as far as it can be told: the oldest leave first.
+            self._mirror.add(sorted(chunks.values(), key=lambda chunk: int(chunk["acted_at"][0])))
+            logging.info(
+                "%d windows came back from the replay server, %d of them inserted after the checkpoint",
+                self._mirror.num_windows,
+                self._inserts - counts.get("inserts", 0),
+            )
         self._reader = threading.Thread(target=self._read_stream, name="ingest", daemon=True)
         self._reader.start()
 
     def counts(self) -> dict[str, Any]:
         """Returns what a checkpoint keeps."""
-        return {"inserts": self._inserts, "samples": self._samples}
+        with self._changed:
+            num_chunks = self._mirror.num_chunks + len(self._staged)
+            # The newest known are those that the server may still hold.
+            known = list(itertools.islice(reversed(self._known_chunks), num_chunks))
+            inserts = self._inserts + self._num_staged
+        return {"inserts": inserts, "samples": self._samples, "chunks": _pack_ids(known)}
 
     def draw(self, handle: Any) -> tuple[Any, ...]:
         """Returns nothing: each replica draws its own batch."""
@@ -440,12 +478,12 @@ class ResidentSource:
             self._num_staged += len(row["chunk"]) - self._mirror.num_steps + 1
             self._changed.notify_all()
 
-    def _read_experience(self) -> list[Any]:
-        """Returns every chunk of the durable table, each once, in no order; sampled, as Reverb lists none."""
+    def _read_experience(self) -> dict[int, Any]:
+        """Returns every chunk of the durable table by its number, in no order; sampled, as Reverb lists none."""
         size = read_server_info(self._address, timeout_secs=5)[EXPERIENCE_TABLE].current_size
         chunks: dict[int, Any] = {}
         if not size:
-            return []
+            return {}
         # Drawing n of n with replacement takes about n ln n draws; the bound leaves room and ends if others write.
         max_samples = int(size * (np.log(size) + 8))
         for sample in self._dataset(
@@ -456,7 +494,7 @@ class ResidentSource:
             if len(chunks) >= size:
                 break
         self._known_chunks.update(dict.fromkeys(chunks))
-        return list(chunks.values())
+        return chunks
 
     def _dataset(
         self, table: str, *, rate_limiter_timeout_ms: int, max_samples: int = -1, in_flight: int = 2
