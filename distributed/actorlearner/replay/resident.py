@@ -480,25 +480,25 @@ class ResidentSource:
 
     def _read_experience(self) -> dict[int, Any]:
         """Returns every chunk of the durable table by its number, in no order; sampled, as Reverb lists none."""
-        size = read_server_info(self._address, timeout_secs=5)[EXPERIENCE_TABLE].current_size
+        client = reverb.Client(self._address)
         chunks: dict[int, Any] = {}
-        if not size:
-            return {}
-        # Drawing n of n with replacement takes about n ln n draws; the bound leaves room and ends if others write.
-        max_samples = int(size * (np.log(size) + 8))
-        for sample in self._dataset(
-            EXPERIENCE_TABLE, rate_limiter_timeout_ms=1_000, max_samples=max_samples, in_flight=50
-        ):
-            row = tree.map_structure(lambda tensor: tensor.numpy(), sample.data)
-            chunks.setdefault(int(row["chunk"][0]), {"acted_at": row["acted_at"], "step": row["step"]})
-            if len(chunks) >= size:
-                break
+        num_draws, size = 0, 1
+        # Drawing n of n with replacement takes about n ln n draws; the bound leaves room and ends if others write. The
+        # client's own sampler is ten times as fast as a dataset here.
+        while len(chunks) < size and num_draws < size * (np.log(size) + 8):
+            size = read_server_info(self._address, timeout_secs=5)[EXPERIENCE_TABLE].current_size
+            if not size:
+                return {}
+            for sample in client.sample(
+                EXPERIENCE_TABLE, num_samples=size, emit_timesteps=False, unpack_as_table_signature=True
+            ):
+                row = sample.data
+                chunks.setdefault(int(row["chunk"][0]), {"acted_at": row["acted_at"], "step": row["step"]})
+            num_draws += size
         self._known_chunks.update(dict.fromkeys(chunks))
         return chunks
 
-    def _dataset(
-        self, table: str, *, rate_limiter_timeout_ms: int, max_samples: int = -1, in_flight: int = 2
-    ) -> reverb.TrajectoryDataset:
+    def _dataset(self, table: str, *, rate_limiter_timeout_ms: int, in_flight: int = 2) -> reverb.TrajectoryDataset:
         return reverb.TrajectoryDataset.from_table_signature(
             self._address,
             table,
@@ -506,5 +506,4 @@ class ResidentSource:
             num_workers_per_iterator=1,
             rate_limiter_timeout_ms=rate_limiter_timeout_ms,
             get_signature_timeout_secs=5,
-            max_samples=max_samples,
         )
