@@ -615,6 +615,7 @@ class _Role:
     num_starts: int = 0
     process: _Process | None = None
     restart_at: float | None = None  # None: alive, or finished
+    last_returncode: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -760,7 +761,8 @@ class _Launcher:
     def _is_done(self, role: _Role) -> bool:
         """Whether the run can reach its end without this role: evaluations outlast the collecting."""
         self._read_status()
-        phases = PHASES_AFTER_TRAINING if role.kind == COLLECT_ACTOR else PHASES_AFTER_EVALUATION
+        is_by_itself = role.kind == COLLECT_ACTOR or role.last_returncode == 0
+        phases = PHASES_AFTER_TRAINING if is_by_itself else PHASES_AFTER_EVALUATION
         return role is not self._learner and self._status is not None and self._status.phase in phases
 
     # Starting and stopping
@@ -843,7 +845,7 @@ class _Launcher:
         """Returns the role's ended process, all its lines shown, and its exit code."""
         assert role.process is not None
         process = role.process
-        returncode = process.reap()
+        returncode = role.last_returncode = process.reap()
         role.process = None
         self._show_lines()
         return process, returncode

@@ -295,6 +295,11 @@ class EvaluationRequests:
         self._sender.put(EVALUATIONS_TABLE, row, timeout_secs)
 
 
+def count_evaluations_due(address: str, timeout_secs: float = 5.0) -> int:
+    """Returns how many snapshots nobody has taken yet; blocks at most `timeout_secs` seconds. Raises `Unreachable`."""
+    return messages.read_server_info(address, timeout_secs)[EVALUATIONS_TABLE].current_size
+
+
 def take_evaluation(
     address: str, variables: Sequence[tf.Variable], *, timeout_secs: float = 5.0
 ) -> Optional[EvaluationRequest]:

@@ -227,7 +227,31 @@ def test_a_restarted_learner_gets_its_replay_back_from_the_server(replay, addres
     second.restore(first.counts())
     assert second.is_ready()
     assert held_windows(second._mirror, 20_000) == held_windows(first._mirror, 20_000)
-    assert second.counts() == first.counts() == {"inserts": 240, "samples": 40}
+    assert second.account() == first.account()
+    assert (second.account()["inserts"], second.account()["samples"]) == (240, 40)
+    second.close()
+
+
+def test_what_came_after_the_checkpoint_is_an_insert_too(replay, address, spec, eventually):
+    """Counted by the checkpoint alone, each restart would let the learner sample less for ever (ml-agents PR#4038)."""
+    sink = replay.make_sink(address, 2)
+    first = make_source(replay, address, spec, initial=10, ratio=1.0)
+    first.restore({})
+    write(sink, episode(0, 12))
+    eventually(lambda: first.is_ready() and first.counts()["inserts"] == 12)
+    saved = first.counts()
+    write(sink, episode(100, 12))  # taken in, but in no checkpoint
+    eventually(lambda: first.is_ready() and first.counts()["inserts"] == 24)
+    first.close()
+    sink_of_another = replay.make_sink(address, 2)
+    write(sink_of_another, episode(200, 12))  # in the queue, taken in by nobody
+
+    second = make_source(replay, address, spec, initial=10, ratio=1.0)
+    second.restore(saved)
+    assert second.counts()["inserts"] == 36
+    eventually(lambda: reverb.Client(address).server_info(timeout=5)[STREAM_TABLE].current_size == 0)
+    assert second.is_ready()
+    assert (second.counts()["inserts"], len(held_windows(second._mirror))) == (36, 36), "counted twice"
     second.close()
 
 

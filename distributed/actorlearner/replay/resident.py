@@ -416,6 +416,16 @@ class ResidentSource:
             return False
         return self._samples > 0 or self._inserts >= self._initial_collect_steps
 
+    def account(self) -> dict[str, float]:
+        """Returns how the replay stands, in figures. See `BatchSource.account`."""
+        return {
+            "held": self._mirror.num_windows,
+            "inserts": self._inserts + self._num_staged,
+            "samples": self._samples,
+            "ahead": self._ahead(),
+            "error_buffer": self._error_buffer,
+        }
+
     def describe(self) -> str:
         """Returns how the replay stands, in words; never blocks."""
         return describe_account(

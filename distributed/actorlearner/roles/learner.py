@@ -51,6 +51,7 @@ def run_learner(
     publish_interval_secs: NonNegativeFloat = 1.0,
     checkpoint_interval_secs: NonNegativeFloat = 60.0,
     evaluation_retry_secs: PositiveFloat = 900.0,
+    evaluation_lease_secs: PositiveFloat = 6.0,
     evaluation_patience_secs: PositiveFloat = 1_800.0,
 ) -> ExitCode:
     """Trains until `train.num_iterations`, waits for the evaluations due, and writes the run's summary.
@@ -65,6 +66,8 @@ def run_learner(
       publish_interval_secs: Least time between two publishes, in seconds.
       checkpoint_interval_secs: Time between two checkpoints, in seconds.
       evaluation_retry_secs: A snapshot without a result is evaluated again after this time, in seconds.
+      evaluation_lease_secs: A snapshot is evaluated again when no eval actor has been at work on it for this time, in
+        seconds, and none is to take it.
       evaluation_patience_secs: At the end, the longest wait for the next evaluation's result, in seconds.
 
     Raises:
@@ -110,9 +113,12 @@ def run_learner(
     )
     replay_checkpoints = persistence.Requests(cluster.replay_address, learner)
     ledger = EvaluationLedger(
-        EvaluationRequests(cluster.variables_address), directory.evaluated, retry_secs=evaluation_retry_secs
+        EvaluationRequests(cluster.variables_address),
+        directory.evaluated,
+        retry_secs=evaluation_retry_secs,
+        lease_secs=evaluation_lease_secs,
     )
-    record = RunRecord(experiment, cluster, directory, ledger, versions, counts)
+    record = RunRecord(experiment, cluster, directory, ledger, versions, counts, source.account)
     export = PolicyExport(agent, train_step, directory.policies)
     loop = TrainingLoop(
         experiment,

@@ -6,6 +6,7 @@ Every wait in the system goes through `wait_until`, so every wait has a deadline
 from __future__ import annotations
 
 import enum
+import errno
 import logging
 import os
 import signal
@@ -130,6 +131,12 @@ def wait_until(
             raise Stopped(f"stopped while waiting for {what()}")
 
 
+def _is_disk_full(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "No space left on device" in str(error) or "Disk quota exceeded" in str(error)  # TensorFlow's own classes
+
+
 def run_to_exit(run: Callable[[Stop], ExitCode]) -> NoReturn:
     """Runs a role's body under stop signals and ends the process with its exit code.
 
@@ -147,9 +154,17 @@ def run_to_exit(run: Callable[[Stop], ExitCode]) -> NoReturn:
     except Stopped as stopped:
         logging.info("%s", stopped)
         code = stop.exit_code
-    except BaseException:
-        logging.exception("crashed")
-        code = ExitCode.CRASH
+    except BaseException as error:
+        if _is_disk_full(error):
+            print(
+                f"error: the disk is full: {str(error).splitlines()[0]}. Free some space and start again with the same "
+                "--root_dir: what was saved before is whole.",
+                file=sys.stderr,
+            )
+            code = ExitCode.CANNOT_CREATE
+        else:
+            logging.exception("crashed")
+            code = ExitCode.CRASH
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
