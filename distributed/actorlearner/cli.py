@@ -64,6 +64,21 @@ def make_parser() -> argparse.ArgumentParser:
 
     report = _add(commands, "report", _report, "print a run's evaluations and draw its learning curve", [])
     report.add_argument("root_dir", type=Path, metavar="ROOT_DIR", help="directory of a finished run")
+
+    drill = _add(commands, "drill", _drill, "do to a small run what happens to long ones; say which promises held", [])
+    drill.add_argument("experiment", metavar="EXPERIMENT", help="a shipped experiment or a gin file")
+    drill.add_argument("--fault", action="append", default=[], metavar="NAME", help="may be repeated (default: all)")
+    drill.add_argument(
+        "--kills",
+        type=_non_negative,
+        default=0,
+        metavar="N",
+        help="instead: N times SIGKILL to a random role of one run",
+    )
+    drill.add_argument("--seed", type=_non_negative, default=0, help="of roles, moments and the run (default: 0)")
+    drill.add_argument("--gin_bindings", action="append", default=[], metavar="BINDING", help="may be repeated")
+    drill.add_argument("--root_dir", type=Path, help="keeps the run there (default: a temporary directory)")
+    drill.add_argument("--json", type=Path, metavar="FILE", help="writes the outcomes there too")
     return parser
 
 
@@ -350,3 +365,21 @@ def _write_learning_curve(root_dir: Path) -> None:
     from actorlearner.tools import report
 
     report.write_learning_curve(root_dir)
+
+
+def _drill(arguments: argparse.Namespace) -> int:
+    from actorlearner.tools import drill
+
+    unknown = [name for name in arguments.fault if name not in drill.FAULTS]
+    if unknown:
+        print(f"error: --fault={unknown[0]}: expected one of {', '.join(drill.FAULTS)}", file=sys.stderr)
+        return 64
+    return drill.run_drill(
+        arguments.experiment,
+        faults=arguments.fault,
+        num_kills=arguments.kills,
+        seed=arguments.seed,
+        gin_bindings=arguments.gin_bindings,
+        folder=arguments.root_dir,
+        json_path=arguments.json,
+    )
