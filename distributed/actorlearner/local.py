@@ -33,6 +33,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import types
@@ -472,8 +473,9 @@ if os.getppid() == int(sys.argv[1]):
 
 # The guard kills what roles have started in their turn (ffmpeg, environments in processes): it is told every process
 # group that begins (+) or ends (-), and kills those left when its standard input closes, however the launcher died.
+# Then it removes the folder that all of them have for temporary files: TensorFlow leaves some in it at every kill.
 _GUARD = """
-import os, signal, sys
+import os, shutil, signal, sys
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
 groups = set()
@@ -484,17 +486,19 @@ for group in groups:
         os.killpg(group, signal.SIGKILL)
     except OSError:
         pass
+shutil.rmtree(sys.argv[1], ignore_errors=True)
 """
 
 _BARE_PYTHON = (sys.executable, "-I", "-S", "-c")
 
 
 class _Guard:
-    """Kills the process groups it was told about when the launcher is no more."""
+    """Kills the process groups it was told about, and removes their temporary files, when the launcher is no more."""
 
     def __init__(self) -> None:
+        self.temporary_folder = tempfile.mkdtemp(prefix="actorlearner-")
         self._process = subprocess.Popen(
-            [*_BARE_PYTHON, _GUARD],
+            [*_BARE_PYTHON, _GUARD, self.temporary_folder],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -792,7 +796,7 @@ class _Launcher:
         role.process = _Process(
             role.name,
             role_command(self._options, role.kind, role.task, self._port),
-            role_environment(role.kind, os.environ),
+            {**role_environment(role.kind, os.environ), "TMPDIR": self._guard.temporary_folder},
             role.log_path,
             self._shown_lines,
             self._guard,

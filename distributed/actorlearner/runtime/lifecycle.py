@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import enum
 import errno
+import functools
 import logging
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -52,7 +55,11 @@ class Stopped(Exception):
 class Stop:
     """Set once, by SIGTERM, SIGINT or `set`; the second signal ends the process at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, at_once: Callable[[], object] = lambda: None) -> None:
+        """Args:
+        at_once: Called when a second signal ends the process.
+        """
+        self._at_once = at_once
         self._event = threading.Event()
         self._signal: Optional[int] = None
 
@@ -63,6 +70,7 @@ class Stop:
 
     def _on_signal(self, number: int, _frame: object) -> None:
         if self._event.is_set():
+            self._at_once()
             os._exit(128 + number)
         self._signal = number
         self._event.set()
@@ -143,7 +151,11 @@ def run_to_exit(run: Callable[[Stop], ExitCode]) -> NoReturn:
     A `RoleError` becomes one `error: ...` line on stderr. The process ends through `os._exit`: threads may be blocked
     inside Reverb's clients, which no interpreter shutdown can interrupt.
     """
-    stop = Stop()
+    # TensorFlow leaves generated code behind where temporary files go, and counts on an ending that `os._exit` is not.
+    temporary_folder = tempfile.tempdir = tempfile.mkdtemp(prefix="actorlearner-")
+    os.environ["TMPDIR"] = temporary_folder  # for child processes
+    remove_temporary_files = functools.partial(shutil.rmtree, temporary_folder, ignore_errors=True)
+    stop = Stop(at_once=remove_temporary_files)
     stop.install_signal_handlers()
     try:
         code = run(stop)
@@ -168,4 +180,5 @@ def run_to_exit(run: Callable[[Stop], ExitCode]) -> NoReturn:
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
+    remove_temporary_files()
     os._exit(code)

@@ -199,13 +199,15 @@ def _compare(run: Run, outcome: Outcome, before: dict[str, Any], after: dict[str
     account = after.get("replay", {})
     if account.get("samples"):
         excess = max(0.0, abs(account["ahead"]) - account["error_buffer"])
-        outcome.ratio_error = excess / account["samples"]
-        if outcome.ratio_error > 0.01:
-            outcome.broken.append(f"samples per insert off by {outcome.ratio_error:.1%}")
+        ratio_error: float = excess / account["samples"]
+        outcome.ratio_error = ratio_error
+        if ratio_error > 0.01:
+            outcome.broken.append(f"samples per insert off by {ratio_error:.1%}")
 
 
 def _judge_recovery(outcome: Outcome, since: float) -> None:
-    outcome.recovery_secs = secs = time.monotonic() - since
+    secs = time.monotonic() - since
+    outcome.recovery_secs = secs
     if secs > RECOVERY_SECS:
         outcome.broken.append(f"recovered after {secs:.0f} s, promised {RECOVERY_SECS:.0f} s")
 
@@ -261,7 +263,8 @@ def _resume(run: Run, outcome: Outcome, before: dict[str, Any], within_secs: flo
     since, started_at = time.monotonic(), time.time()
     run.start(MANY_ITERATIONS)
     after = run.await_training(started_at)
-    outcome.recovery_secs = secs = time.monotonic() - since
+    secs = time.monotonic() - since
+    outcome.recovery_secs = secs
     if secs > within_secs:
         outcome.broken.append(f"resumed after {secs:.0f} s, expected {within_secs:.0f} s")
     _compare(run, outcome, before, after)
@@ -464,7 +467,7 @@ def run_drill(
     """
     place = folder or Path(tempfile.mkdtemp(prefix="drill-"))
     run = Run(experiment, place / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}", gin_bindings, seed)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 150)
     outcomes: list[Outcome] = []
     try:
         steps = _kill_at_random(run, num_kills, seed) if num_kills else _inject(run, faults or tuple(FAULTS))
@@ -556,7 +559,7 @@ def _end(run: Run, num_iterations: int) -> Outcome:
     left = [path.name for path in run.temporary.iterdir()]
     left += [str(path) for path in run.root_dir.rglob("*") if path.name.endswith((".tmp", "_temp", ".new", ".old"))]
     if left:
-        outcome.broken.append(f"left behind: {', '.join(left)}")
+        outcome.broken.append(f"{len(left)} files left behind: {', '.join(sorted(left)[:3])} ...")
     return outcome
 
 
