@@ -42,6 +42,9 @@ def make_parser() -> argparse.ArgumentParser:
         commands, "train", _train, "train an experiment on this machine: starts and watches every role", [experiment]
     )
     train.add_argument("--root_dir", type=Path, help="run directory (default: runs/<experiment>-<time>)")
+    train.add_argument(
+        "--fresh", action="store_true", help="begin anew: what --root_dir holds is moved aside, and said where"
+    )
     train.add_argument("--num_collect_actors", type=int, default=1, metavar="N", help="collect actors (default: 1)")
     train.add_argument("--num_eval_actors", type=int, default=1, metavar="N", help="eval actors (default: 1)")
     _add_learner_flags(train)
@@ -171,6 +174,17 @@ def _train(arguments: argparse.Namespace) -> int:
 
     name = Path(arguments.experiment).stem
     root_dir = arguments.root_dir or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if arguments.fresh:
+        from actorlearner.run_directory import RunDirectory
+        from actorlearner.runtime.lifecycle import RoleError
+
+        try:
+            aside = RunDirectory(root_dir).move_aside()
+        except RoleError as error:
+            print(f"error: {error.message}", file=sys.stderr)
+            return int(error.exit_code)
+        if aside:
+            print(f"--fresh: the run that was in {root_dir} is now in {aside}; nothing was deleted", flush=True)
     learner_flags = [
         f"--strategy={arguments.strategy}",
         f"--num_logical_cpus={arguments.num_logical_cpus}",

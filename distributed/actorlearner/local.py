@@ -105,7 +105,7 @@ class LocalOptions:
 
     Attributes:
       experiment: Name of a shipped experiment or path of a gin file; the roles look it up.
-      root_dir: The run directory; made if missing, continued if it holds this run's checkpoint.
+      root_dir: The run directory; made if missing, continued if it holds this run's checkpoints.
       num_collect_actors: At least 1.
       num_eval_actors: At least 0.
       seed: Root of every role's seeds; None leaves it to the roles.

@@ -102,6 +102,22 @@ class RunDirectory:
         except (OSError, ValueError):
             return None
 
+    def move_aside(self) -> Optional[Path]:
+        """Returns where the directory and all in it went, beside its old place; None when there was nothing to move.
+
+        Raises:
+          RoleError: A learner is at work in it (OCCUPIED), or it cannot be moved (CANNOT_CREATE).
+        """
+        if not self.root.is_dir() or not any(self.root.iterdir()):
+            return None
+        self.hold()
+        aside = self.root.with_name(f"{self.root.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+        try:
+            self.root.rename(aside)
+        except OSError as error:
+            raise self._cannot_write(error) from error
+        return aside
+
     def check_identity(self, identity: dict[str, Any]) -> None:
         """Writes who this run is, or compares it with who it was.
 

@@ -280,3 +280,23 @@ def test_a_capacity_below_the_warm_up_is_refused():
     """Training would wait for ever."""
     with pytest.raises(ValueError, match=r"replay_buffer_capacity = 10 .*initial_collect_steps = 20"):
         ResidentReplay(replay_buffer_capacity=10).check(initial_collect_steps=20)
+
+
+def test_a_strangers_item_is_left_out_and_harms_nobody(replay, address, spec, eventually):
+    """Reverb's server takes any item; sampled from the durable table, one would end every restarted learner."""
+    sink = replay.make_sink(address, 2)
+    source = make_source(replay, address, spec, initial=10, ratio=1.0)
+    source.restore({})
+    write(sink, episode(0, 12))
+    with reverb.Client(address).trajectory_writer(num_keep_alive_refs=1, validate_items=False) as stranger:
+        stranger.append({"nothing": np.zeros(3, np.float32)})
+        for table in (EXPERIENCE_TABLE, STREAM_TABLE):
+            stranger.create_item(table, 1.0, {"nothing": stranger.history["nothing"][-1:]})
+        stranger.flush(timeout_ms=5_000)
+    write(sink, episode(100, 12))
+    again = make_source(replay, address, spec, initial=10, ratio=1.0)
+    eventually(lambda: reverb.Client(address).server_info(timeout=5)[STREAM_TABLE].current_size == 0)
+    source.close()
+    again.restore({})
+    assert again.counts()["inserts"] == 24
+    again.close()

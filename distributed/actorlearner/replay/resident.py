@@ -301,6 +301,18 @@ class Mirror:
         return drawn["step"], drawn["acted_at"][:, 0]
 
 
+def _fits(leaves: Sequence[np.ndarray], signature: Any) -> bool:
+    """Returns whether an item has the signature's leaves, all of one length."""
+    specs = tree.flatten(signature)
+    return (
+        len(leaves) == len(specs)
+        and len({len(leaf) if leaf.ndim else -1 for leaf in leaves}) == 1
+        and all(
+            spec.dtype == leaf.dtype and spec.shape.is_compatible_with(leaf.shape) for spec, leaf in zip(specs, leaves)
+        )
+    )
+
+
 def _num_windows(chunk: Any, num_steps: int) -> int:
     return len(chunk["acted_at"]) - num_steps + 1
 
@@ -470,6 +482,14 @@ class ResidentSource:
                         self._changed.wait_for(lambda: self._closing or self._ahead() <= self._error_buffer)
                     if self._closing:
                         return
+            except tf.errors.InvalidArgumentError as error:
+                logging.warning(
+                    "an item in the table '%s' at %s is not this experiment's and is left out: %s. Some other client "
+                    "inserts there; keep its port on a network you trust.",
+                    STREAM_TABLE,
+                    self._address,
+                    error.message.splitlines()[0],
+                )
             except tf.errors.OpError as error:
                 logging.debug("reading '%s' at %s: %s", STREAM_TABLE, self._address, error.message)
                 with self._changed:
@@ -492,19 +512,30 @@ class ResidentSource:
         """Returns every chunk of the durable table by its number, in no order; sampled, as Reverb lists none."""
         client = reverb.Client(self._address)
         chunks: dict[int, Any] = {}
+        misfits: set[int] = set()  # of strangers: Reverb's server takes what its client did not check
         num_draws, size = 0, 1
         # Drawing n of n with replacement takes about n ln n draws; the bound leaves room and ends if others write. The
         # client's own sampler is ten times as fast as a dataset here.
         while len(chunks) < size and num_draws < size * (np.log(size) + 8):
-            size = read_server_info(self._address, timeout_secs=5)[EXPERIENCE_TABLE].current_size
-            if not size:
-                return {}
-            for sample in client.sample(
-                EXPERIENCE_TABLE, num_samples=size, emit_timesteps=False, unpack_as_table_signature=True
-            ):
-                row = sample.data
+            table = read_server_info(self._address, timeout_secs=5)[EXPERIENCE_TABLE]
+            size = table.current_size - len(misfits)
+            if size <= 0:
+                break
+            for sample in client.sample(EXPERIENCE_TABLE, num_samples=size, emit_timesteps=False):
+                if not _fits(sample.data, table.signature):
+                    misfits.add(sample.info.key)
+                    continue
+                row = tree.unflatten_as(table.signature, sample.data)
                 chunks.setdefault(int(row["chunk"][0]), {"acted_at": row["acted_at"], "step": row["step"]})
             num_draws += size
+        if misfits:
+            logging.warning(
+                "%d items in the table '%s' at %s are not this experiment's and are left out: some other client "
+                "inserts there. Keep its port on a network you trust.",
+                len(misfits),
+                EXPERIENCE_TABLE,
+                self._address,
+            )
         self._known_chunks.update(dict.fromkeys(chunks))
         return chunks
 

@@ -258,7 +258,7 @@ def _is_alive(pid: int) -> bool:
         return False
 
 
-def _resume(run: Run, outcome: Outcome, before: dict[str, Any], within_secs: float = 60.0) -> None:
+def _resume(run: Run, outcome: Outcome, before: dict[str, Any], within_secs: float = 120.0) -> None:
     """Starts the launcher again and notes what came back."""
     since, started_at = time.monotonic(), time.time()
     run.start(MANY_ITERATIONS)
@@ -370,6 +370,7 @@ def _goes_on(run: Run, fault: str, inject: Callable[[str, int], None]) -> Outcom
     match = re.search(r"serving replay and variables on port (\d+)", run.log("replay-server-0"))
     assert match is not None
     inject("127.0.0.1", int(match[1]))
+    since = time.monotonic()
     _await_steps(run, 500)
     _judge_recovery(outcome, since)
     _compare(run, outcome, before, run.status())
