@@ -10,6 +10,7 @@ import contextlib
 import functools
 import logging
 import math
+import re
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -351,7 +352,11 @@ class TrainingLoop:
                 if stop.is_set():
                     raise Stopped("stopped")
                 before = step
-                step, scalars = self._call(step)
+                try:
+                    step, scalars = self._call(step)
+                except tf.errors.InvalidArgumentError as error:  # TF-Agents looks at some losses itself
+                    refuse_not_finite(int(self._train_step.numpy()), error, self._all_variables)
+                    raise
                 require_finite(step, scalars, self._all_variables)
                 self._record.note_train_step(step)
                 now = time.monotonic()
@@ -494,17 +499,26 @@ def require_finite(step: int, scalars: Optional[Mapping[str, float]], variables:
     Raises:
       RoleError: One is not (DATA); the message has the train step, the scalar and the first bad variable.
     """
-    bad = [name for name, value in (scalars or {}).items() if not math.isfinite(value)]
-    if bad:
-        assert scalars is not None
-        variable = find_not_finite(variables)
-        raise RoleError(
-            f"at train step {step:,} {bad[0]} = {scalars[bad[0]]}: training has diverged"
-            + (f"; the first variable that is not finite is {variable}" if variable else "")
-            + ". The last good checkpoint is kept. Lower the learning rate, clip gradients, or look at the rewards and "
-            "observations; then start again with the same --root_dir to go on from it.",
-            ExitCode.DATA,
-        )
+    for name, value in (scalars or {}).items():
+        if not math.isfinite(value):
+            raise _diverged(step, f"{name} = {value}", variables)
+
+
+def refuse_not_finite(step: int, error: tf.errors.InvalidArgumentError, variables: Sequence[tf.Variable]) -> None:
+    """Returns when `error` is about something else; raises as `require_finite` when a numeric check failed."""
+    if re.search(r"\b(nan|inf)\b", error.message, re.IGNORECASE):
+        raise _diverged(step, error.message.splitlines()[0], variables) from error
+
+
+def _diverged(step: int, what: str, variables: Sequence[tf.Variable]) -> RoleError:
+    variable = find_not_finite(variables)
+    return RoleError(
+        f"at train step {step:,} {what}: training has diverged"
+        + (f"; the first variable that is not finite is {variable}" if variable else "")
+        + ". The last good checkpoint is kept. Lower the learning rate, clip gradients, or look at the rewards and "
+        "observations; then start again with the same --root_dir to go on from it.",
+        ExitCode.DATA,
+    )
 
 
 def finish(

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROLES = ("learner-0", "replay-server-0", "collect-actor-0", "eval-actor-0")
-PATIENCE_SECS = 120.0  # for anything to happen at all; then the drill has found a hang
+PATIENCE_SECS = 300.0  # for anything to happen at all; then the drill has found a hang
 RECOVERY_SECS = 30.0  # promised
 STOP_SECS = 20.0  # promised
 END_SECS = 1_200.0
