@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from actorlearner import variable_container
 from actorlearner.evaluations import EvaluationLedger
-from actorlearner.reports import EvaluationResult
+from actorlearner.reports import EvaluationProgress, EvaluationResult
 from actorlearner.variable_container import EvaluationRequests, Purpose, Snapshot
 
 VARIABLES = [tf.Variable([0.0, 0.0]), tf.Variable(0.0)]
@@ -166,3 +166,47 @@ def test_a_request_made_while_the_server_is_away_is_sent_later(serve, tmp_path, 
         return steps == {0, 10}
 
     eventually(both_arrived, secs=90)
+
+
+def test_an_evaluation_that_nobody_is_at_work_on_is_queued_again(address, tmp_path, eventually):
+    """An eval actor that dies takes the only copy of the request with it."""
+    ledger = EvaluationLedger(EvaluationRequests(address), tmp_path, lease_secs=0.5)
+    ledger.request(snapshot(10))
+    ledger.send_lost(num_queued=1)
+    assert take(address) == (10, Purpose.PERIODIC)
+    ledger.note_progress(EvaluationProgress(train_step=10, purpose=int(Purpose.PERIODIC), task=0))
+    ledger.send_lost(num_queued=0)
+    assert take(address) is None, "it is in work"
+
+    def is_queued_again():
+        ledger.send_lost(num_queued=0)
+        return take(address) == (10, Purpose.PERIODIC)
+
+    eventually(is_queued_again, secs=30)
+
+
+def test_an_evaluation_in_the_queue_or_in_work_is_not_queued_again(address, tmp_path, eventually):
+    """Every eval actor would play it, and fall further behind."""
+    ledger = EvaluationLedger(EvaluationRequests(address), tmp_path, lease_secs=0.3)
+    ledger.request(snapshot(10))
+    ledger.request(snapshot(20))
+    assert take(address) == (10, Purpose.PERIODIC)
+    looks = []
+
+    def look():
+        ledger.note_progress(EvaluationProgress(train_step=10, purpose=int(Purpose.PERIODIC), task=0))
+        ledger.send_lost(num_queued=1)
+        looks.append(1)
+        return len(looks) > 40  # one every 0.02 s: several leases long
+
+    eventually(look)
+    assert take(address) == (20, Purpose.PERIODIC)
+    assert take(address) is None
+
+
+def test_the_environment_steps_of_an_evaluation_survive_a_restart(address, tmp_path):
+    """The curve over environment steps would have a point at 0."""
+    make(address, tmp_path).request(snapshot(10), environment_steps=77)
+    again = make(address, tmp_path)
+    again.request_owed(10)
+    assert again.record(result(10))["environment_steps"] == 77

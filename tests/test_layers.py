@@ -35,7 +35,15 @@ MAY_IMPORT = {
     "reports": {"variable_container", "runtime"},
     "evaluations": {"reports", "variable_container", "runtime"},
     "run_directory": {"runtime"},
-    "run_record": {"cluster", "evaluations", "experiment", "reports", "run_directory", "runtime"},
+    "run_record": {
+        "cluster",
+        "evaluations",
+        "experiment",
+        "reports",
+        "run_directory",
+        "runtime",
+        "variable_container",
+    },
     "policy_export": set(),
     "roles": {
         "cluster",

@@ -421,6 +421,27 @@ def test_five_short_lives_in_a_row_are_the_last():
     assert restarts.secs_until_next(29) is None
 
 
+def test_who_is_killed_again_and_again_is_started_again_at_once():
+    """Somebody else's SIGKILL is no defect of the role; to give it up, or wait half a minute, would be one of ours."""
+    restarts = local.Restarts(local.Timing())
+    assert [restarts.secs_until_next(5, was_killed=True) for _ in range(24)] == [1] * 24
+    assert restarts.secs_until_next(5, was_killed=True) is None, "unless the kernel kills it for its memory, for ever"
+
+
+@pytest.mark.parametrize("role, num_lives", [("eval-actor", 2), ("replay-server", 2), ("collect-actor", 1)])
+def test_who_is_killed_in_the_final_evaluation_is_started_again_if_needed_for_it(launch, role, num_lives):
+    """The learner would wait half an hour for a result that nobody is left to give, or take."""
+    launch.start({"learner": "write_status(phase='final evaluation'); note('final')"})
+    launch.wait_for_all()
+    wait_until(lambda: "learner-0" in launch.words("final"), "the final evaluation")
+    os.kill(launch.pids(f"{role}-0")[0], signal.SIGKILL)
+    launch.wait_for_output("was killed by SIGKILL")
+    launch.pids(f"{role}-0", num_starts=num_lives)
+    launch.process.terminate()
+    assert launch.finish() == 143
+    assert launch.words("started").count(f"{role}-0") == num_lives
+
+
 # --- Errors that starting again cannot cure ---------------------------------------------------------------------------
 
 

@@ -104,3 +104,38 @@ def test_what_json_cannot_hold_becomes_null(tmp_path):
     directory.add_metrics("train", {"loss": 0.5})
     lines = [json.loads(line) for line in directory.metrics.read_text().splitlines()]
     assert [(line["kind"], line["loss"]) for line in lines] == [("train", None), ("train", 0.5)]
+
+
+def test_a_run_moved_aside_is_whole_and_its_place_is_free(tmp_path):
+    """Starting anew must not cost the run that was there."""
+    directory = RunDirectory(tmp_path / "run")
+    assert directory.move_aside() is None
+    directory.hold()
+    directory.summary.write_text("{}")
+    aside = RunDirectory(tmp_path / "run")
+    directory._lock.close()
+    moved = aside.move_aside()
+    assert moved is not None
+    assert (moved / "summary.json").read_text() == "{}"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_at_work_is_not_moved_aside(tmp_path):
+    """Its learner would go on writing where nobody looks."""
+    directory = RunDirectory(tmp_path / "run")
+    directory.hold()
+    with pytest.raises(RoleError, match="another learner is at work") as raised:
+        RunDirectory(tmp_path / "run").move_aside()
+    assert raised.value.exit_code == ExitCode.OCCUPIED
+
+
+def test_the_next_learner_knows_the_numbers_of_those_before_it(tmp_path):
+    """It would have to watch for a dead one's heartbeat, six seconds at every restart."""
+    first = RunDirectory(tmp_path)
+    first.hold()
+    assert first.past_learners() == []
+    first.note_learner(7)
+    first._lock.close()
+    second = RunDirectory(tmp_path)
+    second.hold()
+    assert second.past_learners() == [7]

@@ -42,6 +42,9 @@ def make_parser() -> argparse.ArgumentParser:
         commands, "train", _train, "train an experiment on this machine: starts and watches every role", [experiment]
     )
     train.add_argument("--root_dir", type=Path, help="run directory (default: runs/<experiment>-<time>)")
+    train.add_argument(
+        "--fresh", action="store_true", help="begin anew: what --root_dir holds is moved aside, and said where"
+    )
     train.add_argument("--num_collect_actors", type=int, default=1, metavar="N", help="collect actors (default: 1)")
     train.add_argument("--num_eval_actors", type=int, default=1, metavar="N", help="eval actors (default: 1)")
     _add_learner_flags(train)
@@ -64,6 +67,21 @@ def make_parser() -> argparse.ArgumentParser:
 
     report = _add(commands, "report", _report, "print a run's evaluations and draw its learning curve", [])
     report.add_argument("root_dir", type=Path, metavar="ROOT_DIR", help="directory of a finished run")
+
+    drill = _add(commands, "drill", _drill, "do to a small run what happens to long ones; say which promises held", [])
+    drill.add_argument("experiment", metavar="EXPERIMENT", help="a shipped experiment or a gin file")
+    drill.add_argument("--fault", action="append", default=[], metavar="NAME", help="may be repeated (default: all)")
+    drill.add_argument(
+        "--kills",
+        type=_non_negative,
+        default=0,
+        metavar="N",
+        help="instead: N times SIGKILL to a random role of one run",
+    )
+    drill.add_argument("--seed", type=_non_negative, default=0, help="of roles, moments and the run (default: 0)")
+    drill.add_argument("--gin_bindings", action="append", default=[], metavar="BINDING", help="may be repeated")
+    drill.add_argument("--root_dir", type=Path, help="keeps the run there (default: a temporary directory)")
+    drill.add_argument("--json", type=Path, metavar="FILE", help="writes the outcomes there too")
     return parser
 
 
@@ -156,6 +174,17 @@ def _train(arguments: argparse.Namespace) -> int:
 
     name = Path(arguments.experiment).stem
     root_dir = arguments.root_dir or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if arguments.fresh:
+        from actorlearner.run_directory import RunDirectory
+        from actorlearner.runtime.lifecycle import RoleError
+
+        try:
+            aside = RunDirectory(root_dir).move_aside()
+        except RoleError as error:
+            print(f"error: {error.message}", file=sys.stderr)
+            return int(error.exit_code)
+        if aside:
+            print(f"--fresh: the run that was in {root_dir} is now in {aside}; nothing was deleted", flush=True)
     learner_flags = [
         f"--strategy={arguments.strategy}",
         f"--num_logical_cpus={arguments.num_logical_cpus}",
@@ -189,7 +218,7 @@ def _replay_server(arguments: argparse.Namespace) -> int:
 
         _hold_to_one_thread()
         port = arguments.port or int(cluster.replay_address.rpartition(":")[2])
-        return run_replay_server(_load_experiment(arguments), port, stop)
+        return run_replay_server(_load_experiment(arguments), port, arguments.root_dir, stop)
 
     return _run_role(arguments, run)
 
@@ -350,3 +379,21 @@ def _write_learning_curve(root_dir: Path) -> None:
     from actorlearner.tools import report
 
     report.write_learning_curve(root_dir)
+
+
+def _drill(arguments: argparse.Namespace) -> int:
+    from actorlearner.tools import drill
+
+    unknown = [name for name in arguments.fault if name not in drill.FAULTS]
+    if unknown:
+        print(f"error: --fault={unknown[0]}: expected one of {', '.join(drill.FAULTS)}", file=sys.stderr)
+        return 64
+    return drill.run_drill(
+        arguments.experiment,
+        faults=arguments.fault,
+        num_kills=arguments.kills,
+        seed=arguments.seed,
+        gin_bindings=arguments.gin_bindings,
+        folder=arguments.root_dir,
+        json_path=arguments.json,
+    )

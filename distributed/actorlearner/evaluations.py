@@ -5,43 +5,55 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import threading
 import time
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
 
-from actorlearner.reports import EvaluationResult
+from actorlearner.reports import EvaluationProgress, EvaluationResult
 from actorlearner.runtime.messages import Unreachable
 from actorlearner.variable_container import EvaluationRequest, EvaluationRequests, Purpose, Snapshot
 
 
 @dataclasses.dataclass
 class _Pending:
-    """A request whose result has not come back; `sent_at` is None until the queue has it."""
+    """A request whose result has not come back; `sent_at` is None until the queue has it. Times are monotonic."""
 
     request: EvaluationRequest
     environment_steps: int = 0
     sent_at: Optional[float] = None
+    alive_at: float = -math.inf  # when it was last known to be in the queue or in work
+    is_taken: bool = False
 
 
 class EvaluationLedger:
     """Sends each due snapshot out once and keeps its weights on disk until it is known whether they are the best.
 
-    Thread-safe: the learner's loop requests, its recorder thread records.
+    Thread-safe: the learner's loop requests, its recorder thread records and looks for evaluations that were lost.
     """
 
-    def __init__(self, requests: EvaluationRequests, folder: Path, *, retry_secs: float = 900.0):
+    def __init__(
+        self, requests: EvaluationRequests, folder: Path, *, retry_secs: float = 900.0, lease_secs: float = 6.0
+    ):
         """Args:
         requests: The queue that eval actors take from.
         folder: For the weights of snapshots, one file each, and the results known so far.
-        retry_secs: A request without a result is queued again after this time: its eval actor has died.
+        retry_secs: A request without a result is queued again after this time, whatever its eval actor says.
+        lease_secs: A request is queued again when for this time it was neither in the queue nor said to be in work: its
+          eval actor has died, or the queue with its server.
         """
         self._requests = requests
         self._folder = folder
         self._retry_secs = retry_secs
+        self._lease_secs = lease_secs
+        self._looked_at = -math.inf
+        self._sending = threading.Lock()
+        self._is_server_away = False
         self._results_file = folder / "results.json"
         self._lock = threading.Lock()
         self._results: dict[int, dict[str, Any]] = self._read_results()
@@ -64,9 +76,12 @@ class EvaluationLedger:
             elif snapshot.train_step in self._results or snapshot.train_step in self._pending:
                 return
             else:
-                np.savez(self._weights_file(snapshot.train_step), *snapshot.variables)
+                np.savez(
+                    self._weights_file(snapshot.train_step), *snapshot.variables, environment_steps=environment_steps
+                )
                 self._pending[snapshot.train_step] = pending
-        self.send_unsent()
+        if not self._is_server_away:  # else the recorder thread sends it, and training goes on meanwhile
+            self.send_unsent()
 
     def request_owed(self, train_step: int) -> None:
         """Queues again what the learner before this one, which ended at `train_step`, still waited for.
@@ -78,11 +93,12 @@ class EvaluationLedger:
             with self._lock:
                 if step in self._results or step in self._pending:
                     continue
-                snapshot = _read_weights(file, step) if step <= train_step else None
-                if snapshot is None:  # half written, or of train steps that are to be done again
+                read = _read_weights(file, step) if step <= train_step else None
+                if read is None:  # half written, or of train steps that are to be done again
                     file.unlink()
                     continue
-                self._pending[step] = _Pending(EvaluationRequest(snapshot, Purpose.PERIODIC))
+                snapshot, environment_steps = read
+                self._pending[step] = _Pending(EvaluationRequest(snapshot, Purpose.PERIODIC), environment_steps)
         self.send_unsent()
 
     def send_unsent(self) -> None:
@@ -90,24 +106,63 @@ class EvaluationLedger:
 
         Blocks at most about five seconds.
         """
-        now = time.monotonic()
+        with self._sending:  # one at a time: a request must not be queued twice
+            now = time.monotonic()
+            for pending in self._everything():
+                # Eval actors that still answer are only behind; to queue more would put them further behind.
+                if pending.sent_at is not None and now - max(pending.sent_at, self._heard_at) < self._retry_secs:
+                    continue
+                train_step = pending.request.snapshot.train_step
+                if pending.sent_at is not None:
+                    logging.warning(
+                        "no result of train step %d for %.0f s: evaluating it again", train_step, self._retry_secs
+                    )
+                try:
+                    self._requests.put(pending.request)
+                    self._is_server_away = False
+                except Unreachable as error:
+                    self._is_server_away = True
+                    logging.warning("evaluation of train step %d not queued yet: %s", train_step, error)
+                    return
+                pending.sent_at = pending.alive_at = time.monotonic()
+                pending.is_taken = False
+
+    def _everything(self) -> list[_Pending]:
         with self._lock:
-            everything = [*self._pending.values(), *filter(None, [self._pending_delivered])]
-        for pending in everything:
-            # Eval actors that still answer are only behind; to queue more would put them further behind.
-            if pending.sent_at is not None and now - max(pending.sent_at, self._heard_at) < self._retry_secs:
-                continue
-            train_step = pending.request.snapshot.train_step
-            if pending.sent_at is not None:
-                logging.warning(
-                    "no result of train step %d for %.0f s: evaluating it again", train_step, self._retry_secs
-                )
-            try:
-                self._requests.put(pending.request)
-            except Unreachable as error:
-                logging.warning("evaluation of train step %d not queued yet: %s", train_step, error)
-                return
-            pending.sent_at = now
+            return [*self._pending.values(), *filter(None, [self._pending_delivered])]
+
+    def note_progress(self, progress: EvaluationProgress) -> None:
+        """Takes an eval actor's word that it is at work on a snapshot."""
+        for pending in self._everything():
+            request = pending.request
+            if (request.snapshot.train_step, request.purpose) == (progress.train_step, progress.purpose):
+                pending.is_taken, pending.alive_at = True, time.monotonic()
+
+    def send_lost(self, num_queued: int) -> None:
+        """Queues again what nobody is at work on: its eval actor has died, or the queue with its server.
+
+        Call it about every second while the server answers; times in which nobody could be heard do not count. Blocks
+        as `send_unsent`.
+
+        Args:
+          num_queued: How many snapshots are in the queue now.
+        """
+        with self._sending:
+            now = time.monotonic()
+            could_hear = now - self._looked_at < self._lease_secs / 2
+            self._looked_at = now
+            sent = [pending for pending in self._everything() if pending.sent_at is not None]
+            untaken = sorted((p for p in sent if not p.is_taken), key=lambda p: p.sent_at or 0.0)
+            for pending in sent if not could_hear else untaken[max(0, len(untaken) - num_queued) :]:
+                pending.alive_at = now
+            for pending in sent:
+                if now - pending.alive_at > self._lease_secs:
+                    logging.warning(
+                        "nobody is at work on the evaluation of train step %d any more: evaluating it again",
+                        pending.request.snapshot.train_step,
+                    )
+                    pending.sent_at = None
+        self.send_unsent()
 
     def record(self, result: EvaluationResult) -> Optional[dict[str, Any]]:
         """Returns the result as summary.json lists it; None when it is not one that was waited for."""
@@ -174,15 +229,17 @@ class EvaluationLedger:
             train_step = self._best_train_step()
             if train_step is None:
                 return None
-            snapshot = _read_weights(self._weights_file(train_step), train_step)
-            assert snapshot is not None, "a file with a result was written whole"
-            return snapshot
+            read = _read_weights(self._weights_file(train_step), train_step)
+            assert read is not None, "a file with a result was written whole"
+            return read[0]
 
 
-def _read_weights(path: Path, train_step: int) -> Optional[Snapshot]:
-    """Returns the snapshot in a file; None when the file is not whole."""
+def _read_weights(path: Path, train_step: int) -> Optional[tuple[Snapshot, int]]:
+    """Returns the snapshot in a file and the environment steps before it; None when the file is not whole."""
     try:
         with np.load(path) as file:
-            return Snapshot(version=-1, train_step=train_step, variables=[file[name] for name in file.files])
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+            variables = [file[name] for name in file.files if name != "environment_steps"]
+            environment_steps = int(file["environment_steps"]) if "environment_steps" in file.files else 0
+            return Snapshot(version=-1, train_step=train_step, variables=variables), environment_steps
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
         return None

@@ -185,16 +185,12 @@ class Experiment:
         """Returns `policy` compiled for a batch of environments."""
         return CompiledActing(policy, num_environments)
 
-    def make_random_acting(
-        self, policy: tf_policy.TFPolicy, num_environments: int, *seed_path: Any
-    ) -> RandomActing:
+    def make_random_acting(self, policy: tf_policy.TFPolicy, num_environments: int, *seed_path: Any) -> RandomActing:
         """Returns random actions in the place of `policy`'s."""
         time_step_spec, action_spec, info_spec = (
             tensor_spec.to_array_spec(spec) for spec in (self.time_step_spec, self.action_spec, policy.info_spec)
         )
-        return RandomActing(
-            time_step_spec, action_spec, info_spec, num_environments, self.derive_seed(*seed_path)
-        )
+        return RandomActing(time_step_spec, action_spec, info_spec, num_environments, self.derive_seed(*seed_path))
 
 
 def shipped_experiments_folder() -> Path:

@@ -33,6 +33,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import types
@@ -61,9 +62,11 @@ FINAL_CODES = {
     75: "another learner is on this run",
 }
 STOPPED_CODES = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+KILLED_CODES = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, *STOPPED_CODES)
 GAVE_UP = 1
 
-PHASES_AFTER_TRAINING = ("final evaluation", "reporting", "over")
+PHASES_AFTER_EVALUATION = ("reporting", "over")
+PHASES_AFTER_TRAINING = ("final evaluation", *PHASES_AFTER_EVALUATION)
 NUM_PORTS_TO_TRY = 3
 NUM_LAST_LINES = 15
 
@@ -84,10 +87,11 @@ class Timing:
     forgiven_after_secs: float = 60.0  # ... and starts anew after a life this long
     short_life_secs: float = 30.0
     num_short_lives: int = 5  # in a row; then the role is given up
+    num_kills: int = 25  # in a row, each in a short life; then too
     end_by_themselves_secs: float = 15.0  # actors, once the learner has ended
-    stop_actors_secs: float = 10.0  # from SIGTERM to SIGKILL
-    stop_learner_secs: float = 15.0  # it saves a checkpoint
-    stop_replay_server_secs: float = 10.0
+    stop_actors_secs: float = 4.0  # from SIGTERM to SIGKILL; with the two below, all have stopped within 20 s
+    stop_learner_secs: float = 8.0  # it saves a checkpoint
+    stop_replay_server_secs: float = 7.0  # it saves the replay
     second_signal_secs: float = 0.5  # signals closer together are one: `timeout` and shells deliver theirs twice
     old_error_secs: float = 10.0  # an error of a role that does not exit is shown after this
     old_status_secs: float = 10.0
@@ -101,7 +105,7 @@ class LocalOptions:
 
     Attributes:
       experiment: Name of a shipped experiment or path of a gin file; the roles look it up.
-      root_dir: The run directory; made if missing, continued if it holds this run's checkpoint.
+      root_dir: The run directory; made if missing, continued if it holds this run's checkpoints.
       num_collect_actors: At least 1.
       num_eval_actors: At least 0.
       seed: Root of every role's seeds; None leaves it to the roles.
@@ -181,10 +185,18 @@ class Restarts:
         self._timing = timing
         self._next_secs = timing.first_restart_secs
         self._num_short_lives = 0
+        self._num_kills = 0
 
-    def secs_until_next(self, lived_secs: float) -> float | None:
-        """Returns the wait in seconds after a life of `lived_secs`, or None to give up. Call once per death."""
+    def secs_until_next(self, lived_secs: float, was_killed: bool = False) -> float | None:
+        """Returns the wait in seconds after a life of `lived_secs`, or None to give up. Call once per death.
+
+        Who is killed from outside (`was_killed`: SIGKILL, SIGTERM) did nothing wrong: it waits less, and is given up
+        much later, in case it is the kernel that kills it for its memory.
+        """
         timing = self._timing
+        if was_killed:
+            self._num_kills = self._num_kills + 1 if lived_secs < timing.short_life_secs else 0
+            return None if self._num_kills >= timing.num_kills else timing.first_restart_secs
         self._num_short_lives = self._num_short_lives + 1 if lived_secs < timing.short_life_secs else 0
         if self._num_short_lives >= timing.num_short_lives:
             return None
@@ -311,6 +323,14 @@ def describe_secs(secs: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def has_ended(path: Path) -> bool:
+    """Returns whether the `summary.json` at `path` is of a run that has nothing left to do but its videos."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("has_ended") is True
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def describe_delivered(path: Path) -> str | None:
@@ -453,8 +473,9 @@ if os.getppid() == int(sys.argv[1]):
 
 # The guard kills what roles have started in their turn (ffmpeg, environments in processes): it is told every process
 # group that begins (+) or ends (-), and kills those left when its standard input closes, however the launcher died.
+# Then it removes the folder that all of them have for temporary files: TensorFlow leaves some in it at every kill.
 _GUARD = """
-import os, signal, sys
+import os, shutil, signal, sys
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
 groups = set()
@@ -465,17 +486,19 @@ for group in groups:
         os.killpg(group, signal.SIGKILL)
     except OSError:
         pass
+shutil.rmtree(sys.argv[1], ignore_errors=True)
 """
 
 _BARE_PYTHON = (sys.executable, "-I", "-S", "-c")
 
 
 class _Guard:
-    """Kills the process groups it was told about when the launcher is no more."""
+    """Kills the process groups it was told about, and removes their temporary files, when the launcher is no more."""
 
     def __init__(self) -> None:
+        self.temporary_folder = tempfile.mkdtemp(prefix="actorlearner-")
         self._process = subprocess.Popen(
-            [*_BARE_PYTHON, _GUARD],
+            [*_BARE_PYTHON, _GUARD, self.temporary_folder],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -596,6 +619,7 @@ class _Role:
     num_starts: int = 0
     process: _Process | None = None
     restart_at: float | None = None  # None: alive, or finished
+    last_returncode: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -700,7 +724,7 @@ class _Launcher:
                 "\n".join(process.errors) or f"error: {role.name} {describe_exit(returncode)}; see {role.log_path}"
             )
             return _Ending(returncode, message, is_failure=True)
-        if returncode == 0 and self._is_after_training():
+        if returncode == 0 and self._is_done(role):
             return None
         if returncode == UNREACHABLE and role is self._replay_server and self._may_change_port(role, lived_secs):
             self._say(f"port {self._port} was taken; starting all roles on another")
@@ -714,7 +738,7 @@ class _Launcher:
             for line in process.last_lines:
                 if not _ROLE_LOG_LINE.match(line):  # those have been shown
                     self._terminal.show(role.name, line)
-        secs = role.restarts.secs_until_next(lived_secs)
+        secs = role.restarts.secs_until_next(lived_secs, was_killed=returncode in KILLED_CODES)
         if secs is None:
             return _Ending(GAVE_UP, self._why_given_up(role, process, returncode), is_failure=True)
         self._say(f"{role.name} {describe_exit(returncode)}; starting it again in {secs:g} s (log: {role.log_path})")
@@ -722,19 +746,28 @@ class _Launcher:
         return None
 
     def _restart(self, role: _Role) -> None:
-        if role is not self._learner and self._is_after_training():
-            role.restart_at = None  # it ended just before the learner said that training is over
+        if self._is_done(role):
+            role.restart_at = None  # it ended just before the learner said that it is needed no more
             return
         self._start(role)
+        if role is self._learner and not has_ended(self._options.root_dir / "summary.json"):
+            # It goes on from its checkpoint, and may need again whom the one before it needed no more.
+            self._launched_at, self._status = time.time(), None
+            for other in self._roles:
+                if other.process is None and other.restart_at is None:
+                    self._start(other)
 
     def _may_change_port(self, replay_server: _Role, lived_secs: float) -> bool:
         """Whether nothing can depend on this port yet."""
         is_new = replay_server.num_starts == 1 and lived_secs < self._timing.short_life_secs
         return is_new and self._num_ports_tried < NUM_PORTS_TO_TRY
 
-    def _is_after_training(self) -> bool:
+    def _is_done(self, role: _Role) -> bool:
+        """Whether the run can reach its end without this role: evaluations outlast the collecting."""
         self._read_status()
-        return self._status is not None and self._status.is_after_training
+        is_by_itself = role.kind == COLLECT_ACTOR or role.last_returncode == 0
+        phases = PHASES_AFTER_TRAINING if is_by_itself else PHASES_AFTER_EVALUATION
+        return role is not self._learner and self._status is not None and self._status.phase in phases
 
     # Starting and stopping
 
@@ -763,7 +796,7 @@ class _Launcher:
         role.process = _Process(
             role.name,
             role_command(self._options, role.kind, role.task, self._port),
-            role_environment(role.kind, os.environ),
+            {**role_environment(role.kind, os.environ), "TMPDIR": self._guard.temporary_folder},
             role.log_path,
             self._shown_lines,
             self._guard,
@@ -816,7 +849,7 @@ class _Launcher:
         """Returns the role's ended process, all its lines shown, and its exit code."""
         assert role.process is not None
         process = role.process
-        returncode = process.reap()
+        returncode = role.last_returncode = process.reap()
         role.process = None
         self._show_lines()
         return process, returncode
@@ -863,7 +896,8 @@ class _Launcher:
         return _Ending(128 + number, f"stopped by {signal.Signals(number).name}{where}")
 
     def _why_given_up(self, role: _Role, process: _Process, returncode: int) -> str:
-        how_often = f"{self._timing.num_short_lives} times in a row"
+        num_times = self._timing.num_kills if returncode in KILLED_CODES else self._timing.num_short_lives
+        how_often = f"{num_times} times in a row"
         return "\n".join(
             [
                 f"error: {role.name} {describe_exit(returncode)}, {how_often}; training cannot go on without it",

@@ -1,6 +1,7 @@
 """What actors tell the learner, which keeps the run's record: evaluation results and counts of collected steps.
 
 eval actor --result--> [evaluations_done] --take--> learner
+eval actor --still at it--> [evaluations_progress] --take--> learner
 collect actor --counts--> [collect_reports] --take--> learner
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +22,7 @@ from actorlearner.runtime.messages import Unreachable
 from actorlearner.variable_container import Purpose
 
 EVALUATIONS_DONE_TABLE = "evaluations_done"
+EVALUATIONS_PROGRESS_TABLE = "evaluations_progress"
 COLLECT_REPORTS_TABLE = "collect_reports"
 
 _INT64 = tf.TensorSpec((), tf.int64)
@@ -43,6 +46,15 @@ class EvaluationResult:
     @property
     def is_delivered(self) -> bool:
         return self.purpose == Purpose.DELIVERED
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationProgress:
+    """An eval actor's word that it is at work on a snapshot, said again and again until the result is delivered."""
+
+    train_step: int
+    purpose: int
+    task: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +87,7 @@ def make_tables() -> list[reverb.Table]:
     """Returns the server's tables for reports."""
     return [
         messages.make_queue(EVALUATIONS_DONE_TABLE, 1_000, _signature(EvaluationResult)),
+        messages.make_queue(EVALUATIONS_PROGRESS_TABLE, 1_000, _signature(EvaluationProgress)),
         messages.make_queue(COLLECT_REPORTS_TABLE, 10_000, _signature(CollectReport)),
     ]
 
@@ -89,17 +102,45 @@ def _take(address: str, table: str, kind: type, timeout_secs: float) -> Sequence
     return [kind(**{name: value.item() for name, value in row.items()}) for row in rows]
 
 
+_TABLES: dict[type, str] = {
+    EvaluationResult: EVALUATIONS_DONE_TABLE,
+    EvaluationProgress: EVALUATIONS_PROGRESS_TABLE,
+    CollectReport: COLLECT_REPORTS_TABLE,
+}
+
+
+class AtWork:
+    """Says from a thread that an evaluation is being made, as long as the `with` lasts."""
+
+    def __init__(self, address: str, progress: EvaluationProgress, interval_secs: float = 1.0):
+        self._reporter = Reporter(address)
+        self._progress = progress
+        self._interval_secs = interval_secs
+        self._closing = threading.Event()
+
+    def __enter__(self) -> AtWork:
+        threading.Thread(target=self._say, name="at work", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.set()
+
+    def _say(self) -> None:
+        while not self._closing.is_set():
+            self._reporter.send(self._progress, timeout_secs=2.0)
+            self._closing.wait(self._interval_secs)
+
+
 class Reporter:
     """An actor's side; used from one thread."""
 
     def __init__(self, address: str):
         self._sender = messages.Sender(address)
 
-    def send(self, report: EvaluationResult | CollectReport, *, timeout_secs: float = 5.0) -> bool:
+    def send(self, report: EvaluationResult | EvaluationProgress | CollectReport, *, timeout_secs: float = 5.0) -> bool:
         """Returns whether the server took the report; blocks at most `timeout_secs` seconds."""
-        table = EVALUATIONS_DONE_TABLE if isinstance(report, EvaluationResult) else COLLECT_REPORTS_TABLE
         try:
-            self._sender.put(table, _row(report), timeout_secs)
+            self._sender.put(_TABLES[type(report)], _row(report), timeout_secs)
         except Unreachable as error:
             logging.info("report not delivered: %s", error)
             return False
@@ -109,6 +150,11 @@ class Reporter:
 def take_evaluation_results(address: str, timeout_secs: float = 5.0) -> Sequence[EvaluationResult]:
     """Returns the results that arrived since the last call. Blocks and raises as `messages.take`."""
     return _take(address, EVALUATIONS_DONE_TABLE, EvaluationResult, timeout_secs)
+
+
+def take_evaluation_progress(address: str, timeout_secs: float = 5.0) -> Sequence[EvaluationProgress]:
+    """Returns the signs of life that arrived since the last call. Blocks and raises as `messages.take`."""
+    return _take(address, EVALUATIONS_PROGRESS_TABLE, EvaluationProgress, timeout_secs)
 
 
 def take_collect_reports(address: str, timeout_secs: float = 5.0) -> Sequence[CollectReport]:

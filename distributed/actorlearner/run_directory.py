@@ -27,6 +27,7 @@ class RunDirectory:
         self.root = Path(root_dir)
         self.checkpoints = self.root / "checkpoints"
         self.evaluated = self.checkpoints / "evaluated"
+        self.replay_checkpoints = self.checkpoints / "replay"
         self.policies = self.root / "policies"
         self.train_events = self.root / "train"
         self.eval_events = self.root / "eval"
@@ -67,7 +68,7 @@ class RunDirectory:
         """
         try:
             self.evaluated.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.root / ".learner.lock", "w")  # noqa: SIM115  (held until the process ends)
+            self._lock = open(self.root / ".learner.lock", "a+")  # noqa: SIM115  (held until the process ends)
             _HELD.append(self._lock)  # this object may go before the process does
         except OSError as error:
             raise self._cannot_write(error) from error
@@ -78,6 +79,44 @@ class RunDirectory:
                 f"another learner is at work in --root_dir = '{self.root}'. Stop it, or give another directory.",
                 ExitCode.OCCUPIED,
             ) from error
+        for folder in (self.root, self.evaluated):  # of learners that were killed while they wrote
+            for leftover in folder.glob("*.tmp"):
+                leftover.unlink(missing_ok=True)
+
+    def past_learners(self) -> list[int]:
+        """Returns the numbers of the learners that held this directory before; all are dead, as this one holds it."""
+        assert self._lock is not None, "hold first"
+        self._lock.seek(0)
+        return [int(line) for line in self._lock if line.strip().isdigit()]
+
+    def note_learner(self, learner: int) -> None:
+        """Adds a number to those that `past_learners` returns to the next learner."""
+        assert self._lock is not None, "hold first"
+        self._lock.write(f"{learner}\n")
+        self._lock.flush()
+
+    def read_json(self, path: Path) -> Any:
+        """Returns what `path` holds; None when it is missing or not JSON."""
+        try:
+            return json.loads(path.read_text())
+        except (OSError, ValueError):
+            return None
+
+    def move_aside(self) -> Optional[Path]:
+        """Returns where the directory and all in it went, beside its old place; None when there was nothing to move.
+
+        Raises:
+          RoleError: A learner is at work in it (OCCUPIED), or it cannot be moved (CANNOT_CREATE).
+        """
+        if not self.root.is_dir() or not any(self.root.iterdir()):
+            return None
+        self.hold()
+        aside = self.root.with_name(f"{self.root.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+        try:
+            self.root.rename(aside)
+        except OSError as error:
+            raise self._cannot_write(error) from error
+        return aside
 
     def check_identity(self, identity: dict[str, Any]) -> None:
         """Writes who this run is, or compares it with who it was.

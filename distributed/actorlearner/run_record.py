@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, Optional
 
-from actorlearner import reports
+from actorlearner import reports, variable_container
 from actorlearner.cluster import Cluster
 from actorlearner.evaluations import EvaluationLedger
 from actorlearner.experiment import Experiment
@@ -27,12 +29,14 @@ class RunRecord:
         ledger: EvaluationLedger,
         versions: dict[str, str],
         counts: dict[str, Any],
+        account: Callable[[], dict[str, float]] = dict,
     ):
         self._experiment = experiment
         self._cluster = cluster
         self._directory = directory
         self._ledger = ledger
         self._versions = versions
+        self._account = account
         self._wall_secs_before = counts.get("wall_secs", 0.0)
         self._collected: dict[str, int] = counts.get("collected", {})
         self._crashes: dict[str, int] = counts.get("crashes", {})
@@ -88,8 +92,8 @@ class RunRecord:
             "environment_steps_per_sec": status["environment_steps_per_sec"],
         }
         logging.info(
-            "train step %d: loss %.4f, %.0f train steps/s, %.0f environment steps/s, %.0f%% of the time waiting for data, "
-            "which is %.0f train steps old",
+            "train step %d: loss %.4f, %.0f train steps/s, %.0f environment steps/s, %.0f%% waiting for data, "
+            "data %.0f train steps old",
             step,
             scalars["loss"],
             values["train_steps_per_sec"],
@@ -119,6 +123,9 @@ class RunRecord:
                 self._crashes[key] = report.environment_crashes
             for result in reports.take_evaluation_results(self._cluster.variables_address):
                 self._record_evaluation(result)
+            for progress in reports.take_evaluation_progress(self._cluster.variables_address):
+                self._ledger.note_progress(progress)
+            self._ledger.send_lost(variable_container.count_evaluations_due(self._cluster.variables_address))
         except Unreachable as error:
             logging.debug("%s", error)
 
@@ -155,6 +162,9 @@ class RunRecord:
             "last_evaluation": self._ledger.newest(),
             "seconds_left": (num_iterations - self._train_step) / train_rate if train_rate else None,
             "waiting_for": self._waiting_for,
+            "replay": self._account(),
+            "pending_evaluations": self._ledger.pending(),
+            "process": os.getpid(),
             "time": time.time(),
         }
 
@@ -169,6 +179,7 @@ class RunRecord:
                 "versions": self._versions,
                 "wall_seconds": round(self._wall_secs(), 1),
                 "train_steps": self._train_step,
+                "has_ended": True,
                 "environment_steps": self.environment_steps,
                 "environment_crashes": sum(self._crashes.values()),
                 "evaluations": self._ledger.results(),

@@ -154,16 +154,27 @@ class Publisher:
     A container that comes back empty (its server was restarted) is filled again with the last snapshot.
     """
 
-    def __init__(self, address: str, learner: int, *, first_version: int = 0, heartbeat_secs: float = 1.0):
+    def __init__(
+        self,
+        address: str,
+        learner: int,
+        *,
+        first_version: int = 0,
+        published: Optional[Version] = None,
+        heartbeat_secs: float = 1.0,
+    ):
         """Args:
         address: The container's.
         learner: A number no other learner has.
         first_version: Version of the first snapshot published.
+        published: What the learner before this one published last. Until training is past its train step those weights
+          stay in the container: they are newer than what this learner restored.
         heartbeat_secs: Time between two heartbeats, in seconds.
         """
         self.address = address
         self._learner = learner
-        self._next_version = first_version
+        self._next_version = max(first_version, published.version + 1 if published else 0)
+        self._newer = published
         self._heartbeat_secs = heartbeat_secs
         self._heartbeat = 0
         self._phase = Phase.WARMING_UP
@@ -221,25 +232,31 @@ class Publisher:
     def _republish_if_lost(self) -> None:
         size = messages.read_server_info(self.address, timeout_secs=5)[VARIABLES_TABLE].current_size
         with self._lock:
-            if not size and self._snapshot is not None:
-                self._unpublished = True
+            if not size:
+                self._newer = None  # gone with its server
+                self._unpublished = self._snapshot is not None
 
     def _send(self, timeout_secs: float) -> bool:
         with self._talking:
             with self._lock:
                 snapshot, phase, unpublished = self._snapshot, self._phase, self._unpublished
-                self._unpublished = False
+                if snapshot is None:
+                    return False
+                if self._newer is not None and snapshot.train_step > self._newer.train_step:
+                    self._newer = None
+                newer = self._newer
+                self._unpublished = unpublished and newer is not None
                 self._heartbeat += 1
                 heartbeat = self._heartbeat
-            if snapshot is None:
-                return False
-            train_step = np.int64(snapshot.train_step)
+            version, train_step = snapshot.version, np.int64(snapshot.train_step)
+            if newer is not None:
+                version, train_step, unpublished = newer.version, np.int64(newer.train_step), False
             try:
                 if unpublished:  # first the weights, then the version that points at them
                     row = {stock.POLICY_KEY: list(snapshot.variables), stock.TRAIN_STEP_KEY: train_step}
                     self._sender.put(VARIABLES_TABLE, row, timeout_secs)
                 board = {
-                    "version": np.int64(snapshot.version),
+                    "version": np.int64(version),
                     "train_step": train_step,
                     "phase": np.int64(phase),
                     "learner": np.int64(self._learner),
@@ -252,6 +269,13 @@ class Publisher:
                     self._unpublished = True
                 return False
             return True
+
+
+def announce_end(address: str, train_step: int, learner: int, *, timeout_secs: float = 2.0) -> None:
+    """Tells every role that training is over, without publishing weights. Raises `Unreachable` when nobody answers."""
+    messages.read_server_info(address, timeout_secs)  # fails at once where nobody listens
+    row = {"version": 0, "train_step": train_step, "phase": Phase.OVER, "learner": learner, "heartbeat": 0}
+    messages.Sender(address).put(VERSION_TABLE, {name: np.int64(value) for name, value in row.items()}, timeout_secs)
 
 
 class EvaluationRequests:
@@ -269,6 +293,11 @@ class EvaluationRequests:
             "version": np.int64(request.snapshot.version),
         }
         self._sender.put(EVALUATIONS_TABLE, row, timeout_secs)
+
+
+def count_evaluations_due(address: str, timeout_secs: float = 5.0) -> int:
+    """Returns how many snapshots nobody has taken yet; blocks at most `timeout_secs` seconds. Raises `Unreachable`."""
+    return messages.read_server_info(address, timeout_secs)[EVALUATIONS_TABLE].current_size
 
 
 def take_evaluation(

@@ -160,7 +160,7 @@ def _digest(folder: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def cartpole_server() -> Iterator[tuple[str, reverb.Server]]:
     """The address of a replay server of `dqn_cartpole`."""
-    server = reverb.Server(replay_server._make_tables(load_experiment("dqn_cartpole")), port=None)
+    server = reverb.Server(sum(replay_server._make_tables(load_experiment("dqn_cartpole")), []), port=None)
     yield f"localhost:{server.port}", server
     server.stop()
 

@@ -23,8 +23,8 @@ from tf_agents.specs import tensor_spec
 from tf_agents.train.utils import spec_utils, train_utils
 from tf_agents.trajectories import trajectory
 
-from actorlearner.local import find_free_port
 from actorlearner.experiment import load_experiment
+from actorlearner.local import find_free_port
 from actorlearner.replay.uniform import UniformReplay
 from tests.e2e.processes import START_SECS, TINY, Process, Processes, bind
 

@@ -166,9 +166,10 @@ def test_nested_observations_and_actions_keep_their_structure():
 
     class Nested(random_py_environment.RandomPyEnvironment):
         def __init__(self, seed):
-            observation = {"goal": array_spec.ArraySpec((2,), np.float32), "image": array_spec.ArraySpec((3, 3), np.uint8)}
-            actions = {"fire": array_spec.BoundedArraySpec((), np.int32, 0, 1), "turn": array_spec.BoundedArraySpec((2,), np.float32, -1, 1)}
-            super().__init__(observation, actions, seed=seed)
+            goal, image = array_spec.ArraySpec((2,), np.float32), array_spec.ArraySpec((3, 3), np.uint8)
+            fire = array_spec.BoundedArraySpec((), np.int32, 0, 1)
+            turn = array_spec.BoundedArraySpec((2,), np.float32, -1, 1)
+            super().__init__({"goal": goal, "image": image}, {"fire": fire, "turn": turn}, seed=seed)
             self.actions = []
 
         def _step(self, action):

@@ -280,9 +280,37 @@ def test_a_restarted_learner_gets_its_replay_back_from_the_server(replay, addres
     second.restore(first.counts())
     assert second.is_ready()
     assert held_windows(second._mirrors[0], 20_000) == held_windows(first._mirrors[0], 20_000)
-    assert second.counts() == first.counts() == {"inserts": 240, "samples": 40}
+    assert second.account() == first.account()
+    assert (second.account()["inserts"], second.account()["samples"]) == (240, 40)
     oldest = second._mirrors[0].gather(tf.constant([0], tf.int64))[0]
     assert oldest.observation.numpy()[0, 0, 0] == 0, "what is oldest must be the first to leave, also from now on"
+    second.close()
+
+
+def test_what_came_after_the_checkpoint_is_an_insert_too(replay, address, spec, eventually):
+    """Counted by the checkpoint alone, each restart would let the learner sample less for ever (ml-agents PR#4038)."""
+    plan = {"samples_per_insert": 1.0, "num_updates_per_call": 100}
+    sink = replay.make_sink(address, sample())
+    first = make_source(replay, address, spec, **plan)
+    first.restore({})
+    write(sink, episode(0, 12))
+    flush(sink)
+    eventually(lambda: first.is_ready() and first.counts()["inserts"] == 12)
+    saved = first.counts()
+    write(sink, episode(100, 12))  # taken in, but in no checkpoint
+    flush(sink)
+    eventually(lambda: first.is_ready() and first.counts()["inserts"] == 24)
+    first.close()
+    sink_of_another = replay.make_sink(address, sample())
+    write(sink_of_another, episode(200, 12))  # in the queue, taken in by nobody
+    flush(sink_of_another)
+
+    second = make_source(replay, address, spec, **plan)
+    second.restore(saved)
+    assert second.counts()["inserts"] == 36
+    eventually(lambda: reverb.Client(address).server_info(timeout=5)[STREAM_TABLE].current_size == 0)
+    assert second.is_ready()
+    assert (second.counts()["inserts"], len(held_windows(second._mirrors[0]))) == (36, 36), "counted twice"
     second.close()
 
 
@@ -357,3 +385,26 @@ def test_a_capacity_below_the_warm_up_is_refused():
     """Training would wait for ever."""
     with pytest.raises(ValueError, match=r"replay_buffer_capacity = 10 .*initial_collect_steps = 20"):
         ResidentReplay(replay_buffer_capacity=10).check(initial_collect_steps=20)
+
+
+def test_a_strangers_item_is_left_out_and_harms_nobody(replay, address, spec, eventually):
+    """Reverb's server takes any item; sampled from the durable table, one would end every restarted learner."""
+    plan = {"samples_per_insert": 1.0, "num_updates_per_call": 100}
+    sink = replay.make_sink(address, sample())
+    source = make_source(replay, address, spec, **plan)
+    source.restore({})
+    write(sink, episode(0, 12))
+    flush(sink)
+    with reverb.Client(address).trajectory_writer(num_keep_alive_refs=1, validate_items=False) as stranger:
+        stranger.append({"nothing": np.zeros(3, np.float32)})
+        for table in (EXPERIENCE_TABLE, STREAM_TABLE):
+            stranger.create_item(table, 1.0, {"nothing": stranger.history["nothing"][-1:]})
+        stranger.flush(timeout_ms=5_000)
+    write(sink, episode(100, 12))
+    flush(sink)
+    again = make_source(replay, address, spec, **plan)
+    eventually(lambda: reverb.Client(address).server_info(timeout=5)[STREAM_TABLE].current_size == 0)
+    source.close()
+    again.restore({})
+    assert again.counts()["inserts"] == 24
+    again.close()

@@ -112,6 +112,13 @@ class BatchSource(Protocol):
         """Returns whether there is enough to train on; blocks at most some seconds."""
         ...
 
+    def account(self) -> dict[str, float]:
+        """Returns `held`, `inserts`, `samples` and `ahead`, the samples allowed less those made; for people and tools.
+
+        Empty when the server, asked for at most a second, does not answer.
+        """
+        ...
+
     def describe(self) -> str:
         """Returns how the replay stands, in words; blocks at most some seconds."""
         ...

@@ -3,15 +3,17 @@
 collect actors --chunks--> [stream, a queue] --> learner's mirror --windows--> agent.train
                \\--chunks--> [experience, durable] --> refills the mirror of a restarted learner
 
-A chunk is what one actor's environments did in a row of steps: [num_environments, length, ...]. It needs no other chunk:
-the last `num_steps - 1` steps of one open the next, so each window of an episode lies in exactly one chunk, as each is
+A chunk is what one actor's environments did in a row of steps: [num_environments, length, ...]. It needs no other: the
+last `num_steps - 1` steps of one open the next, so each window of an episode lies in exactly one chunk, as each is
 exactly one item in a stock TF-Agents table.
 """
 
 from __future__ import annotations
 
+import base64
 import collections
 import dataclasses
+import itertools
 import logging
 import math
 import secrets
@@ -86,15 +88,13 @@ class ResidentReplay:
     def make_tables(self, step_spec: Any, sampling: Sampling) -> list[reverb.Table]:
         """Returns the queue and the durable table. See `Replay.make_tables`."""
         signatures = self.table_signatures(step_spec)
-        windows_per_chunk = sampling.num_environments * (self._num_rows(sampling) - sampling.num_steps + 1)
         return [
             reverb.Table.queue(STREAM_TABLE, max_size=self.stream_length, signature=signatures[STREAM_TABLE]),
             reverb.Table(
                 EXPERIENCE_TABLE,
                 sampler=reverb.selectors.Uniform(),
                 remover=reverb.selectors.Fifo(),
-                # Twice the mirror: short episodes and a slow environment leave chunks half full.
-                max_size=math.ceil(2 * self.replay_buffer_capacity / windows_per_chunk),
+                max_size=self._num_durable_chunks(sampling),
                 rate_limiter=reverb.rate_limiters.MinSize(1),
                 signature=signatures[EXPERIENCE_TABLE],
             ),
@@ -103,6 +103,11 @@ class ResidentReplay:
     def _num_rows(self, sampling: Sampling) -> int:
         """Returns how many steps of each environment a full chunk holds."""
         return max(3 * sampling.num_steps, math.ceil(self.chunk_length / sampling.num_environments))
+
+    def _num_durable_chunks(self, sampling: Sampling) -> int:
+        """Returns room for twice what the mirror holds: short episodes and slow environments leave chunks half full."""
+        windows_per_chunk = sampling.num_environments * (self._num_rows(sampling) - sampling.num_steps + 1)
+        return math.ceil(2 * self.replay_buffer_capacity / windows_per_chunk)
 
     def is_warm(self, address: str, initial_collect_steps: int) -> Optional[bool]:
         """Returns None: only the learner knows how many windows it was sent."""
@@ -152,6 +157,7 @@ class ResidentReplay:
             initial_collect_steps=sampling.initial_collect_steps,
             samples_per_insert=ratio,
             error_buffer=self.error_buffer or max(sampling.num_updates_per_call * sampling.batch_size, ratio),
+            num_durable_chunks=self._num_durable_chunks(sampling),
         )
 
     def _check_fits(self, num_bytes: int, free: int, where: str) -> None:
@@ -164,12 +170,11 @@ class ResidentReplay:
                 ExitCode.USAGE,
             )
 
+
 class ChunkSink:
     """Writes what one actor's environments do as chunks. See `TrajectorySink`."""
 
-    def __init__(
-        self, client: reverb.Client, num_steps: int, num_environments: int, num_rows: int, chunk_secs: float
-    ):
+    def __init__(self, client: reverb.Client, num_steps: int, num_environments: int, num_rows: int, chunk_secs: float):
         self._num_steps = num_steps
         self._num_environments = num_environments
         self._num_rows = num_rows
@@ -290,6 +295,10 @@ class Mirror:
             int64, int64, tf.TensorSpec([None], tf.int64), *blocks
         )
 
+    @property
+    def num_chunks(self) -> int:
+        return len(self._chunks)
+
     @staticmethod
     def num_bytes_for(step_spec: Any, num_steps: int, capacity: int) -> int:
         """Returns how much memory a mirror takes."""
@@ -309,8 +318,7 @@ class Mirror:
         lanes, steps = np.nonzero(is_start)
         with tf.device(self._device):
             rows = [
-                tf.convert_to_tensor(leaf.reshape(-1, *leaf.shape[2:]).astype(variable.dtype.as_numpy_dtype, copy=False))
-                for leaf, variable in zip(leaves, self._rows)
+                tf.cast(leaf.reshape(-1, *leaf.shape[2:]), variable.dtype) for leaf, variable in zip(leaves, self._rows)
             ]
         return Block(rows, num_environments * length, lanes * length + steps)
 
@@ -386,6 +394,30 @@ def _held_dtype(dtype: tf.DType) -> tf.DType:
     return tf.int64 if dtype == tf.int32 else dtype  # TensorFlow keeps int32 variables of a GPU in host memory
 
 
+def _fits(leaves: Sequence[np.ndarray], signature: Any) -> bool:
+    """Returns whether an item is a chunk: the signature's leaves, all of the same environments and rows."""
+    specs = tree.flatten(signature)
+    if len(leaves) != len(specs) or not all(
+        spec.dtype == leaf.dtype and spec.shape.is_compatible_with(leaf.shape) for spec, leaf in zip(specs, leaves)
+    ):
+        return False
+    chunk = tree.unflatten_as(signature, leaves)
+    shape = chunk["ends_run"].shape
+    return (
+        chunk["acted_at"].shape == shape[1:]
+        and 0 < chunk["length"] <= shape[1]
+        and all(leaf.shape[:2] == shape for leaf in tree.flatten(chunk["step"]))
+    )
+
+
+def _pack_ids(numbers: Sequence[int]) -> str:
+    return base64.b64encode(np.array(numbers, np.int64).tobytes()).decode()
+
+
+def _unpack_ids(text: str) -> list[int]:
+    return np.frombuffer(base64.b64decode(text), np.int64).tolist()
+
+
 class ResidentSource:
     """Feeds the mirrors from the queue and keeps samples per insert, in both directions. See `BatchSource`.
 
@@ -407,6 +439,7 @@ class ResidentSource:
         initial_collect_steps: int,
         samples_per_insert: float,
         error_buffer: float,
+        num_durable_chunks: int = MAX_KNOWN_CHUNKS,
     ):
         """Args:
         address: The replay server's.
@@ -415,6 +448,7 @@ class ResidentSource:
         initial_collect_steps: Windows inserted before training begins.
         samples_per_insert: The ratio to keep.
         error_buffer: How many samples it may be off.
+        num_durable_chunks: Chunks that the server holds at most.
         """
         self.handle = tf.constant(0)  # nothing to pass: the mirrors are captured
         self._address = address
@@ -423,6 +457,7 @@ class ResidentSource:
         self._initial_collect_steps = initial_collect_steps
         self._samples_per_insert = samples_per_insert
         self._error_buffer = error_buffer
+        self._num_durable_chunks = num_durable_chunks
         self._inserts = self._samples = 0
         self._num_chunks = 0
         self._num_staged = 0  # windows
@@ -433,22 +468,41 @@ class ResidentSource:
         self._reader: Optional[threading.Thread] = None
 
     def restore(self, counts: Mapping[str, Any]) -> None:
-        """Goes on from a checkpoint's counts; the mirror is filled from the durable table, which counts no insert."""
-        for chunk in self._read_experience():
-            self._stage(chunk)
-        self._ingest()
-        num_windows = self._num_windows()
-        if num_windows:
-            logging.info("%d windows came back from the replay server", num_windows)
-        # Without a checkpoint, what a learner before this one was sent still counts for the warm-up.
-        self._inserts = counts.get("inserts", num_windows)
+        """Goes on from a checkpoint's counts; the mirror is filled from the durable table.
+
+        What the server holds but the checkpoint did not count is counted now, so the samples-per-insert account is
+        exact whichever of the two was saved later. May be called again after it raised.
+
+        Raises:
+          Unreachable, tf.errors.OpError: The server is away; nothing was changed.
+        """
+        chunks = self._read_experience()
+        # The checkpoint counts the chunks it knew; those that came to the server later are inserts as well. Without a
+        # checkpoint all are: what a learner before this one was sent still counts for the warm-up.
+        counted = set(_unpack_ids(counts.get("chunks", "")))
+        num_new = 0
+        for number in sorted(chunks):  # in the order they were sent: the oldest leave first
+            num_windows = self._stage(chunks[number])
+            num_new += 0 if number in counted else num_windows
+            self._ingest()
+        if chunks:
+            logging.info(
+                "%d windows came back from the replay server, %d of them inserted after the checkpoint",
+                self._num_windows(),
+                num_new,
+            )
+        self._inserts = counts.get("inserts", 0) + num_new
         self._samples = counts.get("samples", 0)
         self._reader = threading.Thread(target=self._read_stream, name="ingest", daemon=True)
         self._reader.start()
 
     def counts(self) -> dict[str, Any]:
         """Returns what a checkpoint keeps."""
-        return {"inserts": self._inserts, "samples": self._samples}
+        with self._changed:
+            # The newest known are those that the server may still hold.
+            known = list(itertools.islice(reversed(self._known_chunks), self._num_durable_chunks))
+            inserts = self._inserts + self._num_staged
+        return {"inserts": inserts, "samples": self._samples, "chunks": _pack_ids(known)}
 
     def draw(self, handle: Any) -> tuple[Any, ...]:
         """Returns nothing: each replica draws its own part."""
@@ -485,6 +539,16 @@ class ResidentSource:
         if not all(mirror.num_windows for mirror in self._mirrors):
             return False
         return self._samples > 0 or self._inserts >= self._initial_collect_steps
+
+    def account(self) -> dict[str, float]:
+        """Returns how the replay stands, in figures. See `BatchSource.account`."""
+        return {
+            "held": self._num_windows(),
+            "inserts": self._inserts + self._num_staged,
+            "samples": self._samples,
+            "ahead": self._ahead(),
+            "error_buffer": self._error_buffer,
+        }
 
     def describe(self) -> str:
         """Returns how the replay stands, in words; never blocks."""
@@ -528,21 +592,39 @@ class ResidentSource:
         while not self._closing:
             try:
                 for sample in self._dataset(STREAM_TABLE, rate_limiter_timeout_ms=1_000):
-                    self._stage(_to_numpy(sample))
+                    chunk = tree.map_structure(lambda tensor: tensor.numpy(), sample.data)
+                    if _fits(tree.flatten(chunk), sample.data):
+                        self._stage(chunk)
+                    else:
+                        self._warn_of_stranger("its parts do not belong together")
                     with self._changed:
                         self._changed.wait_for(lambda: self._closing or self._ahead() <= self._error_buffer)
                     if self._closing:
                         return
+            except tf.errors.InvalidArgumentError as error:
+                self._warn_of_stranger(error.message.splitlines()[0])
             except tf.errors.OpError as error:
                 logging.debug("reading '%s' at %s: %s", STREAM_TABLE, self._address, error.message)
                 with self._changed:
                     self._changed.wait_for(lambda: self._closing, timeout=0.5)
 
-    def _stage(self, chunk: Mapping[str, Any]) -> None:
-        """Prepares a chunk for its mirror, unless it was had before: a restored server hands some out twice."""
+    def _warn_of_stranger(self, why: str) -> None:
+        logging.warning(
+            "an item in the table '%s' at %s is not this experiment's and is left out: %s. Some other client inserts "
+            "there; keep its port on a network you trust.",
+            STREAM_TABLE,
+            self._address,
+            why,
+        )
+
+    def _stage(self, chunk: Mapping[str, Any]) -> int:
+        """Prepares a chunk for its mirror and returns its windows; 0 when it was had before.
+
+        A restored server hands some out twice.
+        """
         number = int(chunk["chunk"])
         if number in self._known_chunks:
-            return
+            return 0
         mirror = self._mirrors[self._num_chunks % len(self._mirrors)]
         block = mirror.make_block(chunk)
         with self._changed:
@@ -553,28 +635,39 @@ class ResidentSource:
             self._staged.append((mirror, block))
             self._num_staged += len(block.starts)
             self._changed.notify_all()
+        return len(block.starts)
 
-    def _read_experience(self) -> list[dict[str, Any]]:
-        """Returns every chunk of the durable table once, the oldest first; sampled, as Reverb lists none."""
-        size = read_server_info(self._address, timeout_secs=5)[EXPERIENCE_TABLE].current_size
-        if not size:
-            return []
-        chunks: dict[int, dict[str, Any]] = {}
-        # Drawing n of n with replacement takes about n ln n draws; the bound leaves room and ends if others write.
-        max_samples = int(size * (np.log(size) + 8))
-        for sample in self._dataset(
-            EXPERIENCE_TABLE, rate_limiter_timeout_ms=1_000, max_samples=max_samples, in_flight=50
-        ):
-            number = int(sample.data["chunk"])
-            if number not in chunks:
-                chunks[number] = _to_numpy(sample)
-            if len(chunks) >= size:
+    def _read_experience(self) -> dict[int, Any]:
+        """Returns every chunk of the durable table by its number, in no order; sampled, as Reverb lists none."""
+        client = reverb.Client(self._address)
+        chunks: dict[int, Any] = {}
+        misfits: set[int] = set()  # of strangers: Reverb's server takes what its client did not check
+        num_draws, size = 0, 1
+        # Drawing n of n with replacement takes about n ln n draws; the bound leaves room and ends if others write. The
+        # client's own sampler is ten times as fast as a dataset here.
+        while len(chunks) < size and num_draws < size * (np.log(size) + 8):
+            table = read_server_info(self._address, timeout_secs=5)[EXPERIENCE_TABLE]
+            size = table.current_size - len(misfits)
+            if size <= 0:
                 break
-        return [chunks[number] for number in sorted(chunks)]
+            for sample in client.sample(EXPERIENCE_TABLE, num_samples=size, emit_timesteps=False):
+                if not _fits(sample.data, table.signature):
+                    misfits.add(sample.info.key)
+                    continue
+                chunk = tree.unflatten_as(table.signature, sample.data)
+                chunks.setdefault(int(chunk["chunk"]), chunk)
+            num_draws += size
+        if misfits:
+            logging.warning(
+                "%d items in the table '%s' at %s are not this experiment's and are left out: some other client "
+                "inserts there. Keep its port on a network you trust.",
+                len(misfits),
+                EXPERIENCE_TABLE,
+                self._address,
+            )
+        return chunks
 
-    def _dataset(
-        self, table: str, *, rate_limiter_timeout_ms: int, max_samples: int = -1, in_flight: int = 2
-    ) -> reverb.TrajectoryDataset:
+    def _dataset(self, table: str, *, rate_limiter_timeout_ms: int, in_flight: int = 2) -> reverb.TrajectoryDataset:
         return reverb.TrajectoryDataset.from_table_signature(
             self._address,
             table,
@@ -582,9 +675,4 @@ class ResidentSource:
             num_workers_per_iterator=1,
             rate_limiter_timeout_ms=rate_limiter_timeout_ms,
             get_signature_timeout_secs=5,
-            max_samples=max_samples,
         )
-
-
-def _to_numpy(sample: Any) -> dict[str, Any]:
-    return tree.map_structure(lambda tensor: tensor.numpy(), sample.data)

@@ -218,6 +218,23 @@ class ServerSampledSource:
             return False
         return table.current_size >= table.rate_limiter_info.min_size_to_sample
 
+    def account(self) -> dict[str, float]:
+        """Returns how the table stands, in figures. See `BatchSource.account`."""
+        try:
+            table = self._read_table(timeout_secs=1)
+        except Unreachable:
+            return {}
+        limiter = table.rate_limiter_info
+        inserts, samples = limiter.insert_stats.completed, limiter.sample_stats.completed
+        middle = (limiter.min_diff + limiter.max_diff) / 2
+        return {
+            "held": table.current_size,
+            "inserts": inserts,
+            "samples": samples,
+            "ahead": inserts * limiter.samples_per_insert - samples - middle,
+            "error_buffer": limiter.max_diff - middle,
+        }
+
     def describe(self) -> str:
         try:
             table = self._read_table(timeout_secs=5)

@@ -18,7 +18,7 @@ from actorlearner import variable_container
 from actorlearner.cluster import Cluster
 from actorlearner.environments.batch import EnvironmentBatch
 from actorlearner.experiment import Experiment
-from actorlearner.reports import EvaluationResult, Reporter
+from actorlearner.reports import AtWork, EvaluationProgress, EvaluationResult, Reporter
 from actorlearner.runtime.configuration import PositiveFloat, PositiveInt
 from actorlearner.runtime.lifecycle import ExitCode, RoleError, Stop, Stopped, wait_until
 from actorlearner.runtime.messages import Unreachable
@@ -62,6 +62,7 @@ def run_eval_actor(
     acting = experiment.make_acting(policy, num_environments)
     reporter = Reporter(cluster.variables_address)
     answered_at = time.monotonic()
+    logging.info("ready to evaluate")
 
     while not stop.is_set():
         try:
@@ -81,13 +82,15 @@ def run_eval_actor(
         if request is None:
             stop.wait(poll_interval_secs)
             continue
-        request.snapshot.assign_to(variables)
-        environments = experiment.make_environments(
-            num_environments, "eval-actor", request.snapshot.train_step, int(request.purpose)
-        )
-        result = evaluate(acting, environments, num_episodes, request, cluster.task, stop)
-        environments.close()
-        _report(reporter, result, cluster, stop)
+        progress = EvaluationProgress(request.snapshot.train_step, int(request.purpose), cluster.task)
+        with AtWork(cluster.variables_address, progress):  # else the learner takes this process for dead
+            request.snapshot.assign_to(variables)
+            environments = experiment.make_environments(
+                num_environments, "eval-actor", request.snapshot.train_step, int(request.purpose)
+            )
+            result = evaluate(acting, environments, num_episodes, request, cluster.task, stop)
+            environments.close()
+            _report(reporter, result, cluster, stop)
     return stop.exit_code
 
 

@@ -10,9 +10,11 @@ import concurrent.futures
 import contextlib
 import functools
 import logging
+import math
+import re
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
@@ -26,6 +28,7 @@ from actorlearner.cluster import Cluster
 from actorlearner.evaluations import EvaluationLedger
 from actorlearner.experiment import Experiment
 from actorlearner.policy_export import PolicyExport
+from actorlearner.replay import persistence
 from actorlearner.replay.base import BatchSource, await_tables
 from actorlearner.run_directory import RunDirectory
 from actorlearner.run_record import RunRecord
@@ -34,7 +37,7 @@ from actorlearner.runtime.configuration import NonNegativeFloat, PositiveFloat, 
 from actorlearner.runtime.devices import has_one_gpu
 from actorlearner.runtime.lifecycle import SAY_EVERY_SECS, ExitCode, RoleError, Stop, Stopped, wait_until
 from actorlearner.runtime.messages import Unreachable
-from actorlearner.variable_container import EvaluationRequests, Phase, Publisher, Purpose
+from actorlearner.variable_container import EvaluationRequests, Phase, Publisher, Purpose, Version
 
 
 @gin.configurable(
@@ -51,6 +54,7 @@ def run_learner(
     publish_interval_secs: NonNegativeFloat = 1.0,
     checkpoint_interval_secs: NonNegativeFloat = 60.0,
     evaluation_retry_secs: PositiveFloat = 900.0,
+    evaluation_lease_secs: PositiveFloat = 6.0,
     evaluation_patience_secs: PositiveFloat = 1_800.0,
     jit_compile: Optional[bool] = None,
 ) -> ExitCode:
@@ -66,6 +70,8 @@ def run_learner(
       publish_interval_secs: Least time between two publishes, in seconds.
       checkpoint_interval_secs: Time between two checkpoints, in seconds.
       evaluation_retry_secs: A snapshot without a result is evaluated again after this time, in seconds.
+      evaluation_lease_secs: A snapshot is evaluated again when no eval actor has been at work on it for this time, in
+        seconds, and none is to take it.
       evaluation_patience_secs: At the end, the longest wait for the next evaluation's result, in seconds.
       jit_compile: Whether XLA makes one program of a whole call's train steps; None does it where it pays, on one GPU.
 
@@ -82,12 +88,15 @@ def run_learner(
         agent, train_step = experiment.make_agent()
     variables = agent.collect_policy.variables()
     directory.check_identity(_identity(experiment, agent))
+    if _has_ended(directory, schedule.num_iterations):
+        _say_it_is_over(cluster, schedule.num_iterations)
+        return ExitCode.DONE
 
     patience_secs = cluster.peer_patience_secs
     signatures = experiment.replay.table_signatures(agent.collect_data_spec)
     await_tables(cluster.replay_address, signatures, stop=stop, deadline_secs=patience_secs)
     variable_container.await_container(cluster.variables_address, variables, stop=stop, deadline_secs=patience_secs)
-    _refuse_second_learner(cluster, stop)
+    published = _refuse_second_learner(cluster, directory.past_learners(), stop)
 
     source = experiment.replay.make_source(
         cluster.replay_address,
@@ -99,12 +108,20 @@ def run_learner(
     train = make_train_function(agent, train_step, source, strategy, jit_compile=fuses)
     checkpoints = Checkpoints(directory.checkpoints, train_step, {"agent": agent})
     counts = checkpoints.restore()
-    source.restore(counts)
-    publisher = Publisher(cluster.variables_address, secrets.randbits(62), first_version=counts.get("version", 0))
-    ledger = EvaluationLedger(
-        EvaluationRequests(cluster.variables_address), directory.evaluated, retry_secs=evaluation_retry_secs
+    _restore_replay(source, counts, cluster, stop)
+    learner = secrets.randbits(62)
+    directory.note_learner(learner)
+    publisher = Publisher(
+        cluster.variables_address, learner, first_version=counts.get("version", 0), published=published
     )
-    record = RunRecord(experiment, cluster, directory, ledger, versions, counts)
+    replay_checkpoints = persistence.Requests(cluster.replay_address, learner)
+    ledger = EvaluationLedger(
+        EvaluationRequests(cluster.variables_address),
+        directory.evaluated,
+        retry_secs=evaluation_retry_secs,
+        lease_secs=evaluation_lease_secs,
+    )
+    record = RunRecord(experiment, cluster, directory, ledger, versions, counts, source.account)
     export = PolicyExport(agent, train_step, directory.policies)
     loop = TrainingLoop(
         experiment,
@@ -117,6 +134,7 @@ def run_learner(
         ledger,
         record,
         checkpoints,
+        replay_checkpoints,
         export,
     )
     try:
@@ -138,6 +156,7 @@ def run_learner(
     finally:
         record.close()
         publisher.close()
+        replay_checkpoints.close()
         source.close()
     return ExitCode.DONE
 
@@ -168,20 +187,66 @@ def _identity(experiment: Experiment, agent: tf_agent.TFAgent) -> dict[str, Any]
     }
 
 
-def _refuse_second_learner(cluster: Cluster, stop: Stop, watch_secs: float = 6.0) -> None:
-    """Returns when no other learner's heartbeat goes on at the container; watches for `watch_secs` if one ever did."""
+def _has_ended(directory: RunDirectory, num_iterations: int) -> bool:
+    """Returns whether a learner before this one did all there is to do but, maybe, the curve and the videos."""
+    summary = directory.read_json(directory.summary)
+    return bool(summary and summary.get("has_ended") and summary["train_steps"] == num_iterations)
+
+
+def _say_it_is_over(cluster: Cluster, num_iterations: int) -> None:
+    """Tells whoever still listens; the others have heard it from the learner before this one."""
+    logging.info("this run has ended at train step %d", num_iterations)
+    with contextlib.suppress(Unreachable):
+        variable_container.announce_end(cluster.variables_address, num_iterations, secrets.randbits(62))
+
+
+def _restore_replay(source: BatchSource, counts: dict[str, Any], cluster: Cluster, stop: Stop) -> None:
+    """Returns once the source has what the replay server holds; its server may be on its way back.
+
+    Raises:
+      RoleError: It was out of reach for longer than the deadline (UNAVAILABLE).
+      Stopped: `stop` was set.
+    """
+
+    def restore() -> bool:
+        try:
+            source.restore(counts)
+        except (Unreachable, tf.errors.OpError) as error:
+            logging.warning("the replay did not come back yet: %s", error)
+            return False
+        return True
+
+    wait_until(
+        restore,
+        lambda: f"the replay server at {cluster.replay_address} to hand out what it holds",
+        stop=stop,
+        deadline_secs=cluster.peer_patience_secs,
+        setting="--peer_patience_secs",
+    )
+
+
+def _refuse_second_learner(
+    cluster: Cluster, past_learners: Sequence[int], stop: Stop, watch_secs: float = 6.0
+) -> Optional[Version]:
+    """Returns once no other learner's heartbeat goes on; watches for at most `watch_secs` if one ever did.
+
+    Those in `past_learners` held this run directory before: they are dead, need not be watched, and what they published
+    last is returned.
+    """
     try:
         before = variable_container.read_version(cluster.variables_address)
         if before is None or before.phase is Phase.OVER:
-            return
+            return None
+        if before.learner in past_learners:
+            return before
         deadline = time.monotonic() + watch_secs
         now = before
         while (now.learner, now.heartbeat) == (before.learner, before.heartbeat):
             if time.monotonic() > deadline or stop.wait(0.5):
-                return
+                return None  # another run's, whose weights are nothing to this one
             now = variable_container.read_version(cluster.variables_address) or before
     except Unreachable:
-        return
+        return None
     raise RoleError(
         f"another learner publishes to the variable container at {cluster.variables_address} (train step "
         f"{now.train_step:,}). Stop it, or give this run a replay server of its own.",
@@ -285,6 +350,7 @@ class TrainingLoop:
         ledger: EvaluationLedger,
         record: RunRecord,
         checkpoints: Checkpoints,
+        replay_checkpoints: persistence.Requests,
         export: PolicyExport,
     ):
         self._schedule = experiment.schedule
@@ -297,6 +363,8 @@ class TrainingLoop:
         self._ledger = ledger
         self._record = record
         self._checkpoints = checkpoints
+        self._replay_checkpoints = replay_checkpoints
+        self._all_variables = list(agent.variables)
         self._export = export
         self._version = 0
         self._starved_since: Optional[float] = None
@@ -329,7 +397,12 @@ class TrainingLoop:
                 if stop.is_set():
                     raise Stopped("stopped")
                 before = step
-                step, scalars = self._call(step, stop)
+                try:
+                    step, scalars = self._call(step, stop)
+                except tf.errors.InvalidArgumentError as error:  # TF-Agents looks at some losses itself
+                    refuse_not_finite(int(self._train_step.numpy()), error, self._all_variables)
+                    raise
+                require_finite(step, scalars, self._all_variables)
                 self._record.note_train_step(step)
                 now = time.monotonic()
                 is_wanted = step == self._schedule.num_iterations or self._is_evaluation_due(step)
@@ -342,9 +415,10 @@ class TrainingLoop:
                     self._export.save_checkpoint(step)
                 if now - saved_at >= checkpoint_interval_secs:
                     saved_at = now
-                    self._save()
+                    self._save(with_replay=True)
         finally:
-            self._save()
+            self._save(with_replay=True)
+            self._replay_checkpoints.wait(secs=3.0)
 
     def _is_evaluation_due(self, step: int) -> bool:
         interval = self._schedule.eval_interval
@@ -455,8 +529,64 @@ class TrainingLoop:
                 ExitCode.UNAVAILABLE,
             )
 
-    def _save(self) -> None:
-        self._checkpoints.save({**self._record.counts(), **self._source.counts(), "version": self._version + 1})
+    def _save(self, *, with_replay: bool = False) -> None:
+        """Writes a checkpoint, and asks for the replay's under the same train step.
+
+        What cannot be written is said, and training goes on; weights that are not finite are not written.
+        """
+        bad = find_not_finite(self._all_variables)
+        if bad is not None:
+            logging.warning("not saved: %s is not finite; the checkpoints before are kept", bad)
+            return
+        step = int(self._train_step.numpy())
+        try:
+            self._checkpoints.save({**self._record.counts(), **self._source.counts(), "version": self._version + 1})
+        except (tf.errors.OpError, OSError) as error:
+            logging.warning(
+                "--root_dir: train step %d could not be saved: %s. The checkpoints before it are kept and training "
+                "goes on; free some space.",
+                step,
+                str(error).splitlines()[0],
+            )
+            return
+        if with_replay:
+            self._replay_checkpoints.ask(step)
+
+
+def find_not_finite(variables: Sequence[tf.Variable]) -> Optional[str]:
+    """Returns the name of the first floating variable that holds a NaN or an infinity; None when none does."""
+    for variable in variables:
+        if variable.dtype.is_floating and not bool(tf.reduce_all(tf.math.is_finite(variable))):
+            return f"'{variable.name.split(':')[0]}' {variable.shape.as_list()}"
+    return None
+
+
+def require_finite(step: int, scalars: Optional[Mapping[str, float]], variables: Sequence[tf.Variable]) -> None:
+    """Returns when the last update's scalars are finite.
+
+    Raises:
+      RoleError: One is not (DATA); the message has the train step, the scalar and the first bad variable.
+    """
+    for name, value in (scalars or {}).items():
+        if not math.isfinite(value):
+            raise _diverged(step, f"{name} = {value}", variables)
+
+
+def refuse_not_finite(step: int, error: tf.errors.InvalidArgumentError, variables: Sequence[tf.Variable]) -> None:
+    """Returns when `error` is about something else; raises as `require_finite` when a numeric check failed."""
+    if re.search(r"\b(nan|inf)\b", error.message, re.IGNORECASE):
+        raise _diverged(step, error.message.splitlines()[0], variables) from error
+
+
+def _diverged(step: int, what: str, variables: Sequence[tf.Variable]) -> RoleError:
+    variable = find_not_finite(variables)
+    return RoleError(
+        f"at train step {step:,} {what}: training has diverged"
+        + (f"; the first variable that is not finite is {variable}" if variable else "")
+        + ". The last good checkpoint is kept. Lower the learning rate, clip gradients, or look at the rewards and "
+        "observations; then start again with the same --root_dir to go on from it.",
+        ExitCode.DATA,
+    )
 
 
 def finish(

@@ -2,6 +2,8 @@
 
 collect actors --> [replay server] --> learner
                         ^ weights, evaluations, reports
+                        |
+                        +--> its own checkpoints, from which it begins again
 """
 
 from __future__ import annotations
@@ -9,6 +11,9 @@ from __future__ import annotations
 import logging
 import socket
 import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Optional
 
 import gin
 import reverb
@@ -17,34 +22,46 @@ from tf_agents.specs import tensor_spec
 
 from actorlearner import reports, variable_container
 from actorlearner.experiment import Experiment
+from actorlearner.replay import persistence
+from actorlearner.replay.persistence import Answers, Due, TableCheckpoints, read_due
+from actorlearner.run_directory import RunDirectory
 from actorlearner.runtime.configuration import NonNegativeFloat
 from actorlearner.runtime.lifecycle import ExitCode, RoleError, Stop
-from actorlearner.runtime.messages import Unreachable
+from actorlearner.runtime.messages import Unreachable, read_server_info
 from actorlearner.variable_container import Phase
 
 
-@gin.configurable("replay_server", module="actorlearner", denylist=["experiment", "port", "stop"])
+@gin.configurable("replay_server", module="actorlearner", denylist=["experiment", "port", "root_dir", "stop"])
 def run_replay_server(
-    experiment: Experiment, port: int, stop: Stop, *, linger_secs: NonNegativeFloat = 10.0
+    experiment: Experiment, port: int, root_dir: Path, stop: Stop, *, linger_secs: NonNegativeFloat = 10.0
 ) -> ExitCode:
     """Serves until training is over or `stop` is set.
+
+    Begins with the newest whole checkpoint under `root_dir`. Writes one whenever the learner asks, and at the end.
 
     Args:
       experiment: What to run; read only.
       port: To listen on, on every interface.
-      stop: Set on SIGTERM; looked at twice a second.
+      root_dir: Where the replay's checkpoints are, under checkpoints/replay.
+      stop: Set on SIGTERM; looked at several times a second.
       linger_secs: How long it answers after the end of training, in seconds, so that every role hears of it.
 
     Raises:
-      RoleError: The port is taken (UNAVAILABLE), or the tables' settings contradict each other (USAGE).
+      RoleError: The port is taken (UNAVAILABLE), the tables' settings contradict each other (USAGE), the checkpoint's
+        tables have other settings (DATA), or `root_dir` cannot be written (CANNOT_CREATE) or is held by another replay
+        server (OCCUPIED).
     """
-    server = _serve(_make_tables(experiment), port)
+    replay_tables, other_tables = _make_tables(experiment)
+    checkpoints = TableCheckpoints(RunDirectory(root_dir).replay_checkpoints, replay_tables)
+    server = _serve([*replay_tables, *other_tables], port, checkpoints.make_checkpointer())
     logging.info("serving replay and variables on port %d", port)
     address = f"localhost:{port}"
+    keeper = Keeper(address, checkpoints, [table.name for table in replay_tables])
     over_since = None
-    while not stop.wait(0.5):
+    while not stop.wait(0.25):
         try:
             version = variable_container.read_version(address)
+            keeper.serve_request()
         except Unreachable as error:
             logging.warning("%s", error)
             continue
@@ -55,11 +72,62 @@ def run_replay_server(
                 break
         else:
             over_since = None
+    keeper.save_what_is_new()
     server.stop()
     return stop.exit_code if stop.is_set() else ExitCode.DONE
 
 
-def _make_tables(experiment: Experiment) -> list[reverb.Table]:
+class Keeper:
+    """Saves the tables when the learner asks, and at the end what has come since."""
+
+    def __init__(self, address: str, checkpoints: TableCheckpoints, tables: Sequence[str]):
+        self._address = address
+        self._checkpoints = checkpoints
+        self._tables = tables
+        self._client = reverb.Client(address)
+        self._answers = Answers(address)
+        self._served: Optional[Due] = None
+        self._train_step = 0
+        self._saved_inserts = self._count_inserts()
+
+    def serve_request(self) -> None:
+        """Saves if the learner asked since the last look; blocks until that is written. Raises `Unreachable`."""
+        due = read_due(self._address)
+        if due is None or due == self._served:
+            return
+        is_saved = self._save(due.train_step)
+        self._served = due
+        self._answers.send(due, is_saved)
+
+    def save_what_is_new(self) -> None:
+        """Saves what was inserted since the last checkpoint, under the train step of the last request."""
+        try:
+            version = variable_container.read_version(self._address, timeout_secs=1)
+            due = read_due(self._address, timeout_secs=1)
+            if self._count_inserts() != self._saved_inserts or (due and due != self._served):
+                train_step = max(self._train_step, due.train_step if due else 0, version.train_step if version else 0)
+                self._save(train_step)
+        except Unreachable as error:
+            logging.warning("the replay was not saved at the end: %s", error)
+
+    def _save(self, train_step: int) -> bool:
+        self._train_step = train_step
+        inserts = self._count_inserts()
+        try:
+            self._checkpoints.save(self._client, train_step)
+        except RoleError as error:
+            logging.warning("%s", error.message)
+            return False
+        self._saved_inserts = inserts
+        return True
+
+    def _count_inserts(self) -> int:
+        info = read_server_info(self._address, timeout_secs=5)
+        return sum(info[table].rate_limiter_info.insert_stats.completed for table in self._tables)
+
+
+def _make_tables(experiment: Experiment) -> tuple[list[reverb.Table], list[reverb.Table]]:
+    """Returns the replay's tables, which checkpoints keep, and the others."""
     agent, _ = experiment.make_agent()
     try:
         replay_tables = experiment.replay.make_tables(
@@ -67,7 +135,8 @@ def _make_tables(experiment: Experiment) -> list[reverb.Table]:
         )
     except ValueError as error:
         raise RoleError(str(error), ExitCode.USAGE) from error
-    return [*replay_tables, *variable_container.make_tables(agent.collect_policy.variables()), *reports.make_tables()]
+    other_tables = variable_container.make_tables(agent.collect_policy.variables())
+    return replay_tables, [*other_tables, *reports.make_tables(), *persistence.make_tables()]
 
 
 def _step_signature(collect_data_spec: object) -> object:
@@ -75,13 +144,13 @@ def _step_signature(collect_data_spec: object) -> object:
     return tree.map_structure(tensor_spec.TensorSpec.from_spec, collect_data_spec)
 
 
-def _serve(tables: list[reverb.Table], port: int) -> reverb.Server:
+def _serve(tables: list[reverb.Table], port: int, checkpointer: reverb.checkpointers.CheckpointerBase) -> reverb.Server:
     try:
         # gRPC shares a port with any other server that would; half the actors would then talk to the wrong one.
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("", port))
-        return reverb.Server(tables, port=port)
+        return reverb.Server(tables, port=port, checkpointer=checkpointer)
     except (OSError, RuntimeError, ValueError) as error:
         raise RoleError(
             f"--port = {port}: the replay server cannot listen there: {error}. "

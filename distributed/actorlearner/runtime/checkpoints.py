@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import tensorflow as tf
 
 from actorlearner.runtime.lifecycle import ExitCode, RoleError
 
+_NAME = re.compile(r"ckpt-(\d+)(?:\.(\d+))?$")
+_SUFFIX = re.compile(r"\.(index|data-\d+-of-\d+)$")
+
 
 class Checkpoints:
-    """Keeps the newest few checkpoints in one folder."""
+    """Keeps the newest few checkpoints in one folder.
+
+    A process may be killed at any moment, also while it writes: no checkpoint is ever overwritten, an unfinished one is
+    passed over, and what it left behind is removed by the next process. A second checkpoint of one train step is
+    `ckpt-<train step>.1`.
+    """
 
     def __init__(self, folder: Path, train_step: tf.Variable, objects: dict[str, Any], max_to_keep: int = 3):
         """Args:
@@ -25,34 +35,102 @@ class Checkpoints:
         # Ours travel as JSON in a string variable, so that they are saved and restored in one piece with the weights.
         self._counts = tf.Variable("{}", dtype=tf.string, trainable=False, name="counts")
         self._train_step = train_step
-        self._manager = tf.train.CheckpointManager(
-            tf.train.Checkpoint(train_step=train_step, counts=self._counts, **objects),
-            str(folder),
-            max_to_keep=max_to_keep,
-            step_counter=train_step,
-        )
+        self._folder = folder
+        self._max_to_keep = max_to_keep
+        self._checkpoint = tf.train.Checkpoint(train_step=train_step, counts=self._counts, **objects)
 
     def restore(self) -> dict[str, Any]:
-        """Returns the counts saved with the newest checkpoint after restoring it; an empty dict when there is none.
+        """Returns the counts saved with the newest whole checkpoint after restoring it; an empty dict if there is none.
+
+        Damaged ones are passed over with a warning, and deleted once an older one has been restored.
 
         Raises:
-          RoleError: The checkpoint does not fit the objects (DATA).
+          RoleError: The newest whole checkpoint does not fit the objects, or there are only damaged ones (DATA).
         """
-        newest = self._manager.latest_checkpoint
-        if newest is None:
-            return {}
+        for leftover in self._folder.glob("ckpt-*_temp"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        damaged: list[Path] = []
+        for prefix in self._prefixes():
+            if not prefix.with_name(prefix.name + ".index").exists():  # it comes last
+                logging.warning("passing over the checkpoint %s, which was not finished", prefix)
+                self._delete(prefix)
+                continue
+            damage = _find_damage(prefix)
+            if damage is None:
+                self._restore(prefix)
+                for other in damaged:
+                    self._delete(other)
+                return json.loads(self._counts.numpy())
+            logging.warning("passing over the checkpoint %s, which is damaged: %s", prefix, damage)
+            damaged.append(prefix)
+        if damaged:
+            raise RoleError(
+                f"every checkpoint in {self._folder} is damaged ({', '.join(prefix.name for prefix in damaged)}). Put "
+                "one back from a copy, or begin anew with another --root_dir (train: or with --fresh).",
+                ExitCode.DATA,
+            )
+        return {}
+
+    def _restore(self, prefix: Path) -> None:
         try:
-            self._manager.checkpoint.restore(newest).assert_existing_objects_matched()
+            self._checkpoint.read(str(prefix)).assert_existing_objects_matched()
         except (AssertionError, ValueError, tf.errors.OpError) as error:
             raise RoleError(
-                f"the checkpoint {newest} does not fit this experiment: {str(error).splitlines()[0]} "
+                f"the checkpoint {prefix} does not fit this experiment: {str(error).splitlines()[0]} "
                 "Give the settings it was made with, or another --root_dir.",
                 ExitCode.DATA,
             ) from error
-        logging.info("restored %s", newest)
-        return json.loads(self._counts.numpy())
+        logging.info("restored %s", prefix)
 
     def save(self, counts: dict[str, Any]) -> None:
-        """Writes a checkpoint under the present train step; blocks until it is on disk."""
+        """Writes a checkpoint under the present train step; blocks until it is on disk.
+
+        Raises:
+          tf.errors.OpError: It could not be written; those before it are still there.
+        """
         self._counts.assign(json.dumps(counts))
-        self._manager.save(checkpoint_number=self._train_step)
+        step = int(self._train_step.numpy())
+        taken = [prefix for prefix in self._prefixes() if _number(prefix)[0] == step]
+        name = f"ckpt-{step}.{_number(taken[0])[1] + 1}" if taken else f"ckpt-{step}"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._checkpoint.write(str(self._folder / name))
+        except (tf.errors.OpError, OSError):
+            self._delete(self._folder / name)
+            raise
+        for prefix in [*taken, *self._prefixes()[self._max_to_keep :]]:
+            self._delete(prefix)
+        kept = [str(prefix) for prefix in reversed(self._prefixes())]
+        # For `tf.train.latest_checkpoint`; `restore` looks at the files themselves.
+        tf.compat.v1.train.update_checkpoint_state(str(self._folder), kept[-1], kept)
+
+    def _prefixes(self) -> list[Path]:
+        """Returns the checkpoints there are, finished or not, newest first."""
+        prefixes = {path.with_name(_SUFFIX.sub("", path.name)) for path in self._files()}
+        return sorted(prefixes, key=_number, reverse=True)
+
+    def _files(self) -> list[Path]:
+        files = self._folder.glob("ckpt-*")
+        return [path for path in files if _SUFFIX.search(path.name) and _NAME.match(_SUFFIX.sub("", path.name))]
+
+    def _delete(self, prefix: Path) -> None:
+        for path in [prefix.with_name(prefix.name + ".index"), *prefix.parent.glob(prefix.name + ".data-*")]:
+            path.unlink(missing_ok=True)
+        shutil.rmtree(prefix.with_name(prefix.name + "_temp"), ignore_errors=True)
+
+
+def _number(prefix: Path) -> tuple[int, int]:
+    match = _NAME.match(prefix.name)
+    assert match is not None
+    return int(match[1]), int(match[2] or 0)
+
+
+def _find_damage(prefix: Path) -> Optional[str]:
+    """Returns what is wrong with a checkpoint's files, or None; reads them whole, so every checksum is looked at."""
+    try:
+        reader = tf.train.load_checkpoint(str(prefix))
+        for name in reader.get_variable_to_shape_map():
+            reader.get_tensor(name)
+    except (ValueError, RuntimeError, tf.errors.OpError) as error:
+        return str(error).splitlines()[0]
+    return None

@@ -6,10 +6,14 @@ Every wait in the system goes through `wait_until`, so every wait has a deadline
 from __future__ import annotations
 
 import enum
+import errno
+import functools
 import logging
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -51,7 +55,11 @@ class Stopped(Exception):
 class Stop:
     """Set once, by SIGTERM, SIGINT or `set`; the second signal ends the process at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, at_once: Callable[[], object] = lambda: None) -> None:
+        """Args:
+        at_once: Called when a second signal ends the process.
+        """
+        self._at_once = at_once
         self._event = threading.Event()
         self._signal: Optional[int] = None
 
@@ -62,6 +70,7 @@ class Stop:
 
     def _on_signal(self, number: int, _frame: object) -> None:
         if self._event.is_set():
+            self._at_once()
             os._exit(128 + number)
         self._signal = number
         self._event.set()
@@ -130,13 +139,22 @@ def wait_until(
             raise Stopped(f"stopped while waiting for {what()}")
 
 
+def _is_disk_full(error: BaseException) -> bool:
+    # By its words: TensorFlow has classes of its own, and gin's stand-ins for exceptions have lost their numbers.
+    return any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
+
+
 def run_to_exit(run: Callable[[Stop], ExitCode]) -> NoReturn:
     """Runs a role's body under stop signals and ends the process with its exit code.
 
     A `RoleError` becomes one `error: ...` line on stderr. The process ends through `os._exit`: threads may be blocked
     inside Reverb's clients, which no interpreter shutdown can interrupt.
     """
-    stop = Stop()
+    # TensorFlow leaves generated code behind where temporary files go, and counts on an ending that `os._exit` is not.
+    temporary_folder = tempfile.tempdir = tempfile.mkdtemp(prefix="actorlearner-")
+    os.environ["TMPDIR"] = temporary_folder  # for child processes
+    remove_temporary_files = functools.partial(shutil.rmtree, temporary_folder, ignore_errors=True)
+    stop = Stop(at_once=remove_temporary_files)
     stop.install_signal_handlers()
     try:
         code = run(stop)
@@ -147,10 +165,19 @@ def run_to_exit(run: Callable[[Stop], ExitCode]) -> NoReturn:
     except Stopped as stopped:
         logging.info("%s", stopped)
         code = stop.exit_code
-    except BaseException:
-        logging.exception("crashed")
-        code = ExitCode.CRASH
+    except BaseException as error:
+        if _is_disk_full(error):
+            print(
+                f"error: the disk is full: {str(error).splitlines()[0]}. Free some space and start again with the same "
+                "--root_dir: what was saved before is whole.",
+                file=sys.stderr,
+            )
+            code = ExitCode.CANNOT_CREATE
+        else:
+            logging.exception("crashed")
+            code = ExitCode.CRASH
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
+    remove_temporary_files()
     os._exit(code)

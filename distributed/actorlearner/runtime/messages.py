@@ -79,7 +79,7 @@ def check_signature(what: str, address: str, found: Signature, expected: Signatu
     Raises:
       RoleError: They differ (DATA); the message lists each difference.
     """
-    has, wants = _describe_leaves(found), _describe_leaves(expected)
+    has, wants = describe_leaves(found), describe_leaves(expected)
     differences = [
         f"{path}: the server has {has.get(path, 'nothing')}, this experiment {wants.get(path, 'nothing')}"
         for path in sorted({*has, *wants})
@@ -94,7 +94,8 @@ def check_signature(what: str, address: str, found: Signature, expected: Signatu
         )
 
 
-def _describe_leaves(signature: Signature) -> dict[str, str]:
+def describe_leaves(signature: Signature) -> dict[str, str]:
+    """Returns each leaf's type and shape by its path."""
     return {
         "/".join(map(str, path)) or "row": f"{spec.dtype.name}{list(spec.shape)}"
         for path, spec in tree.flatten_with_path(signature)

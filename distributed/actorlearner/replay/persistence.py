@@ -1,0 +1,411 @@
+"""What makes the replay outlive its server: checkpoints of its tables, under the learner's train step.
+
+learner --asks--> [checkpoint_due] --> replay server --writes--> <root_dir>/checkpoints/replay
+learner <--done-- [checkpoint_done] <--/
+
+Reverb saves every table, keeps one checkpoint and deletes whatever else is in its folder. So it writes into a folder of
+its own, from which each finished checkpoint is moved away, without the rows that matter to living processes only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import logging
+import math
+import re
+import shutil
+import threading
+import time
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, Optional
+
+import numpy as np
+import reverb
+import tensorflow as tf
+from reverb.cc import schema_pb2
+from reverb.cc.checkpointing import checkpoint_pb2
+
+from actorlearner.runtime import messages
+from actorlearner.runtime.lifecycle import ExitCode, RoleError
+from actorlearner.runtime.messages import Unreachable
+
+DUE_TABLE = "checkpoint_due"
+DONE_TABLE = "checkpoint_done"
+
+MAX_TO_KEEP = 2
+"""The replay server's checkpoints kept; while one is written there is one more."""
+
+_INT64 = tf.TensorSpec((), tf.int64)
+_SIGNATURE = {"train_step": _INT64, "learner": _INT64, "number": _INT64, "is_saved": _INT64}
+_NAME = re.compile(r"(\d+)-(\d+)$")
+_ABOUT = "about.json"  # written last
+
+
+def make_tables() -> list[reverb.Table]:
+    """Returns the boards on which the learner asks for a checkpoint and the server answers."""
+    return [messages.make_board(name, _SIGNATURE) for name in (DUE_TABLE, DONE_TABLE)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Due:
+    """A checkpoint asked for: the learner's train step, which learner, and which of its requests."""
+
+    train_step: int
+    learner: int
+    number: int
+
+
+def read_due(address: str, timeout_secs: float = 5.0) -> Optional[Due]:
+    """Returns the last request, or None when there was none. Blocks and raises as `messages.read`."""
+    row = messages.read(address, DUE_TABLE, _SIGNATURE, timeout_secs=timeout_secs)
+    return row and Due(int(row["train_step"]), int(row["learner"]), int(row["number"]))
+
+
+def _row(due: Due, is_saved: bool = False) -> dict[str, np.int64]:
+    row = {**dataclasses.asdict(due), "is_saved": is_saved}
+    return {name: np.int64(value) for name, value in row.items()}
+
+
+class Answers:
+    """The server's side of the boards; used from one thread."""
+
+    def __init__(self, address: str):
+        self._sender = messages.Sender(address)
+
+    def send(self, due: Due, is_saved: bool) -> None:
+        """Says that a checkpoint is whole, or could not be made. Raises `Unreachable`."""
+        self._sender.put(DONE_TABLE, _row(due, is_saved), timeout_secs=2.0)
+
+
+class Requests:
+    """The learner's side: asks for a checkpoint of the replay and says when it is whole, from a thread of its own."""
+
+    def __init__(self, address: str, learner: int, *, patience_secs: float = 120.0):
+        """Args:
+        address: The replay server's.
+        learner: A number no other learner has.
+        patience_secs: A request without an answer is given up, with a warning, after this time.
+        """
+        self._address = address
+        self._learner = learner
+        self._patience_secs = patience_secs
+        self._sender = messages.Sender(address)
+        self._news = threading.Condition()
+        self._wanted: Optional[Due] = None
+        self._answered = 0
+        self._number = 0
+        self._closing = False
+        self._thread = threading.Thread(target=self._work, name="replay checkpoints", daemon=True)
+        self._thread.start()
+
+    def ask(self, train_step: int) -> None:
+        """Asks for a checkpoint beside the learner's own of this train step; never blocks."""
+        with self._news:
+            self._number += 1
+            self._wanted = Due(train_step, self._learner, self._number)
+            self._news.notify_all()
+
+    def wait(self, secs: float) -> bool:
+        """Returns whether the last checkpoint asked for was answered; blocks at most `secs` seconds."""
+        with self._news:
+            return self._news.wait_for(lambda: self._answered >= self._number, timeout=secs)
+
+    def close(self) -> None:
+        """Stops asking; never blocks."""
+        with self._news:
+            self._closing = True
+            self._news.notify_all()
+
+    def _work(self) -> None:
+        while True:
+            with self._news:
+                self._news.wait_for(lambda: self._closing or self._wanted is not None)
+                due, self._wanted = self._wanted, None
+                if self._closing and due is None:
+                    return
+            assert due is not None
+            try:
+                self._see_to(due)
+            except Exception:  # the next one may go better, and training goes on meanwhile
+                logging.exception("asking for a checkpoint of the replay failed")
+
+    def _see_to(self, due: Due) -> None:
+        deadline = time.monotonic() + self._patience_secs
+        is_asked = False
+        while time.monotonic() < deadline:
+            with self._news:
+                if self._wanted is not None:
+                    return  # a later one takes its place
+            try:
+                if not is_asked:
+                    self._sender.put(DUE_TABLE, _row(due), timeout_secs=5.0)
+                    is_asked = True
+                row = messages.read(self._address, DONE_TABLE, _SIGNATURE)
+                if row is not None and (int(row["learner"]), int(row["number"])) == (due.learner, due.number):
+                    with self._news:
+                        self._answered = due.number
+                        self._news.notify_all()
+                    if int(row["is_saved"]):
+                        logging.info("train step %d is saved: learner and replay", due.train_step)
+                    else:
+                        logging.warning(
+                            "train step %d is saved without its replay, which the replay server could not write: its "
+                            "log says why. A resumed run goes on with the replay's last checkpoint.",
+                            due.train_step,
+                        )
+                    return
+            except Unreachable as error:
+                logging.debug("%s", error)
+                is_asked = False  # a restarted server has not heard of it
+            with self._news:
+                self._news.wait_for(lambda: self._closing or self._wanted is not None, timeout=0.25)
+                if self._closing:
+                    return
+        logging.warning(
+            "the replay server at %s has not saved its tables for train step %d within %.0f s; trying again with the "
+            "next checkpoint",
+            self._address,
+            due.train_step,
+            self._patience_secs,
+        )
+
+
+def describe_tables(tables: Sequence[reverb.Table]) -> dict[str, dict[str, Any]]:
+    """Returns what restoring a checkpoint would change without a word: sizes, selectors, limiters, signatures."""
+    described = {}
+    for table in tables:
+        info = table.info
+        limiter = info.rate_limiter_info
+        described[table.name] = {
+            "max_size": info.max_size,
+            "max_times_sampled": info.max_times_sampled,
+            "sampler": " ".join(str(info.sampler_options).split()),
+            "remover": " ".join(str(info.remover_options).split()),
+            "samples_per_insert": limiter.samples_per_insert,
+            "min_diff": _finite(limiter.min_diff),
+            "max_diff": _finite(limiter.max_diff),
+            "min_size_to_sample": limiter.min_size_to_sample,
+            **{f"signature {path}": leaf for path, leaf in messages.describe_leaves(info.signature).items()},
+        }
+    return described
+
+
+def _finite(bound: float) -> Optional[float]:
+    return bound if math.isfinite(bound) and abs(bound) < 1e300 else None
+
+
+class TableCheckpoints:
+    """The checkpoints of one replay server's tables, in one folder that it holds until the process ends."""
+
+    def __init__(self, folder: Path, tables: Sequence[reverb.Table]):
+        """Args:
+        folder: Where they are; made if missing.
+        tables: Those that are kept; the server may have more.
+
+        Raises:
+          RoleError: It cannot be written (CANNOT_CREATE), or another replay server holds it (OCCUPIED).
+        """
+        self.folder = folder
+        self._described = describe_tables(tables)
+        self._writing = folder / "writing"
+        self._lock: Optional[IO[str]] = None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = open(folder / ".lock", "w")  # noqa: SIM115  (held until the process ends)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RoleError(
+                f"another replay server keeps its checkpoints in '{folder}'. Stop it, or give another --root_dir.",
+                ExitCode.OCCUPIED,
+            ) from error
+        except OSError as error:
+            raise RoleError(
+                f"--root_dir: '{folder}' cannot be written: {error.strerror}. Give a directory that this user may "
+                "write to.",
+                ExitCode.CANNOT_CREATE,
+            ) from error
+        # What a process left that was killed while it wrote.
+        for leftover in [self._writing, *folder.glob("*.new"), *folder.glob("*.old")]:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def make_checkpointer(self) -> reverb.checkpointers.DefaultCheckpointer:
+        """Returns what a server with all of its tables is to be made with: it begins with the newest whole checkpoint.
+
+        Raises:
+          RoleError: That checkpoint's tables have other settings (DATA); each difference is listed.
+        """
+        newest = self._find_newest()
+        self._writing.mkdir(exist_ok=True)
+        return reverb.checkpointers.DefaultCheckpointer(
+            path=str(self._writing), fallback_checkpoint_path=str(newest) if newest else None
+        )
+
+    def _find_newest(self) -> Optional[Path]:
+        for path in self._all():
+            damage = _find_damage(path)
+            if damage is not None:
+                logging.warning("passing over the replay's checkpoint %s, which is damaged: %s", path, damage)
+                continue
+            about = json.loads((path / _ABOUT).read_text())
+            self._compare(path, about["tables"])
+            logging.info(
+                "restoring the replay's checkpoint %s: train step %d, %s items, %.1f MB",
+                path,
+                about["train_step"],
+                f"{about['num_items']:,}",
+                about["num_bytes"] / 1e6,
+            )
+            return path
+        return None
+
+    def _compare(self, path: Path, held: Mapping[str, Mapping[str, Any]]) -> None:
+        wanted = json.loads(json.dumps(self._described))
+        differences = []
+        for table in sorted({*held, *wanted}):
+            has, wants = held.get(table, {}), wanted.get(table, {})
+            if not has or not wants:
+                differences.append(f"table '{table}': only {'this experiment' if wants else 'the checkpoint'} has it")
+                continue
+            differences += [
+                f"table '{table}', {name}: the checkpoint has {has.get(name)!r}, this experiment {wants.get(name)!r}"
+                for name in sorted({*has, *wants})
+                if has.get(name) != wants.get(name)
+            ]
+        if differences:
+            raise RoleError(
+                f"the replay's checkpoint {path} has other settings than this experiment, and Reverb would bring them "
+                "back:\n  "
+                + "\n  ".join(differences)
+                + f"\nStart with the settings it was made with; or remove {self.folder} to go on with an empty replay.",
+                ExitCode.DATA,
+            )
+
+    def save(self, client: reverb.Client, train_step: int) -> Path:
+        """Returns the folder of a new checkpoint, whole and on disk.
+
+        Inserting and sampling stand still while Reverb writes: about 0.1 s for 100,000 small transitions. What follows
+        (leaving out the other tables' rows, checksums) holds nobody up.
+
+        Raises:
+          RoleError: It could not be written (CANNOT_CREATE); those before it are still there.
+        """
+        started_at = time.monotonic()
+        name = f"{train_step}-{1 + max([0, *(_number(path)[1] for path in self._all())])}"
+        new = self.folder / f"{name}.new"
+        try:
+            self._writing.mkdir(exist_ok=True)
+            written = Path(client.checkpoint())
+            blocked_secs = time.monotonic() - started_at
+            shutil.rmtree(new, ignore_errors=True)
+            written.rename(new)
+            num_items = _leave_out_others(new, set(self._described))
+            (new / _ABOUT).write_text(self._describe(new, train_step, num_items))
+            new.rename(self.folder / name)
+        except (OSError, RuntimeError, reverb.errors.ReverbError, tf.errors.OpError) as error:
+            for leftover in (new, *self._writing.glob("*")):
+                shutil.rmtree(leftover, ignore_errors=True)
+            raise RoleError(
+                f"--root_dir: the replay could not be saved in '{self.folder}': {str(error).splitlines()[0]}. The "
+                "checkpoints before it are kept; free some space, or give a directory that can be written.",
+                ExitCode.CANNOT_CREATE,
+            ) from error
+        for path in self._all()[MAX_TO_KEEP:]:
+            # Renamed first: half a folder must not look like a whole one.
+            with contextlib.suppress(OSError):
+                shutil.rmtree(path.rename(path.with_name(path.name + ".old")))
+        num_bytes = sum(file.stat().st_size for path in self._all() for file in path.iterdir())
+        logging.info(
+            "saved the replay under train step %d: %s items in %.1f s, of which %.1f s without inserts; %d checkpoints "
+            "take %.1f MB",
+            train_step,
+            f"{num_items:,}",
+            time.monotonic() - started_at,
+            blocked_secs,
+            len(self._all()),
+            num_bytes / 1e6,
+        )
+        return self.folder / name
+
+    def _describe(self, path: Path, train_step: int, num_items: int) -> str:
+        files = {file.name: [file.stat().st_size, _checksum(file)] for file in sorted(path.iterdir())}
+        about = {
+            "train_step": train_step,
+            "time": time.time(),
+            "num_items": num_items,
+            "num_bytes": sum(size for size, _ in files.values()),
+            "tables": self._described,
+            "files": files,
+        }
+        return json.dumps(about, indent=1) + "\n"
+
+    def _all(self) -> list[Path]:
+        """Returns the checkpoints there are, the newest first."""
+        return sorted((path for path in self.folder.iterdir() if _NAME.match(path.name)), key=_written, reverse=True)
+
+
+def _number(path: Path) -> tuple[int, int]:
+    match = _NAME.match(path.name)
+    assert match is not None
+    return int(match[1]), int(match[2])
+
+
+def _written(path: Path) -> int:
+    return _number(path)[1]
+
+
+def _find_damage(path: Path) -> Optional[str]:
+    try:
+        files = json.loads((path / _ABOUT).read_text())["files"]
+        for name, (size, checksum) in files.items():
+            if (path / name).stat().st_size != size:
+                return f"{name} has {(path / name).stat().st_size:,} bytes, expected {size:,}"
+            if _checksum(path / name) != checksum:
+                return f"{name} has another checksum than when it was written"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return repr(error)
+    return None
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+def _leave_out_others(path: Path, tables: set[str]) -> int:
+    """Returns how many items a checkpoint of Reverb's holds once the tables not in `tables` were taken out of it.
+
+    Boards and queues of requests matter to living processes only: brought back, they would tell actors that training is
+    over, or that old weights are the newest.
+    """
+    _keep_records(path / "tables.tfrecord", lambda record: _table_of(record) in tables)
+    return _keep_records(path / "items.tfrecord", lambda record: _table_of_item(record) in tables)
+
+
+def _table_of(record: bytes) -> str:
+    return checkpoint_pb2.PriorityTableCheckpoint.FromString(record).table_name
+
+
+def _table_of_item(record: bytes) -> str:
+    return schema_pb2.PrioritizedItem.FromString(record).table
+
+
+def _keep_records(path: Path, is_kept: Any) -> int:
+    """Returns how many records of a compressed record file were kept."""
+    kept = path.with_name(path.name + ".kept")
+    num_kept = 0
+    with tf.io.TFRecordWriter(str(kept), tf.io.TFRecordOptions(compression_type="ZLIB")) as writer:
+        for batch in tf.data.TFRecordDataset(str(path), compression_type="ZLIB").batch(1_000).as_numpy_iterator():
+            for record in batch:
+                if is_kept(record):
+                    writer.write(record)
+                    num_kept += 1
+    kept.replace(path)
+    return num_kept

@@ -1,0 +1,586 @@
+"""Drill: runs an experiment small, does to it what happens to long runs, and says which promises held.
+
+Every fault is real: processes are killed, files damaged, bytes sent to the port. Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+from rich.console import Console
+from rich.table import Table
+
+ROLES = ("learner-0", "replay-server-0", "collect-actor-0", "eval-actor-0")
+PATIENCE_SECS = 300.0  # for anything to happen at all; then the drill has found a hang
+RECOVERY_SECS = 30.0  # promised
+STOP_SECS = 20.0  # promised
+END_SECS = 1_200.0
+
+# Small enough to be over soon, often enough saved to lose little.
+BINDINGS = (
+    "train.eval_interval = 1_000",
+    "train.log_interval = 500",
+    "train.num_eval_episodes = 3",
+    "train.policy_save_interval = 1_000_000_000",
+    "learner.checkpoint_interval_secs = 5.0",
+    "collect_actor.report_interval_secs = 0.5",
+    "replay_server.linger_secs = 3.0",
+)
+MANY_ITERATIONS = 1_000_000
+
+_STRAY = """
+import sys, numpy as np, reverb
+client = reverb.Client(sys.argv[1])
+for table in ("stream", "experience", "uniform_table"):
+    try:
+        with client.trajectory_writer(num_keep_alive_refs=1, validate_items=False) as writer:
+            writer.append({"nothing": np.zeros(3, np.float32)})
+            writer.create_item(table, 1.0, {"nothing": writer.history["nothing"][-1:]})
+            writer.flush(timeout_ms=3000)
+        print(table, "took it")
+    except Exception as error:
+        print(table, "refused it:", type(error).__name__, str(error)[:200])
+"""
+
+
+class Hang(Exception):
+    """Something that had to happen did not, within `PATIENCE_SECS`."""
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What one fault did. None: not applicable."""
+
+    fault: str
+    recovery_secs: Optional[float] = None
+    transitions_lost: Optional[int] = None
+    evaluations_lost: Optional[int] = None
+    train_step_before: Optional[int] = None
+    train_step_after: Optional[int] = None
+    ratio_error: Optional[float] = None
+    broken: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def verdict(self) -> str:
+        return "; ".join(self.broken) or "held"
+
+
+class Run:
+    """One run directory, and the launcher at work on it, if any."""
+
+    def __init__(self, experiment: str, folder: Path, gin_bindings: Sequence[str], seed: int):
+        self._experiment = experiment
+        self._bindings = [*BINDINGS, *gin_bindings]
+        self._seed = seed
+        self.folder = folder
+        self.root_dir = folder / "run"
+        self.temporary = folder / "tmp"
+        self.temporary.mkdir(parents=True)
+        self.mark = uuid.uuid4().hex
+        self.pending: set[int] = set()  # train steps whose evaluation was under way when something was killed
+        self.launcher: Optional[subprocess.Popen[bytes]] = None
+        self._output_path = folder / "launcher.log"
+
+    def start(self, num_iterations: int) -> None:
+        """Starts `actorlearner train` on the directory; returns at once."""
+        bindings = [*self._bindings, f"train.num_iterations = {num_iterations}"]
+        command = [
+            *(sys.executable, "-m", "actorlearner", "train", self._experiment),
+            *(f"--root_dir={self.root_dir}", f"--seed={self._seed}", "--num_video_episodes=0"),
+            *(f"--gin_bindings={binding}" for binding in bindings),
+        ]
+        environment = {**os.environ, "ACTORLEARNER_DRILL": self.mark, "TMPDIR": str(self.temporary)}
+        with open(self._output_path, "ab") as output:
+            self.launcher = subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            )
+
+    def output(self) -> str:
+        """Returns what all launchers so far have shown."""
+        return self._output_path.read_text(errors="replace")
+
+    def wait(self, secs: float) -> int:
+        """Returns the launcher's exit code. Raises `Hang`."""
+        assert self.launcher is not None
+        try:
+            return self.launcher.wait(secs)
+        except subprocess.TimeoutExpired:
+            raise Hang(f"the launcher did not end within {secs:.0f} s") from None
+
+    def status(self) -> dict[str, Any]:
+        """Returns the learner's last account of itself; empty when there is none."""
+        try:
+            return dict(json.loads((self.root_dir / "status.json").read_text()))
+        except (OSError, ValueError):
+            return {}
+
+    def log(self, role: str) -> str:
+        """Returns what the newest life of a role has said."""
+        try:
+            return (self.root_dir / "logs" / f"{role}.log").read_text(errors="replace").rpartition("\n--- ")[2]
+        except OSError:
+            return ""
+
+    def pid(self, role: str) -> int:
+        """Returns the process id of a role's newest life; 0 before the first."""
+        match = re.match(r"(?:--- )?.* process (\d+): ", self.log(role))
+        return int(match[1]) if match else 0
+
+    def processes(self) -> list[int]:
+        """Returns every living process that came from this drill's launchers."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError, ValueError):
+                if self.mark.encode() in (entry / "environ").read_bytes():
+                    found.append(int(entry.name))
+        return found
+
+    def await_training(self, since: float, first_step: Optional[int] = None) -> dict[str, Any]:
+        """Returns the status once a learner's life begun after `since` (unix seconds) trains. Raises `Hang`."""
+        first: dict[int, int] = {}
+
+        def trains() -> Optional[dict[str, Any]]:
+            status = self.status()
+            if status.get("time", 0.0) <= since or status.get("process") != self.pid("learner-0"):
+                return None
+            begun_at = first.setdefault(status["process"], status["train_step"])
+            is_training = status["train_step"] > begun_at and status["phase"] == "training"
+            return status if is_training or status["phase"] in ("final evaluation", "reporting") else None
+
+        return await_(trains, "training")
+
+
+def await_(condition: Callable[[], Any], what: str, secs: float = PATIENCE_SECS) -> Any:
+    """Returns the first true result of `condition`. Raises `Hang` after `secs` seconds."""
+    deadline = time.monotonic() + secs
+    while time.monotonic() < deadline:
+        result = condition()
+        if result:
+            return result
+        time.sleep(0.05)
+    raise Hang(f"no {what} within {secs:.0f} s")
+
+
+def _await_steps(run: Run, num_steps: int) -> None:
+    step = run.status().get("train_step", 0)
+    await_(lambda: run.status().get("train_step", 0) > step + num_steps, f"{num_steps:,} more train steps")
+
+
+# --- Faults -----------------------------------------------------------------------------------------------------------
+
+
+def _before(run: Run, fault: str) -> tuple[Outcome, dict[str, Any], float]:
+    status = run.status()
+    return Outcome(fault, train_step_before=status.get("train_step")), status, time.monotonic()
+
+
+def _compare(run: Run, outcome: Outcome, before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Notes what is different between the last account before a fault and one after it."""
+    outcome.train_step_after = after.get("train_step")
+    held = [status.get("replay", {}).get("held") for status in (before, after)]
+    if None not in held:
+        outcome.transitions_lost = max(0, held[0] - held[1])
+    account = after.get("replay", {})
+    if account.get("samples"):
+        excess = max(0.0, abs(account["ahead"]) - account["error_buffer"])
+        ratio_error: float = excess / account["samples"]
+        outcome.ratio_error = ratio_error
+        if ratio_error > 0.01:
+            outcome.broken.append(f"samples per insert off by {ratio_error:.1%}")
+
+
+def _judge_recovery(outcome: Outcome, since: float) -> None:
+    secs = time.monotonic() - since
+    outcome.recovery_secs = secs
+    if secs > RECOVERY_SECS:
+        outcome.broken.append(f"recovered after {secs:.0f} s, promised {RECOVERY_SECS:.0f} s")
+
+
+def kill_role(run: Run, role: str, number: int = signal.SIGKILL) -> Outcome:
+    """Kills one role and waits until it does again what it is there for."""
+    outcome, before, since = _before(run, f"{signal.Signals(number).name} {role}")
+    killed_at, pid = time.time(), run.pid(role)
+    pending = set(before.get("pending_evaluations", []))
+    run.pending |= pending
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+    if number == signal.SIGTERM:
+        await_(lambda: not _is_alive(pid), f"end of {role}")
+        if time.monotonic() - since > STOP_SECS:
+            outcome.broken.append(f"stopped after {time.monotonic() - since:.0f} s, promised {STOP_SECS:.0f} s")
+    await_(lambda: run.pid(role) not in (0, pid), f"new life of {role}")
+    if role == "learner-0":
+        after = run.await_training(killed_at)
+        first = re.search(r"restored .*ckpt-(\d+)", run.log(role))
+        held = re.search(r"(\d+) windows came back", run.log(role))
+        _judge_recovery(outcome, since)
+        _compare(run, outcome, before, after)
+        outcome.train_step_after = int(first[1]) if first else 0
+        if held and before.get("replay"):
+            outcome.transitions_lost = max(0, before["replay"]["held"] - int(held[1]))
+            if outcome.transitions_lost > 0.01 * before["replay"]["held"]:
+                outcome.broken.append(f"only {held[1]} of {before['replay']['held']} transitions came back")
+    elif role == "eval-actor-0":
+        await_(lambda: "ready to evaluate" in run.log(role), "eval actor that is ready")
+        await_(lambda: not pending & set(run.status().get("pending_evaluations", [])), "result of the evaluation")
+        _judge_recovery(outcome, since)
+        _compare(run, outcome, before, run.status())
+    else:
+        word = "serving replay" if role == "replay-server-0" else "acting with the collect policy"
+        await_(lambda: word in run.log(role), f"sign of life of {role}")
+        steps = run.status().get("environment_steps", 0)
+        await_(lambda: run.status().get("environment_steps", 0) > steps, "new environment steps")
+        _judge_recovery(outcome, since)
+        _compare(run, outcome, before, run.status())
+    return outcome
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def _resume(run: Run, outcome: Outcome, before: dict[str, Any], within_secs: float = 120.0) -> None:
+    """Starts the launcher again and notes what came back."""
+    since, started_at = time.monotonic(), time.time()
+    run.start(MANY_ITERATIONS)
+    after = run.await_training(started_at)
+    secs = time.monotonic() - since
+    outcome.recovery_secs = secs
+    if secs > within_secs:
+        outcome.broken.append(f"resumed after {secs:.0f} s, expected {within_secs:.0f} s")
+    _compare(run, outcome, before, after)
+    first = re.search(r"restored .*ckpt-(\d+)", run.log("learner-0"))
+    held = re.search(r"(\d+) windows came back", run.log("learner-0"))
+    outcome.train_step_after = int(first[1]) if first else 0
+    if not outcome.train_step_after:
+        outcome.broken.append("began anew")
+    if held and before.get("replay"):
+        outcome.transitions_lost = max(0, before["replay"]["held"] - int(held[1]))
+
+
+def _await_no_process(run: Run, outcome: Outcome, secs: float) -> None:
+    try:
+        await_(lambda: not run.processes(), "end of all processes", secs)
+    except Hang:
+        outcome.broken.append(f"{len(run.processes())} processes left after {secs:.0f} s")
+        for pid in run.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def kill_everything(run: Run, fault: str = "SIGKILL everything", *, roles: bool = True) -> Outcome:
+    """Kills the launcher and every role at once, as a power cut would, and starts again."""
+    outcome, before, _ = _before(run, fault)
+    assert run.launcher is not None
+    for pid in [run.launcher.pid, *([run.pid(role) for role in ROLES] if roles else [])]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    run.launcher.wait(PATIENCE_SECS)
+    _await_no_process(run, outcome, 5.0)
+    _resume(run, outcome, before)
+    return outcome
+
+
+def kill_launcher(run: Run) -> Outcome:
+    """Kills the launcher alone: no role may outlive it."""
+    return kill_everything(run, "SIGKILL launcher", roles=False)
+
+
+def stop(run: Run, fault: str = "SIGTERM launcher", *, damage: Optional[Callable[[Outcome], None]] = None) -> Outcome:
+    """Stops the run, which saves; may do something to its files; and starts it again."""
+    outcome, before, since = _before(run, fault)
+    assert run.launcher is not None
+    run.launcher.send_signal(signal.SIGTERM)
+    code = run.wait(PATIENCE_SECS)
+    if time.monotonic() - since > STOP_SECS:
+        outcome.broken.append(f"stopped after {time.monotonic() - since:.0f} s, promised {STOP_SECS:.0f} s")
+    if code != 128 + signal.SIGTERM:
+        outcome.broken.append(f"exit code {code}")
+    _await_no_process(run, outcome, 1.0)
+    if damage:
+        damage(outcome)
+    _resume(run, outcome, before)
+    if not damage and (outcome.train_step_after or 0) < (outcome.train_step_before or 0):
+        outcome.broken.append("train steps were lost")
+    return outcome
+
+
+def stop_twice(run: Run) -> Outcome:
+    """A second signal stops at once."""
+    outcome, before, since = _before(run, "SIGTERM launcher twice")
+    assert run.launcher is not None
+    run.launcher.send_signal(signal.SIGTERM)
+    time.sleep(0.7)  # signals closer together count as one
+    run.launcher.send_signal(signal.SIGTERM)
+    run.wait(PATIENCE_SECS)
+    if time.monotonic() - since > 5.0:
+        outcome.broken.append(f"ended after {time.monotonic() - since:.0f} s")
+    _await_no_process(run, outcome, 1.0)
+    _resume(run, outcome, before)
+    return outcome
+
+
+def damage_checkpoints(run: Run) -> Outcome:
+    """Overwrites bytes in the newest checkpoints of learner and replay: those before them must be taken."""
+    checkpoints = run.root_dir / "checkpoints"
+    newest: list[Path] = []
+
+    def damage(outcome: Outcome) -> None:
+        del outcome
+        learner = max(checkpoints.glob("ckpt-*.data-*"), key=lambda path: path.stat().st_mtime)
+        replay = max(checkpoints.glob("replay/*-*/chunks.tfrecord"), key=lambda path: path.stat().st_mtime)
+        newest.extend((learner, replay.parent))
+        for path in (learner, replay):
+            content = bytearray(path.read_bytes())
+            middle = len(content) // 2
+            content[middle : middle + 64] = bytes(64)
+            path.write_bytes(content)
+
+    outcome = stop(run, "damaged checkpoints", damage=damage)
+    for role, path in zip(("learner-0", "replay-server-0"), newest):
+        name = path.name.partition(".data")[0]
+        if not re.search(rf"passing over .*{re.escape(name)}", run.log(role)):
+            outcome.broken.append(f"{role} did not say that it passed over {name}")
+    return outcome
+
+
+def _goes_on(run: Run, fault: str, inject: Callable[[str, int], None]) -> Outcome:
+    """Does something at the port and sees whether training goes on, in the same processes."""
+    outcome, before, since = _before(run, fault)
+    pids = {role: run.pid(role) for role in ROLES}
+    match = re.search(r"serving replay and variables on port (\d+)", run.log("replay-server-0"))
+    assert match is not None
+    inject("127.0.0.1", int(match[1]))
+    since = time.monotonic()
+    _await_steps(run, 500)
+    _judge_recovery(outcome, since)
+    _compare(run, outcome, before, run.status())
+    died = [role for role in ROLES if run.pid(role) != pids[role]]
+    if died:
+        outcome.broken.append(f"{', '.join(died)} died")
+    return outcome
+
+
+def send_garbage(run: Run) -> Outcome:
+    """Sends what is no gRPC to the port."""
+
+    def inject(host: str, port: int) -> None:
+        for opening in (b"", b"GET / HTTP/1.1\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"):
+            with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=5.0) as connection:
+                connection.sendall(opening + random.Random(0).randbytes(1 << 16))
+
+    return _goes_on(run, "garbage to the port", inject)
+
+
+def insert_stray(run: Run) -> Outcome:
+    """Lets a client insert what does not fit the tables' signatures."""
+
+    def inject(host: str, port: int) -> None:
+        command = [sys.executable, "-c", _STRAY, f"{host}:{port}"]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECS)
+        (run.folder / "stray.log").write_text(ended.stdout + ended.stderr)
+
+    return _goes_on(run, "insert with a wrong signature", inject)
+
+
+def fill_disk(run: Run) -> Outcome:
+    """Lets the learner's next line of metrics meet a full disk: it must end with one clear error."""
+    outcome, before, _ = _before(run, "full disk")
+    metrics = run.root_dir / "metrics.jsonl"
+
+    def damage(outcome: Outcome) -> None:
+        kept = metrics.rename(run.folder / "metrics.kept")
+        metrics.symlink_to("/dev/full")
+        run.start(MANY_ITERATIONS)
+        code = run.wait(PATIENCE_SECS)
+        if code != 73 or "error: the disk is full" not in run.output():
+            outcome.broken.append(f"exit code {code}, expected 73 and an error that says so")
+        metrics.unlink()
+        kept.rename(metrics)
+        _await_no_process(run, outcome, 1.0)
+
+    stopped = stop(run, "full disk", damage=damage)
+    del outcome, before
+    return stopped
+
+
+FAULTS: dict[str, Callable[[Run], Outcome]] = {
+    "kill-learner": lambda run: kill_role(run, "learner-0"),
+    "kill-replay-server": lambda run: kill_role(run, "replay-server-0"),
+    "kill-collect-actor": lambda run: kill_role(run, "collect-actor-0"),
+    "kill-eval-actor": lambda run: kill_role(run, "eval-actor-0"),
+    "stop-learner": lambda run: kill_role(run, "learner-0", signal.SIGTERM),
+    "garbage": send_garbage,
+    "stray-insert": insert_stray,
+    "kill-launcher": kill_launcher,
+    "kill-everything": kill_everything,
+    "stop": stop,
+    "stop-twice": stop_twice,
+    "damage-checkpoints": damage_checkpoints,
+    "full-disk": fill_disk,
+}
+
+
+# --- The drill --------------------------------------------------------------------------------------------------------
+
+
+def run_drill(
+    experiment: str,
+    *,
+    faults: Sequence[str],
+    num_kills: int,
+    seed: int,
+    gin_bindings: Sequence[str] = (),
+    folder: Optional[Path] = None,
+    json_path: Optional[Path] = None,
+) -> int:
+    """Returns 0 when every promise held, 1 when one did not; prints a table.
+
+    Blocks for about half a minute per fault on two cores.
+
+    Args:
+      experiment: A shipped experiment or a gin file.
+      faults: Names from `FAULTS`, in this order; empty for all, unless `num_kills` is given.
+      num_kills: So many SIGKILLs of random roles during one run that then must end by itself.
+      seed: Of the choice of roles and moments, and of the run.
+      gin_bindings: On top of the drill's own.
+      folder: Keeps the run there; else it is in a temporary directory, removed when every promise held.
+      json_path: The outcomes go there too.
+    """
+    place = folder or Path(tempfile.mkdtemp(prefix="drill-"))
+    run = Run(experiment, place / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}", gin_bindings, seed)
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    outcomes: list[Outcome] = []
+    try:
+        steps = _kill_at_random(run, num_kills, seed) if num_kills else _inject(run, faults or tuple(FAULTS))
+        for outcome in steps:
+            outcomes.append(outcome)
+            console.print(_describe(outcome), highlight=False)
+    except Hang as hang:
+        outcomes.append(Outcome("hang", broken=[str(hang)]))
+    finally:
+        for pid in run.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    console.print(make_table(outcomes))
+    recoveries = sorted(o.recovery_secs for o in outcomes if o.recovery_secs is not None)
+    if recoveries:
+        console.print(
+            f"time to recover: median {recoveries[len(recoveries) // 2]:.1f} s, longest {recoveries[-1]:.1f} s, "
+            f"of {len(recoveries)}"
+        )
+    held = all(not outcome.broken for outcome in outcomes)
+    if json_path:
+        content = {
+            "experiment": experiment,
+            "seed": seed,
+            "held": held,
+            "outcomes": [{**dataclasses.asdict(outcome), "verdict": outcome.verdict} for outcome in outcomes],
+        }
+        json_path.write_text(json.dumps(content, indent=2) + "\n")
+    if held and folder is None:
+        shutil.rmtree(place, ignore_errors=True)
+    else:
+        console.print(f"the run is in {run.folder}")
+    return 0 if held else 1
+
+
+def _inject(run: Run, faults: Sequence[str]) -> Iterator[Outcome]:
+    started_at = time.time()
+    run.start(MANY_ITERATIONS)
+    run.await_training(started_at)
+    for name in faults:
+        _await_steps(run, 1_000)
+        if name == "kill-eval-actor":
+            await_(lambda: run.status().get("pending_evaluations"), "evaluation under way")
+        yield FAULTS[name](run)
+    # The end, soon: the same run with few train steps left.
+    assert run.launcher is not None
+    run.launcher.send_signal(signal.SIGTERM)
+    run.wait(PATIENCE_SECS)
+    num_iterations = (int(run.status()["train_step"]) // 1_000 + 2) * 1_000
+    run.start(num_iterations)
+    yield _end(run, num_iterations)
+
+
+def _kill_at_random(run: Run, num_kills: int, seed: int) -> Iterator[Outcome]:
+    chance = random.Random(seed)
+    num_iterations = 1_000 * (5 + 3 * num_kills)
+    started_at = time.time()
+    run.start(num_iterations)
+    run.await_training(started_at)
+    for number in range(num_kills):
+        time.sleep(chance.uniform(0.5, 4.0))
+        if run.status().get("phase") not in ("training", "waiting"):
+            yield Outcome("end of training", broken=[f"it ended before {num_kills - number} of the kills"])
+            break
+        yield kill_role(run, chance.choice(ROLES))
+    yield _end(run, num_iterations)
+
+
+def _end(run: Run, num_iterations: int) -> Outcome:
+    """Waits for the end of training and looks for what is missing and what was left."""
+    outcome = Outcome("the end", train_step_before=run.status().get("train_step"))
+    code = run.wait(END_SECS)
+    if code:
+        outcome.broken.append(f"exit code {code}")
+    _await_no_process(run, outcome, 2.0)
+    with contextlib.suppress(OSError, ValueError):
+        summary = json.loads((run.root_dir / "summary.json").read_text())
+        outcome.train_step_after = summary["train_steps"]
+        evaluated = [evaluation["train_step"] for evaluation in summary["evaluations"]]
+        due = set(range(0, num_iterations + 1, 1_000))
+        outcome.evaluations_lost = len(due - set(evaluated))
+        if outcome.evaluations_lost or len(evaluated) != len(set(evaluated)):
+            outcome.broken.append(f"evaluations of {sorted(due - set(evaluated))} are missing")
+    if outcome.train_step_after != num_iterations:
+        outcome.broken.append(f"no summary of {num_iterations} train steps")
+    account = run.status().get("replay", {})
+    if account.get("samples"):
+        outcome.ratio_error = max(0.0, abs(account["ahead"]) - account["error_buffer"]) / account["samples"]
+    left = [path.name for path in run.temporary.iterdir()]
+    left += [str(path) for path in run.root_dir.rglob("*") if path.name.endswith((".tmp", "_temp", ".new", ".old"))]
+    if left:
+        outcome.broken.append(f"{len(left)} files left behind: {', '.join(sorted(left)[:3])} ...")
+    return outcome
+
+
+def _describe(outcome: Outcome) -> str:
+    secs = "" if outcome.recovery_secs is None else f" after {outcome.recovery_secs:.1f} s"
+    steps = f"train step {outcome.train_step_before} -> {outcome.train_step_after}"
+    return f"{outcome.fault}: {steps}{secs}: {outcome.verdict}"
+
+
+def make_table(outcomes: Sequence[Outcome]) -> Table:
+    """Returns the outcomes as a table for people."""
+    table = Table("fault", "recovered", "transitions lost", "evaluations lost", "train step", "ratio error", "verdict")
+    for outcome in outcomes:
+        table.add_row(
+            outcome.fault,
+            "" if outcome.recovery_secs is None else f"{outcome.recovery_secs:.1f} s",
+            "" if outcome.transitions_lost is None else f"{outcome.transitions_lost:,}",
+            "" if outcome.evaluations_lost is None else f"{outcome.evaluations_lost:,}",
+            f"{outcome.train_step_before} -> {outcome.train_step_after}",
+            "" if outcome.ratio_error is None else f"{outcome.ratio_error:.2%}",
+            outcome.verdict,
+        )
+    return table

@@ -1,0 +1,100 @@
+"""The drill, for real: what a run survives when its processes are killed and its files damaged."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests.e2e.processes import RUN_SECS, Process, Processes, bind
+
+FAULTS = ("kill-learner", "kill-replay-server", "stray-insert", "kill-everything", "damage-checkpoints")
+DRILL_SECS = 600.0  # a quiet machine needs a quarter of it
+
+
+@dataclasses.dataclass(frozen=True)
+class Drill:
+    process: Process
+    outcomes: dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def drill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drill]:
+    """The faults in one run, which then ends by itself; times are not judged, as the machine may be busy."""
+    folder = tmp_path_factory.mktemp("drill")
+    with Processes(folder) as processes:
+        process = processes.start(
+            "drill", "dqn_cartpole", f"--root_dir={folder}/runs", f"--json={folder}/drill.json",
+            *(f"--fault={fault}" for fault in FAULTS),
+            *bind("train.num_environments = 4", "gym_environment.max_episode_steps = 100"),
+            *bind("train.initial_collect_steps = 200", "train.batch_size = 32"),
+        )  # fmt: skip
+        process.wait(DRILL_SECS)
+        outcomes = json.loads((folder / "drill.json").read_text())["outcomes"]
+        yield Drill(process, {outcome["fault"]: outcome for outcome in outcomes})
+
+
+def broken(outcome: dict[str, Any]) -> list[str]:
+    return [promise for promise in outcome["broken"] if " after " not in promise]
+
+
+def test_the_run_reaches_its_end_with_every_evaluation_and_leaves_nothing_behind(drill: Drill):
+    """One crash kills the run elsewhere (ray#4358, sample-factory#316), or leaves it waiting for ever (reverb#4)."""
+    end = drill.outcomes.get("the end")
+    assert end and not broken(end), drill.process.output
+    assert end["evaluations_lost"] == 0
+
+
+def test_a_killed_learner_goes_on_from_its_checkpoint_with_the_replay_and_the_ratio(drill: Drill):
+    """Others begin with an empty replay (agents#475), or with a wrong update ratio (sheeprl PR#280)."""
+    outcome = drill.outcomes["SIGKILL learner-0"]
+    assert not broken(outcome), drill.process.output
+    assert outcome["train_step_after"] > 0
+    assert outcome["ratio_error"] < 0.01
+
+
+def test_training_outlives_its_replay_server(drill: Drill):
+    """A restarted server comes back empty elsewhere, and nobody moves any more."""
+    outcome = drill.outcomes["SIGKILL replay-server-0"]
+    assert not broken(outcome), drill.process.output
+    assert outcome["train_step_after"] >= outcome["train_step_before"]
+    assert outcome["transitions_lost"] == 0
+
+
+def test_a_strangers_insert_ends_nobody(drill: Drill):
+    """Reverb's server takes it, and the next to sample it fails."""
+    assert not broken(drill.outcomes["insert with a wrong signature"]), drill.process.output
+
+
+@pytest.mark.parametrize("fault", ["SIGKILL everything", "damaged checkpoints"])
+def test_the_whole_run_is_resumed_from_what_is_whole(drill: Drill, fault: str):
+    """A power cut in the middle of saving must cost a minute of training, not the run."""
+    outcome = drill.outcomes[fault]
+    assert not broken(outcome), drill.process.output
+    assert outcome["train_step_after"] > 0
+    assert outcome["ratio_error"] < 0.01
+
+
+def test_training_that_diverges_stops_and_keeps_the_last_good_checkpoint(processes: Processes, tmp_path: Path):
+    """NaN weights saved over the last good ones end a run of days."""
+    train = processes.start(
+        "train", "dqn_cartpole", "--root_dir=run", "--seed=1", "--num_video_episodes=0", "--num_eval_actors=0",
+        *bind("train.num_iterations = 1_000", "train.initial_collect_steps = 200", "train.batch_size = 32"),
+        *bind("dqn.learning_rate = 1e30", "dqn.final_learning_rate = 1e30", "train.num_updates_per_call = 1"),
+        *bind("learner.checkpoint_interval_secs = 0"),
+    )  # fmt: skip
+    assert train.wait(RUN_SECS) == 65, train.output
+    assert "at train step" in train.stderr and "training has diverged" in train.stderr
+    assert re.search(r"\b(nan|inf)\b|is not finite is '", train.stderr, re.IGNORECASE)
+    newest = tf.train.load_checkpoint(str(tmp_path / "run" / "checkpoints"))
+    for name, shape in newest.get_variable_to_shape_map().items():
+        value = newest.get_tensor(name)
+        if np.issubdtype(np.asarray(value).dtype, np.floating):
+            assert np.isfinite(value).all(), f"{name} {shape}"

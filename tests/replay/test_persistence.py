@@ -1,0 +1,147 @@
+"""The replay server's checkpoints: what comes back, what does not, and what damaged files do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import reverb
+import tensorflow as tf
+
+from actorlearner.replay import persistence
+from actorlearner.replay.persistence import MAX_TO_KEEP, Requests, TableCheckpoints
+from actorlearner.runtime import messages
+from actorlearner.runtime.lifecycle import ExitCode, RoleError
+
+SIGNATURE = {"x": tf.TensorSpec([None, 3], tf.float32)}
+BOARD_SIGNATURE = {"phase": tf.TensorSpec((), tf.int64)}
+
+
+def make_tables(max_size=10):
+    kept = reverb.Table(
+        "kept",
+        sampler=reverb.selectors.Uniform(),
+        remover=reverb.selectors.Fifo(),
+        max_size=max_size,
+        rate_limiter=reverb.rate_limiters.MinSize(1),
+        signature=SIGNATURE,
+    )
+    return [kept], [messages.make_board("board", BOARD_SIGNATURE)]
+
+
+@pytest.fixture
+def start(serve, tmp_path):
+    """`start(**settings)` begins a server's life on the folder; returns its checkpoints and a client."""
+    lives: list[Any] = []
+
+    def begin(**settings):
+        if lives:
+            lives[-1][0]._lock.close()  # as a process's end does
+            lives[-1][1].stop()
+        kept, others = make_tables(**settings)
+        checkpoints = TableCheckpoints(tmp_path / "replay", kept)
+        server = reverb.Server([*kept, *others], port=None, checkpointer=checkpoints.make_checkpointer())
+        lives.append((checkpoints, server))
+        return checkpoints, reverb.Client(f"localhost:{server.port}")
+
+    yield begin
+    if lives:
+        lives[-1][1].stop()
+
+
+def insert(client, *values):
+    with client.trajectory_writer(num_keep_alive_refs=2) as writer:
+        for value in values:
+            writer.append({"x": np.full(3, value, np.float32)})
+            writer.create_item("kept", 1.0, {"x": writer.history["x"][-1:]})
+        writer.flush(timeout_ms=5_000)
+
+
+def held(client):
+    size = client.server_info(timeout=5)["kept"].current_size
+    if not size:
+        return set()
+    return {float(sample.data[0][0, 0]) for sample in client.sample("kept", num_samples=200, emit_timesteps=False)}
+
+
+def test_what_was_saved_comes_back_and_what_only_the_living_understand_does_not(start):
+    """An old board would tell actors that training is over; replay lost on restart is tensorflow/agents#475."""
+    checkpoints, client = start()
+    insert(client, 1, 2, 3)
+    messages.Sender(client.server_address).put("board", {"phase": np.int64(2)}, timeout_secs=5)
+    checkpoints.save(client, train_step=7)
+    _, client = start()
+    assert held(client) == {1.0, 2.0, 3.0}
+    info = client.server_info(timeout=5)
+    assert info["kept"].rate_limiter_info.insert_stats.completed == 3, "the limiter's account goes on"
+    assert info["board"].current_size == 0
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "unfinished"])
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(start, caplog, damage):
+    """Reverb would not start at all, or bring back half; killed while saving is when servers die."""
+    checkpoints, client = start()
+    insert(client, 1, 2)
+    checkpoints.save(client, train_step=1)
+    insert(client, 3)
+    newest = checkpoints.save(client, train_step=2)
+    chunks = newest / "chunks.tfrecord"
+    if damage == "truncated":
+        chunks.write_bytes(chunks.read_bytes()[:-7])
+    elif damage == "flipped":
+        content = bytearray(chunks.read_bytes())
+        content[len(content) // 2] ^= 0xFF
+        chunks.write_bytes(content)
+    else:
+        newest.rename(newest.with_name(newest.name + ".new"))
+    _, client = start()
+    assert held(client) == {1.0, 2.0}
+    assert ("passing over" in caplog.text) == (damage != "unfinished")
+
+
+def test_another_capacity_is_refused_with_the_difference(start):
+    """Reverb would silently go on with the old one (reverb#103, #118, #137)."""
+    checkpoints, client = start()
+    insert(client, 1)
+    checkpoints.save(client, train_step=1)
+    with pytest.raises(RoleError, match=r"'kept', max_size: the checkpoint has 10, this experiment 20\n") as raised:
+        start(max_size=20)
+    assert raised.value.exit_code == ExitCode.DATA
+
+
+def test_the_disk_holds_a_bounded_number_of_checkpoints_and_no_leftovers(start):
+    """A run of weeks saves ten thousand times."""
+    checkpoints, client = start()
+    for step in range(MAX_TO_KEEP + 3):
+        insert(client, step)
+        checkpoints.save(client, train_step=step)
+    (checkpoints.folder / "9-9.new").mkdir()
+    checkpoints, client = start()
+    assert held(client) == {float(step) for step in range(MAX_TO_KEEP + 3)}
+    left = sorted(path.name for path in checkpoints.folder.iterdir() if path.name not in (".lock", "writing"))
+    assert left == ["3-4", "4-5"]
+    assert not list((checkpoints.folder / "writing").iterdir())
+
+
+def test_a_second_replay_server_is_kept_out_of_the_folder(start, tmp_path):
+    """Each would delete the other's checkpoints."""
+    start()
+    with pytest.raises(RoleError, match="another replay server keeps its checkpoints") as raised:
+        TableCheckpoints(tmp_path / "replay", make_tables()[0])
+    assert raised.value.exit_code == ExitCode.OCCUPIED
+
+
+def test_the_learner_hears_when_the_replay_is_saved(serve):
+    """A pair of which one half is missing is no checkpoint; the learner must be able to say so."""
+    address = f"localhost:{serve(persistence.make_tables()).port}"
+    requests = Requests(address, learner=5)
+    requests.ask(100)
+    assert not requests.wait(secs=0.1)
+    due = None
+    while due is None:
+        due = persistence.read_due(address)
+    assert (due.train_step, due.learner) == (100, 5)
+    persistence.Answers(address).send(due, is_saved=True)
+    assert requests.wait(secs=30)
+    requests.close()
