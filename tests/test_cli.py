@@ -13,7 +13,7 @@ import pytest
 import actorlearner
 from actorlearner import cli
 
-COMMANDS = ["train", "replay-server", "learner", "collect-actor", "eval-actor", "video", "report"]
+COMMANDS = ["train", "replay-server", "learner", "collect-actor", "eval-actor", "video", "report", "bench"]
 ROLES = ["replay-server", "learner", "collect-actor", "eval-actor"]
 SOURCE_ROOT = Path(actorlearner.__file__).parent.parent
 
