@@ -45,7 +45,7 @@ def run_bench(arguments: argparse.Namespace) -> int:
         return USAGE
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the sides are closed on the way out
     folder = Path(tempfile.mkdtemp(prefix="actorlearner-bench-"))
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)
     settings = Settings(
         folder=folder,
         peers_python=arguments.peers_python.absolute(),
