@@ -41,7 +41,9 @@ def find_gpu() -> Optional[str]:
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return None
     names = _run("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
-    return names.splitlines()[0] if names else None
+    if names:
+        return names.splitlines()[0]
+    return "an NVIDIA GPU" if Path("/dev/nvidia0").exists() else None
 
 
 def _versions() -> dict[str, str]:

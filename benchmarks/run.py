@@ -64,6 +64,7 @@ def run_bench(arguments: argparse.Namespace) -> int:
     }
     rows: list[Row] = []
     for name in arguments.only or DEFAULT:
+        console.print(f"{name}: {SUBJECTS[name].__module__.replace('.', '/')}.py", markup=False, highlight=False)
         try:
             rows += SUBJECTS[name](settings)
         except SideFailed as error:
