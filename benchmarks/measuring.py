@@ -34,7 +34,7 @@ READY_SECS = 300.0
 GRACE_SECS = 300.0
 """How much longer than its window a measurement may take, in seconds."""
 
-CLOSE_SECS = 30.0
+CLOSE_SECS = 10.0
 """How long a side may take to stop its own processes before all of them are killed, in seconds."""
 
 NO_GPU = {"CUDA_VISIBLE_DEVICES": "-1"}
@@ -140,7 +140,7 @@ class Side:
         return self._read_line(request.get("window_secs", 0.0) + GRACE_SECS)
 
     def close(self) -> None:
-        """Ends it and its children; blocks at most about half a minute."""
+        """Ends it and its children; blocks at most about ten seconds."""
         family = find_family(self._popen.pid)
         with contextlib.suppress(OSError):
             self._popen.stdin.close()  # type: ignore[union-attr]
