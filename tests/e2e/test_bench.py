@@ -36,7 +36,7 @@ def test_a_pair_is_measured_and_written_down(processes, folder, tmp_path):
     """Benchmarks that are run once a year do not work once a year."""
     subjects = ("collect-cartpole", "learner-gpu")
     bench = processes.start("bench", "--only", *subjects, "--repeats=1", "--window_secs=0.5", "--output=figures.json")
-    assert bench.wait(RUN_SECS) == 0, bench.output
+    assert bench.wait(2 * RUN_SECS) == 0, bench.output
     report = json.loads((tmp_path / "figures.json").read_text())
     assert report["failures"] == {} and report["repeats"] == 1
     assert report["machine"]["cores"] >= 1 and report["machine"]["versions"]["tensorflow"].startswith("2.15")
@@ -46,7 +46,7 @@ def test_a_pair_is_measured_and_written_down(processes, folder, tmp_path):
     assert row["ratio"] == row["ours"][0] / row["theirs"][0] > 0
     assert row["is_reached"] == (row["ratio"] >= row["bar"] == 12.0)
     assert ["actorlearner bench --only learner-gpu" in row["not_measured"] for row in on_gpu] == [True, True]
-    assert "one collect actor on CartPole, 16 environments" in bench.output
+    assert "collect-cartpole-ours 1/1: environment steps per sec" in bench.output
     printed = processes.start("bench", "--markdown=figures.json")
     assert printed.wait(60) == 0
     assert printed.output.count("\n| ") == 4
