@@ -1,5 +1,5 @@
 SHELL := bash
-.PHONY: setup test lint lock train
+.PHONY: setup test lint lock train bench
 
 setup:  ## makes .venv with the test tools
 	set -euo pipefail; . launch/environment.sh; set_up_environment test
@@ -10,8 +10,11 @@ test:  ## ruff, mypy and every test: what CI runs
 lint:  ## ruff and mypy
 	tests/lint.sh
 
-lock:  ## writes requirements*.lock from setup.py; ARGS=--upgrade takes the newest versions
+lock:  ## writes requirements*.lock from setup.py and benchmarks/requirements.in; ARGS=--upgrade takes the newest versions
 	set -euo pipefail; . launch/environment.sh; lock_versions $(ARGS)
+
+bench:  ## measures speed against references; ARGS='--only learner' takes some of them
+	launch/bench.sh $(ARGS)
 
 train:  ## trains EXPERIMENT (sac_minitaur if left out)
 	launch/local.sh $(EXPERIMENT) $(ARGS)

@@ -3,6 +3,7 @@
 #   . launch/environment.sh
 #   set_up_environment run      what training needs: requirements.lock
 #   set_up_environment test     and what the tests need: requirements-test.lock
+#   set_up_peers                beside it .venv-bench, which `actorlearner bench` measures against: requirements-bench.lock
 #
 # `set_up_environment` returns when .venv is ready, which takes some tens of milliseconds if it already was; otherwise it
 # says each thing it does in one line on stderr. On an error it says the cause and the remedy and ends the shell.
@@ -16,6 +17,7 @@
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 venv=$checkout/.venv
 stamp=$venv/setup-stamp
+torch_index=https://download.pytorch.org/whl/cpu # PyPI's torch wants 3 GB of CUDA
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 
@@ -203,7 +205,41 @@ find_uv() {
     "Install one of them (Debian and Ubuntu: apt install python3-venv), then start again; or use Docker: see docker/."
 }
 
-# Writes the lock files from setup.py. Pins that still fit are kept; `lock_versions --upgrade` takes the newest.
+# Makes .venv-bench with Python 3.11 when it is missing or stale.
+set_up_peers() {
+  local venv=$checkout/.venv-bench lock=$checkout/requirements-bench.lock python="" started=$SECONDS torch with
+  [ "$(cat "$venv/setup-stamp" 2>/dev/null)" != "$(fingerprint requirements-bench.lock)" ] || return 0
+  [ ! -e "$venv" ] || [ -e "$venv/setup-stamp" ] ||
+    fail "$venv was not made by this script, so it is not touched." "Move it away or delete it, then start again."
+  say "making $venv from requirements-bench.lock; this takes a few minutes"
+  find_python_of_peers
+  torch=$(grep -oE '^torch==[^ ;]+' "$lock")
+  for with in uv pip; do
+    [ "$with" = pip ] || command -v uv >/dev/null || continue
+    if rm -rf "$venv" && mkdir "$venv" && echo incomplete >"$venv/setup-stamp" && "$python" -m venv "$venv" &&
+      install "$with" --no-deps --extra-index-url "$torch_index" "$torch" && install "$with" --no-deps -r "$lock"; then
+      fingerprint requirements-bench.lock >"$venv/setup-stamp"
+      say "done in $((SECONDS - started)) s"
+      return
+    fi
+    say "$with failed, for the reason above"
+  done
+  fail "could not install what requirements-bench.lock names." \
+    "No network: the packages come from PyPI, torch from $torch_index (or from where PIP_FIND_LINKS says)."
+}
+
+# Sets `python` to a CPython 3.11 with venv: requirements-bench.lock is for that one.
+find_python_of_peers() {
+  local candidate
+  for candidate in "${PYTHON:-}" "$checkout/.venv/bin/python" python3.11 "$checkout"/.setup/python/cpython-3.11*/bin/python3.11; do
+    [ "$(supported_python "$candidate")" = 3.11 ] || continue
+    python=$(command -v "$candidate")
+    return
+  done
+  fetch_python
+}
+
+# Writes the lock files from setup.py and benchmarks/requirements.in. Pins that still fit are kept; `lock_versions --upgrade` takes the newest.
 lock_versions() { # [UV ARGUMENT...]
   local uv extra
   find_uv
@@ -215,4 +251,10 @@ lock_versions() { # [UV ARGUMENT...]
     ) || fail "could not resolve the versions; the reason is above." "Change install_requires in setup.py, then again: make lock"
     say "wrote requirements${extra:+-$extra}.lock"
   done
+  (
+    cd "$checkout" || exit
+    "$uv" pip compile --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_28 --extra-index-url "$torch_index" \
+      --no-emit-index-url --custom-compile-command "make lock" "$@" benchmarks/requirements.in -o requirements-bench.lock
+  ) || fail "could not resolve the versions of the benchmarks' peers; the reason is above."
+  say "wrote requirements-bench.lock"
 }

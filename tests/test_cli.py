@@ -13,7 +13,7 @@ import pytest
 import actorlearner
 from actorlearner import cli
 
-COMMANDS = ["train", "replay-server", "learner", "collect-actor", "eval-actor", "video", "report", "drill"]
+COMMANDS = ["train", "replay-server", "learner", "collect-actor", "eval-actor", "video", "report", "drill", "bench"]
 ROLES = ["replay-server", "learner", "collect-actor", "eval-actor"]
 SOURCE_ROOT = Path(actorlearner.__file__).parent.parent
 

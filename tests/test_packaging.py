@@ -125,6 +125,14 @@ def test_lock_files_pin_everything_that_setup_asks_for(monkeypatch):
                 assert pinned[name] == [requirement], f"{lock} pins another {name}: run `make lock`"
 
 
+def test_lock_of_the_benchmarks_peers_pins_what_they_are():
+    """They are in no extra: nothing that has TensorFlow 2.15 can have them beside it."""
+    pinned = pins("requirements-bench.lock")
+    asked = (CHECKOUT / "benchmarks" / "requirements.in").read_text().splitlines()
+    names = {normalized(re.split(r"[=\s]", line)[0]) for line in asked if not line.startswith("#")}
+    assert {"jax", "sbx-rl", "stable-baselines3", "torch"} == names <= set(pinned)
+
+
 def test_tests_run_with_the_versions_that_training_runs_with():
     run, test = pins("requirements.lock"), pins("requirements-test.lock")
     assert {name: test.get(name) for name in run} == run
@@ -132,7 +140,7 @@ def test_tests_run_with_the_versions_that_training_runs_with():
 
 def test_lock_files_say_how_they_are_made_and_name_no_place():
     """An index address or a path of the machine that made them would bind everybody to it."""
-    for lock in ("requirements.lock", "requirements-test.lock"):
+    for lock in ("requirements.lock", "requirements-test.lock", "requirements-bench.lock"):
         text = (CHECKOUT / lock).read_text()
         assert "make lock" in text.splitlines()[1]
         assert not re.search(r"https?://|--index|--find-links|(^|\s)/\w+", text)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from actorlearner.experiment import Experiment
     from actorlearner.runtime.lifecycle import ExitCode, Stop
 
+_CHECKOUT = Path(__file__).resolve().parents[2]  # what this is in an installed package has no benchmarks
+
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Runs one subcommand and returns its exit status; roles end the process themselves."""
@@ -82,6 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
     drill.add_argument("--gin_bindings", action="append", default=[], metavar="BINDING", help="may be repeated")
     drill.add_argument("--root_dir", type=Path, help="keeps the run there (default: a temporary directory)")
     drill.add_argument("--json", type=Path, metavar="FILE", help="writes the outcomes there too")
+    _add_bench_flags(_add(commands, "bench", _bench, "measure speed against references, in turns on this machine", []))
     return parser
 
 
@@ -160,6 +163,38 @@ def _add_learner_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="episodes in each video, 0 for none (default: 3)",
     )
+
+
+def _add_bench_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME",
+        help="learner, learner-gpu, minitaur, collect-minitaur, collect-cartpole, weights, scaling, endurance "
+        "(default: all but endurance)",
+    )  # fmt: skip
+    parser.add_argument("--repeats", type=_positive, default=5, metavar="N", help="turns of each side (default: 5)")
+    parser.add_argument(
+        "--window_secs", type=float, metavar="SECS", help="least length of a timed window (default: the subject's own)"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=60.0, metavar="N", help="length of the endurance run (default: 60)"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("bench.json"), metavar="FILE", help="figures go here (default: bench.json)"
+    )
+    parser.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="measure nothing: print the table of an earlier run's --output"
+    )
+    parser.add_argument(
+        "--peers_python", type=Path, default=_CHECKOUT / ".venv-bench" / "bin" / "python", metavar="PYTHON",
+        help="interpreter with Stable-Baselines3 and SBX (default: that of .venv-bench, which launch/bench.sh makes)",
+    )  # fmt: skip
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
 
 
 def _non_negative(text: str) -> int:
@@ -397,3 +432,17 @@ def _drill(arguments: argparse.Namespace) -> int:
         folder=arguments.root_dir,
         json_path=arguments.json,
     )
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    if not (_CHECKOUT / "benchmarks" / "run.py").is_file():
+        print(
+            "error: the benchmarks are not in the installed package. Run them from a checkout of the repository: "
+            "./launch/bench.sh",
+            file=sys.stderr,
+        )
+        return 64
+    sys.path.insert(0, str(_CHECKOUT))
+    from benchmarks.run import run_bench
+
+    return run_bench(arguments)

@@ -45,6 +45,9 @@ COMMANDS: dict[str, list[str] | None] = {
     ".venv/bin/actorlearner collect-actor dqn_cartpole --replay_address=host1:8008 --root_dir=runs/cartpole "
     "--task=1": TINY_CARTPOLE,
     ".venv/bin/actorlearner eval-actor dqn_cartpole --replay_address=host1:8008": TINY_CARTPOLE,
+    "./launch/bench.sh": None,  # it fetches two more frameworks; test_bench.py runs what it starts
+    "./launch/bench.sh --only learner collect-cartpole": None,
+    ".venv/bin/actorlearner bench --markdown=bench.json": None,
     "./tests/run.sh": None,  # it is what runs this
 }
 ROLES = ("replay-server", "learner", "collect-actor", "eval-actor")

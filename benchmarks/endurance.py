@@ -1,0 +1,112 @@
+"""An hour of dqn_cartpole at full speed: does the learner slow down, does a role's memory grow?
+
+Not part of the default; `actorlearner bench --only endurance --minutes=60`. Nothing is paired: the reference is the
+second minute of the same run, and for memory the end of its first quarter, when the replay is full.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measuring import Figures, Measure, Settings, Side, run_program
+from benchmarks.results import Row
+
+SAMPLE_SECS = 5.0
+
+
+def compare(settings: Settings) -> Sequence[Row]:
+    """Returns a row for the learner's rate and one for each role's resident memory."""
+    secs = 60.0 * settings.minutes
+    side = Side("endurance", settings, ("endurance", "cartpole"))
+    with contextlib.closing(side):
+        settings.say(f"endurance: {settings.minutes:g} minutes of dqn_cartpole")
+        side.await_ready()
+        figures = side.measure(window_secs=secs)
+    samples = figures["samples"]
+    minute = min(60.0, secs / 4)
+    rate_row = Row(
+        "endurance-rate",
+        f"learner's rate in the last minute of {settings.minutes:g}, CartPole at full speed",
+        "its rate in minute 2",
+        "updates/s",
+        0.95,
+        [rate_between(samples, secs - minute, secs)],
+        [rate_between(samples, minute, 2 * minute)],
+        details={"samples": samples},
+    )
+    return [rate_row, *(_memory_row(role, samples, secs) for role in samples[0]["resident_mb"])]
+
+
+def _memory_row(role: str, samples: Sequence[Figures], secs: float) -> Row:
+    def resident(begin: float, end: float) -> Sequence[float]:
+        found = [sample["resident_mb"][role] for sample in samples if begin * secs <= sample["secs"] <= end * secs]
+        return [statistics.median(found)]
+
+    return Row(
+        f"endurance-memory-{role.replace(' ', '-')}",
+        f"resident memory of the {role} at the end",
+        "after a quarter of the time",
+        "MB",
+        1.05,
+        resident(0.9, 1.1),
+        resident(0.2, 0.3),
+        is_at_most=True,
+    )
+
+
+def rate_between(samples: Sequence[Figures], begin: float, end: float) -> float:
+    """Returns train steps per second between two moments of the run, in seconds from its first sample."""
+    within = [sample for sample in samples if begin <= sample["secs"] <= end]
+    first, last = within[0], within[-1]
+    return (last["train_step"] - first["train_step"]) / (last["time"] - first["time"])
+
+
+@contextlib.contextmanager
+def cartpole() -> Iterator[Measure]:
+    """Server, learner and collect actor of dqn_cartpole as processes; this one looks on."""
+    from actorlearner import local
+    from benchmarks.roles import FOREVER, Roles
+
+    with Roles("dqn_cartpole", FOREVER) as roles:
+        for kind in (local.REPLAY_SERVER, local.LEARNER, local.COLLECT_ACTOR):
+            roles.start(kind)
+        roles.follow_training(secs=1.0)
+
+        def measure(window_secs: float) -> Figures:
+            samples: list[dict[str, Any]] = []
+            start = time.monotonic()
+            every_secs = min(SAMPLE_SECS, window_secs / 40)
+            while not samples or samples[-1]["secs"] < window_secs:
+                time.sleep(every_secs)
+                roles.check()
+                status = read_status(roles.root_dir)
+                memory = {name: read_resident_mb(process.pid) for name, process in roles.processes.items()}
+                samples.append({"secs": time.monotonic() - start, **status, "resident_mb": memory})
+            return {"samples": samples}
+
+        yield measure
+
+
+def read_status(root_dir: Path) -> Figures:
+    """Returns the train step that status.json has, and when it was written."""
+    import json
+
+    status = json.loads((root_dir / "status.json").read_text())
+    return {key: status[key] for key in ("time", "train_step", "environment_steps")}
+
+
+def read_resident_mb(pid: int) -> float:
+    """Returns the resident memory of a process, in MB."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return round(int(line.split()[1]) * 1024 / 1e6, 1)
+    raise RuntimeError(f"process {pid} has no memory of its own")
+
+
+if __name__ == "__main__":
+    run_program(cartpole=cartpole)

@@ -1,0 +1,116 @@
+"""Rows of the table: what was measured, against what, and whether it is enough."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, Optional
+
+from rich.table import Table
+
+HEADINGS = ("measure", "ours", "reference", "its figure", "ratio", "bar", "reached")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One comparison.
+
+    Attributes:
+      name: Of the subject and the reference, for programs.
+      measure, reference: What was measured and against what, in words.
+      unit: Of both figures.
+      bar: The ratio of medians, ours to the reference's, that is asked for.
+      ours, theirs: A figure for each repeat; a reference that is a mere number stands once.
+      is_at_most: The ratio is to stay below the bar, not above it.
+      details: Whatever else was found, as JSON.
+      not_measured: Why there are no figures and what would make them; None if there are.
+    """
+
+    name: str
+    measure: str
+    reference: str
+    unit: str
+    bar: float
+    ours: Sequence[float] = ()
+    theirs: Sequence[float] = ()
+    is_at_most: bool = False
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    not_measured: Optional[str] = None
+
+    @property
+    def ratio(self) -> Optional[float]:
+        if not self.ours or not self.theirs:
+            return None
+        theirs = statistics.median(self.theirs)
+        return statistics.median(self.ours) / theirs if theirs else None
+
+    @property
+    def is_reached(self) -> Optional[bool]:
+        if self.ratio is None:
+            return None
+        return self.ratio <= self.bar if self.is_at_most else self.ratio >= self.bar
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **dataclasses.asdict(self),
+            "ours_median": statistics.median(self.ours) if self.ours else None,
+            "theirs_median": statistics.median(self.theirs) if self.theirs else None,
+            "ratio": self.ratio,
+            "is_reached": self.is_reached,
+        }
+
+
+def row_from_json(content: Mapping[str, Any]) -> Row:
+    """Returns the row that `Row.to_json` wrote."""
+    return Row(**{field.name: content[field.name] for field in dataclasses.fields(Row)})
+
+
+def make_table(rows: Sequence[Row], title: str) -> Table:
+    """Returns the rows for a terminal."""
+    table = Table(title=title, title_justify="left")
+    for heading in HEADINGS:
+        table.add_column(heading, justify="left" if heading in ("measure", "reference") else "right")
+    for row in rows:
+        style = {True: "green", False: "red", None: "yellow"}[row.is_reached]
+        table.add_row(*_cells(row), style=style)
+    return table
+
+
+def make_markdown(report: Mapping[str, Any]) -> str:
+    """Returns a report's rows as a Markdown table, with the machine, the versions and the command above it."""
+    machine = report["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    rows = [row_from_json(row) for row in report["rows"]]
+    lines = [
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB; {machine['gpu'] or 'no GPU'}; "
+        f"{report['date']}; commit {machine['commit']}; {versions}. Medians of {report['repeats']}.",
+        "",
+        f"```bash\n{report['command']}\n```",
+        "",
+        f"| {' | '.join(HEADINGS)} |",
+        f"|{'---|' * len(HEADINGS)}",
+        *(f"| {' | '.join(_cells(row))} |" for row in rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(row: Row) -> Sequence[str]:
+    bar = f"{'at most' if row.is_at_most else 'at least'} {row.bar:.3g}"
+    if row.ratio is None:
+        return (row.measure, f"not measured: {row.not_measured}", row.reference, "", "", bar, "")
+    ours, theirs = (statistics.median(figures) for figures in (row.ours, row.theirs))
+    reached = "yes" if row.is_reached else "no"
+    return (
+        row.measure,
+        f"{_figure(ours)} {row.unit}",
+        row.reference,
+        f"{_figure(theirs)} {row.unit}",
+        f"{_figure(row.ratio)}",
+        bar,
+        reached,
+    )
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1_000 else f"{value:.3g}"

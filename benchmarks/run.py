@@ -1,0 +1,93 @@
+"""`actorlearner bench`: measures the subjects asked for, prints the table and writes it as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks import collecting, endurance, learner, minitaur, scaling, weights
+from benchmarks.machine import describe_date, describe_machine
+from benchmarks.measuring import Settings, SideFailed
+from benchmarks.results import Row, make_markdown, make_table
+
+SUBJECTS: Mapping[str, Callable[[Settings], Sequence[Row]]] = {
+    "learner": learner.compare,
+    "learner-gpu": learner.compare_on_gpu,
+    "minitaur": minitaur.compare,
+    "collect-minitaur": collecting.compare_minitaur,
+    "collect-cartpole": collecting.compare_cartpole,
+    "weights": weights.compare,
+    "scaling": scaling.compare,
+    "endurance": endurance.compare,
+}
+DEFAULT = tuple(name for name in SUBJECTS if name != "endurance")
+
+USAGE, FAILED = 64, 1
+
+
+def run_bench(arguments: argparse.Namespace) -> int:
+    """Runs the command with its parsed flags and returns its exit status: 1 when a subject could not be measured."""
+    if arguments.markdown:
+        return print_markdown(arguments.markdown)
+    unknown = sorted(set(arguments.only or ()) - set(SUBJECTS))
+    if unknown:
+        print(f"error: --only: there is no {', '.join(unknown)}; there are {', '.join(SUBJECTS)}", file=sys.stderr)
+        return USAGE
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the sides are closed on the way out
+    folder = Path(tempfile.mkdtemp(prefix="actorlearner-bench-"))
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    settings = Settings(
+        folder=folder,
+        peers_python=arguments.peers_python.absolute(),
+        repeats=arguments.repeats,
+        window_secs=arguments.window_secs,
+        minutes=arguments.minutes,
+        say=lambda text: console.print(text, markup=False, highlight=False),
+    )
+    report: dict[str, Any] = {
+        "command": shlex.join(["actorlearner", *sys.argv[1:]]),
+        "date": describe_date(),
+        "machine": describe_machine(settings.peers_python),
+        "repeats": settings.repeats,
+        "failures": {},
+        "rows": [],
+    }
+    rows: list[Row] = []
+    for name in arguments.only or DEFAULT:
+        console.print(f"{name}: {SUBJECTS[name].__module__.replace('.', '/')}.py", markup=False, highlight=False)
+        try:
+            rows += SUBJECTS[name](settings)
+        except SideFailed as error:
+            report["failures"][name] = str(error)
+            console.print(f"{name} failed: {error}", style="red", markup=False, highlight=False)
+        report["rows"] = [row.to_json() for row in rows]
+        arguments.output.write_text(json.dumps(report, indent=2) + "\n")  # now: the next one may be interrupted
+    machine = report["machine"]
+    console.print(make_table(rows, f"{machine['cpu']}, {machine['cores']} cores; {machine['gpu'] or 'no GPU'}"))
+    console.print(f"written to {arguments.output}", markup=False, highlight=False)
+    if report["failures"]:
+        console.print(f"what the processes said is in {folder}", markup=False, highlight=False)
+        return FAILED
+    shutil.rmtree(folder, ignore_errors=True)
+    return 0
+
+
+def print_markdown(path: Path) -> int:
+    """Prints the table of a JSON file that an earlier run wrote."""
+    try:
+        report = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        print(f"error: --markdown = '{path}' cannot be read: {error}", file=sys.stderr)
+        return USAGE
+    print(make_markdown(report), end="")
+    return 0

@@ -1,0 +1,65 @@
+"""Sides: programs in processes of their own, which answer in time or are said to have failed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+
+import pytest
+
+from actorlearner import cli
+from benchmarks import learner, run
+from benchmarks.measuring import Settings, Side, SideFailed, count_per_sec, find_family
+
+
+@pytest.fixture
+def settings(tmp_path) -> Settings:
+    return Settings(folder=tmp_path, peers_python=tmp_path / "nowhere", repeats=1, window_secs=0.1)
+
+
+def test_a_side_that_ends_is_reported_with_its_last_words(settings):
+    """Whoever sees 'it ended' needs the reason, not the path of a log in a folder that is gone."""
+    side = Side("broken", settings, ("learner", "no-such-program"))
+    with contextlib.closing(side), pytest.raises(SideFailed) as raised:
+        side.await_ready()
+    assert "broken: it ended" in str(raised.value)
+    assert "KeyError: 'no-such-program'" in str(raised.value)
+
+
+def test_the_family_of_a_process_has_its_grandchildren():
+    """Roles are children of a side: whoever kills the side alone leaves them running."""
+    code = "import subprocess, sys; print(subprocess.Popen(['sleep', '60']).pid, flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        grandchild = int(child.stdout.readline())
+        assert find_family(os.getpid())[0] == os.getpid()
+        assert {child.pid, grandchild} <= set(find_family(os.getpid()))
+        os.kill(grandchild, 9)
+
+
+def test_a_window_counts_whole_calls_only():
+    """A call cut off by the window's end would count for more than was done."""
+    calls: list[int] = []
+
+    def call() -> int:
+        calls.append(10)
+        return 10
+
+    assert 0 < count_per_sec(call, 0.05) <= sum(calls) / 0.05
+
+
+def test_without_a_gpu_the_row_names_the_command_that_measures_it(settings, monkeypatch):
+    """A missing row looks like a forgotten one."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    rows = learner.compare_on_gpu(settings)
+    assert [row.bar for row in rows] == [8.0, 1.0]
+    assert all("actorlearner bench --only learner-gpu" in (row.not_measured or "") for row in rows)
+
+
+def test_every_subject_is_listed_in_the_help(capsys):
+    """The command line is made before the benchmarks are imported, so it has a list of its own."""
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--help"])
+    words = capsys.readouterr().out.replace(",", " ").split()
+    assert set(run.SUBJECTS) <= set(words)
