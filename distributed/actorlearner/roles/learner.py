@@ -368,7 +368,7 @@ class TrainingLoop:
                     self._record.log_training(step, scalars)
                 if scalars is not None and step % self._schedule.policy_save_interval == 0:
                     self._export.save_checkpoint(step)
-                if now - saved_at >= checkpoint_interval_secs:
+                if step > before and now - saved_at >= checkpoint_interval_secs:
                     saved_at = now
                     self._save(with_replay=True)
         finally:
