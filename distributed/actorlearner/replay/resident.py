@@ -88,7 +88,8 @@ class ResidentReplay:
                 EXPERIENCE_TABLE,
                 sampler=reverb.selectors.Uniform(),
                 remover=reverb.selectors.Fifo(),
-                max_size=max(1, self.replay_buffer_capacity // self.chunk_length),
+                # Chunks have fewer windows than steps: episodes end, chunks overlap. The mirror drops what is too much.
+                max_size=max(1, 2 * self.replay_buffer_capacity // self.chunk_length),
                 rate_limiter=reverb.rate_limiters.MinSize(1),
                 signature=signatures[EXPERIENCE_TABLE],
             ),
