@@ -36,7 +36,7 @@ VERSION_EVERY_SECS = 1.5
 
 @gin.configurable("replay_server", module="actorlearner", denylist=["experiment", "port", "root_dir", "stop"])
 def run_replay_server(
-    experiment: Experiment, port: int, root_dir: Path, stop: Stop, *, linger_secs: NonNegativeFloat = 10.0
+    experiment: Experiment, port: int, root_dir: Optional[Path], stop: Stop, *, linger_secs: NonNegativeFloat = 10.0
 ) -> ExitCode:
     """Serves until training is over or `stop` is set.
 
@@ -45,7 +45,7 @@ def run_replay_server(
     Args:
       experiment: What to run; read only.
       port: To listen on, on every interface.
-      root_dir: Where the replay's checkpoints are, under checkpoints/replay.
+      root_dir: Where the replay's checkpoints are, under checkpoints/replay; None saves nothing.
       stop: Set on SIGTERM; looked at several times a second.
       linger_secs: How long it answers after the end of training, in seconds, so that every role hears of it.
 
@@ -55,8 +55,10 @@ def run_replay_server(
         server (OCCUPIED).
     """
     replay_tables, other_tables = _make_tables(experiment)
-    checkpoints = TableCheckpoints(RunDirectory(root_dir).replay_checkpoints, replay_tables)
-    server = _serve([*replay_tables, *other_tables], port, checkpoints.make_checkpointer())
+    checkpoints = TableCheckpoints(RunDirectory(root_dir).replay_checkpoints, replay_tables) if root_dir else None
+    if not checkpoints:
+        logging.warning("without --root_dir the replay is not saved: it ends with this process")
+    server = _serve([*replay_tables, *other_tables], port, checkpoints.make_checkpointer() if checkpoints else None)
     logging.info("serving replay and variables on port %d", port)
     address = f"localhost:{port}"
     keeper = Keeper(address, checkpoints, [table.name for table in replay_tables])
@@ -85,7 +87,7 @@ def run_replay_server(
 class Keeper:
     """Saves the tables when the learner asks, and at the end what has come since."""
 
-    def __init__(self, address: str, checkpoints: TableCheckpoints, tables: Sequence[str]):
+    def __init__(self, address: str, checkpoints: Optional[TableCheckpoints], tables: Sequence[str]):
         self._address = address
         self._checkpoints = checkpoints
         self._tables = tables
@@ -121,6 +123,8 @@ class Keeper:
             logging.warning("the replay was not saved at the end: %s", error)
 
     def _save(self, train_step: int) -> bool:
+        if not self._checkpoints:
+            return False
         self._train_step = train_step
         inserts = self._count_inserts()
         try:
@@ -158,7 +162,9 @@ def _step_signature(collect_data_spec: object) -> object:
     return tree.map_structure(tensor_spec.TensorSpec.from_spec, collect_data_spec)
 
 
-def _serve(tables: list[reverb.Table], port: int, checkpointer: reverb.checkpointers.CheckpointerBase) -> reverb.Server:
+def _serve(
+    tables: list[reverb.Table], port: int, checkpointer: Optional[reverb.checkpointers.CheckpointerBase]
+) -> reverb.Server:
     try:
         # gRPC shares a port with any other server that would; half the actors would then talk to the wrong one.
         with socket.socket() as probe:
