@@ -167,6 +167,21 @@ def test_weights_of_a_restarted_learner_are_pulled_though_its_versions_begin_low
     assert subscriber.latest().variables[0].tolist() == [4.0, 4.0]
 
 
+def test_a_restarted_learner_publishes_nothing_older_than_what_was_published(address, publish, eventually):
+    """Restored from a checkpoint of a minute ago, it would send every actor back by a minute."""
+    first = publish(address, learner=1)
+    first.publish(100, make_variables(1.0))
+    first.close()
+    published = variable_container.read_version(address)
+    again = publish(address, learner=2, published=published)
+    again.publish(80, make_variables(0.8))
+    now = variable_container.read_version(address)
+    assert (now.learner, now.train_step, now.version) == (2, 100, published.version), "its heartbeat, not its weights"
+    again.publish(101, make_variables(1.01))
+    now = variable_container.read_version(address)
+    assert now.train_step == 101 and now.version > published.version
+
+
 def test_a_second_learner_shows_on_the_version_board(address, publish, eventually):
     """Two learners on one container would take turns at the actors' weights."""
     publish(address, learner=1).publish(0, VARIABLES)

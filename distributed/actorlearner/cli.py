@@ -51,8 +51,9 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_argument("--num_eval_actors", type=int, default=1, metavar="N", help="eval actors (default: 1)")
     _add_learner_flags(train)
 
-    server = _add(
-        commands, "replay-server", _replay_server, "serve replay and variables", [experiment, peers, run_directory]
+    server = _add(commands, "replay-server", _replay_server, "serve replay and variables", [experiment, peers])
+    server.add_argument(
+        "--root_dir", type=Path, help="where the replay is saved and begins again from (default: it is not saved)"
     )
     server.add_argument("--port", type=int, default=None, help="port to listen on (default: that of --replay_address)")
 

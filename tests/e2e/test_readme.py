@@ -35,7 +35,9 @@ COMMANDS: dict[str, list[str] | None] = {
     ".venv/bin/actorlearner report runs/short": [],
     ".venv/bin/actorlearner video runs/short --num_episodes=1": [],
     ".venv/bin/tensorboard --logdir runs/short": ["--inspect"],  # the same reading, without the server
-    ".venv/bin/actorlearner replay-server dqn_cartpole --port=8008": TINY_CARTPOLE,
+    ".venv/bin/actorlearner drill dqn_cartpole": None,  # test_drill.py does, with some of the faults
+    ".venv/bin/actorlearner drill dqn_cartpole --kills=20": None,  # it takes ten minutes
+    ".venv/bin/actorlearner replay-server dqn_cartpole --port=8008 --root_dir=runs/cartpole": TINY_CARTPOLE,
     ".venv/bin/actorlearner learner dqn_cartpole --replay_address=host1:8008 --root_dir=runs/cartpole": [
         *TINY_CARTPOLE,
         *NO_VIDEO,

@@ -145,3 +145,38 @@ def test_the_learner_hears_when_the_replay_is_saved(serve):
     persistence.Answers(address).send(due, is_saved=True)
     assert requests.wait(secs=30)
     requests.close()
+
+
+def test_the_ratio_of_a_server_that_samples_goes_on_where_it_was(serve, tmp_path):
+    """A limiter restored with another account blocks one side for ever (reverb#64), or lets it run ahead."""
+    lives = []
+
+    def begin():
+        table = reverb.Table(
+            "kept",
+            sampler=reverb.selectors.Uniform(),
+            remover=reverb.selectors.Fifo(),
+            max_size=100,
+            rate_limiter=reverb.rate_limiters.SampleToInsertRatio(
+                samples_per_insert=2.0, min_size_to_sample=2, error_buffer=4.0
+            ),
+            signature=SIGNATURE,
+        )
+        checkpoints = TableCheckpoints(tmp_path / "replay", [table])
+        server = reverb.Server([table], port=None, checkpointer=checkpoints.make_checkpointer())
+        lives.append(server)
+        return checkpoints, reverb.Client(f"localhost:{server.port}")
+
+    checkpoints, client = begin()
+    insert(client, 1, 2, 3)
+    assert len(list(client.sample("kept", num_samples=4, emit_timesteps=False))) == 4
+    checkpoints.save(client, train_step=1)
+    checkpoints._lock.close()
+    lives.pop().stop()
+
+    _, client = begin()
+    limiter = client.server_info(timeout=5)["kept"].rate_limiter_info
+    assert (limiter.insert_stats.completed, limiter.sample_stats.completed) == (3, 4)
+    insert(client, 4)
+    assert len(list(client.sample("kept", num_samples=4, emit_timesteps=False))) == 4
+    lives.pop().stop()

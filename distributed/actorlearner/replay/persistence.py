@@ -100,6 +100,7 @@ class Requests:
         self._answered = 0
         self._number = 0
         self._closing = False
+        self._has_warned = False
         self._thread = threading.Thread(target=self._work, name="replay checkpoints", daemon=True)
         self._thread.start()
 
@@ -153,11 +154,13 @@ class Requests:
                     if int(row["is_saved"]):
                         logging.info("train step %d is saved: learner and replay", due.train_step)
                     else:
-                        logging.warning(
+                        logging.log(
+                            logging.DEBUG if self._has_warned else logging.WARNING,
                             "train step %d is saved without its replay, which the replay server could not write: its "
-                            "log says why. A resumed run goes on with the replay's last checkpoint.",
+                            "log says why. A resumed run goes on with the replay's last checkpoint, if there is one.",
                             due.train_step,
                         )
+                    self._has_warned = not int(row["is_saved"])
                     return
             except Unreachable as error:
                 logging.debug("%s", error)

@@ -413,7 +413,7 @@ class TrainingLoop:
                     self._record.log_training(step, {**scalars, **self._shares.take()})
                 if scalars is not None and step % self._schedule.policy_save_interval == 0:
                     self._export.save_checkpoint(step)
-                if now - saved_at >= checkpoint_interval_secs:
+                if step > before and now - saved_at >= checkpoint_interval_secs:
                     saved_at = now
                     self._save(with_replay=True)
         finally:

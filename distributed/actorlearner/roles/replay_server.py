@@ -23,17 +23,20 @@ from tf_agents.specs import tensor_spec
 from actorlearner import reports, variable_container
 from actorlearner.experiment import Experiment
 from actorlearner.replay import persistence
-from actorlearner.replay.persistence import Answers, Due, TableCheckpoints, read_due
+from actorlearner.replay.persistence import DUE_TABLE, Answers, Due, TableCheckpoints, read_due
 from actorlearner.run_directory import RunDirectory
 from actorlearner.runtime.configuration import NonNegativeFloat
 from actorlearner.runtime.lifecycle import ExitCode, RoleError, Stop
 from actorlearner.runtime.messages import Unreachable, read_server_info
 from actorlearner.variable_container import Phase
 
+VERSION_EVERY_SECS = 1.5
+"""Time between two looks at how far training is; each costs some milliseconds and a line of Reverb's in the log."""
+
 
 @gin.configurable("replay_server", module="actorlearner", denylist=["experiment", "port", "root_dir", "stop"])
 def run_replay_server(
-    experiment: Experiment, port: int, root_dir: Path, stop: Stop, *, linger_secs: NonNegativeFloat = 10.0
+    experiment: Experiment, port: int, root_dir: Optional[Path], stop: Stop, *, linger_secs: NonNegativeFloat = 10.0
 ) -> ExitCode:
     """Serves until training is over or `stop` is set.
 
@@ -42,7 +45,7 @@ def run_replay_server(
     Args:
       experiment: What to run; read only.
       port: To listen on, on every interface.
-      root_dir: Where the replay's checkpoints are, under checkpoints/replay.
+      root_dir: Where the replay's checkpoints are, under checkpoints/replay; None saves nothing.
       stop: Set on SIGTERM; looked at several times a second.
       linger_secs: How long it answers after the end of training, in seconds, so that every role hears of it.
 
@@ -52,16 +55,20 @@ def run_replay_server(
         server (OCCUPIED).
     """
     replay_tables, other_tables = _make_tables(experiment)
-    checkpoints = TableCheckpoints(RunDirectory(root_dir).replay_checkpoints, replay_tables)
-    server = _serve([*replay_tables, *other_tables], port, checkpoints.make_checkpointer())
+    checkpoints = TableCheckpoints(RunDirectory(root_dir).replay_checkpoints, replay_tables) if root_dir else None
+    if not checkpoints:
+        logging.warning("without --root_dir the replay is not saved: it ends with this process")
+    server = _serve([*replay_tables, *other_tables], port, checkpoints.make_checkpointer() if checkpoints else None)
     logging.info("serving replay and variables on port %d", port)
     address = f"localhost:{port}"
     keeper = Keeper(address, checkpoints, [table.name for table in replay_tables])
     over_since = None
+    version, looked_at = None, 0.0
     while not stop.wait(0.25):
         try:
-            version = variable_container.read_version(address)
             keeper.serve_request()
+            if time.monotonic() - looked_at > VERSION_EVERY_SECS:
+                version, looked_at = variable_container.read_version(address), time.monotonic()
         except Unreachable as error:
             logging.warning("%s", error)
             continue
@@ -80,19 +87,24 @@ def run_replay_server(
 class Keeper:
     """Saves the tables when the learner asks, and at the end what has come since."""
 
-    def __init__(self, address: str, checkpoints: TableCheckpoints, tables: Sequence[str]):
+    def __init__(self, address: str, checkpoints: Optional[TableCheckpoints], tables: Sequence[str]):
         self._address = address
         self._checkpoints = checkpoints
         self._tables = tables
         self._client = reverb.Client(address)
         self._answers = Answers(address)
         self._served: Optional[Due] = None
+        self._num_asked = 0
         self._train_step = 0
         self._saved_inserts = self._count_inserts()
 
     def serve_request(self) -> None:
         """Saves if the learner asked since the last look; blocks until that is written. Raises `Unreachable`."""
+        num_asked = read_server_info(self._address, timeout_secs=5)[DUE_TABLE].rate_limiter_info.insert_stats.completed
+        if num_asked == self._num_asked:
+            return
         due = read_due(self._address)
+        self._num_asked = num_asked
         if due is None or due == self._served:
             return
         is_saved = self._save(due.train_step)
@@ -111,6 +123,8 @@ class Keeper:
             logging.warning("the replay was not saved at the end: %s", error)
 
     def _save(self, train_step: int) -> bool:
+        if not self._checkpoints:
+            return False
         self._train_step = train_step
         inserts = self._count_inserts()
         try:
@@ -144,7 +158,9 @@ def _step_signature(collect_data_spec: object) -> object:
     return tree.map_structure(tensor_spec.TensorSpec.from_spec, collect_data_spec)
 
 
-def _serve(tables: list[reverb.Table], port: int, checkpointer: reverb.checkpointers.CheckpointerBase) -> reverb.Server:
+def _serve(
+    tables: list[reverb.Table], port: int, checkpointer: Optional[reverb.checkpointers.CheckpointerBase]
+) -> reverb.Server:
     try:
         # gRPC shares a port with any other server that would; half the actors would then talk to the wrong one.
         with socket.socket() as probe:

@@ -118,6 +118,8 @@ class Sender:
         """
         writer = self._writers.get(table)
         if writer is None:
+            # Writers made and dropped by the hundred while a server is away have corrupted the heap of Reverb 0.14.
+            read_server_info(self.address, timeout_secs)
             client = reverb.Client(self.address)
             # validate_items compares with the time dimension that TF-Agents' container signatures lack.
             writer = self._writers[table] = client.trajectory_writer(num_keep_alive_refs=1, validate_items=False)

@@ -319,6 +319,8 @@ def stop(run: Run, fault: str = "SIGTERM launcher", *, damage: Optional[Callable
     if damage:
         damage(outcome)
     _resume(run, outcome, before)
+    if not damage and (outcome.transitions_lost or 0) > 0.01 * before.get("replay", {}).get("held", 0):
+        outcome.broken.append(f"{outcome.transitions_lost:,} transitions were lost")
     if not damage and (outcome.train_step_after or 0) < (outcome.train_step_before or 0):
         outcome.broken.append("train steps were lost")
     return outcome
