@@ -6,6 +6,7 @@ The learner is measured by its metrics.jsonl, actors by their reports, as any us
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import subprocess
@@ -136,15 +137,11 @@ def standing_in_for_learner(experiment: Experiment, address: str) -> Iterator[No
     signatures = experiment.replay.table_signatures(agent.collect_data_spec)
     await_tables(address, signatures, stop=Stop(), deadline_secs=START_SECS)
     variable_container.await_container(address, variables, stop=Stop(), deadline_secs=START_SECS)
-    schedule = experiment.schedule
     source = experiment.replay.make_source(
         address,
         tensor_spec.from_spec(agent.collect_data_spec),
-        num_steps=agent.train_sequence_length,
-        batch_size=schedule.batch_size,
-        initial_collect_steps=schedule.initial_collect_steps,
-        samples_per_insert=schedule.samples_per_insert,
-        strategy=tf.distribute.get_strategy(),
+        experiment.sampling(agent.train_sequence_length),
+        tf.distribute.get_strategy(),
     )
     source.restore({})
     publisher = Publisher(address, secrets.randbits(62))
@@ -204,7 +201,8 @@ class Feeder:
     def __init__(self, experiment: Experiment, address: str):
         agent, _ = experiment.make_agent()
         self._episode = make_noise_episode(agent.collect_data_spec)
-        self._sink = experiment.replay.make_sink(address, agent.train_sequence_length)
+        sampling = dataclasses.replace(experiment.sampling(agent.train_sequence_length), num_environments=1)
+        self._sink = experiment.replay.make_sink(address, sampling)
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         self.num_steps = 0
@@ -241,9 +239,11 @@ class Feeder:
         self._thread.start()
 
     def _feed(self, deadline: float) -> None:
+        import numpy as np
+
         from actorlearner.replay.base import RANDOM_POLICY
 
-        self._sink.append(self._episode[self.num_steps % len(self._episode)], RANDOM_POLICY)
+        self._sink.append(self._episode[self.num_steps % len(self._episode)], RANDOM_POLICY, np.array([False]))
         self.num_steps += 1
         while self._sink.is_blocked():
             if time.monotonic() > deadline:
@@ -259,15 +259,15 @@ def make_noise_episode(data_spec: Any, num_steps: int = 1_000) -> Sequence[Any]:
     rng = np.random.default_rng(0)
 
     def noise(spec: Any) -> Any:
-        dtype = spec.dtype.as_numpy_dtype
-        return rng.uniform(-1, 1, spec.shape).astype(dtype) if spec.dtype.is_floating else np.zeros(spec.shape, dtype)
+        dtype, shape = spec.dtype.as_numpy_dtype, (1, *spec.shape)  # of one environment
+        return rng.uniform(-1, 1, shape).astype(dtype) if spec.dtype.is_floating else np.zeros(shape, dtype)
 
     kinds = [StepType.FIRST, *[StepType.MID] * (num_steps - 1), StepType.LAST, StepType.FIRST]
     return [
         tf.nest.map_structure(noise, data_spec)._replace(
-            step_type=np.asarray(kind, np.int32),
-            next_step_type=np.asarray(kind_after, np.int32),
-            discount=np.float32(1),
+            step_type=np.array([kind], np.int32),
+            next_step_type=np.array([kind_after], np.int32),
+            discount=np.ones(1, np.float32),
         )
         for kind, kind_after in zip(kinds, kinds[1:])
     ]
