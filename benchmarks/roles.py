@@ -199,8 +199,14 @@ class Feeder:
     """Writes an episode again and again to replay through the experiment's own sink; `with` ends its thread."""
 
     def __init__(self, experiment: Experiment, address: str):
+        import numpy as np
+        import tensorflow as tf
+
         agent, _ = experiment.make_agent()
-        self._episode = make_noise_episode(agent.collect_data_spec)
+        self._episode = [
+            tf.nest.map_structure(lambda leaf: np.asarray(leaf)[None], step)  # a batch of one environment
+            for step in make_noise_episode(agent.collect_data_spec)
+        ]
         sampling = dataclasses.replace(experiment.sampling(agent.train_sequence_length), num_environments=1)
         self._sink = experiment.replay.make_sink(address, sampling)
         self._closing = threading.Event()
@@ -259,15 +265,15 @@ def make_noise_episode(data_spec: Any, num_steps: int = 1_000) -> Sequence[Any]:
     rng = np.random.default_rng(0)
 
     def noise(spec: Any) -> Any:
-        dtype, shape = spec.dtype.as_numpy_dtype, (1, *spec.shape)  # of one environment
+        dtype, shape = spec.dtype.as_numpy_dtype, spec.shape
         return rng.uniform(-1, 1, shape).astype(dtype) if spec.dtype.is_floating else np.zeros(shape, dtype)
 
     kinds = [StepType.FIRST, *[StepType.MID] * (num_steps - 1), StepType.LAST, StepType.FIRST]
     return [
         tf.nest.map_structure(noise, data_spec)._replace(
-            step_type=np.array([kind], np.int32),
-            next_step_type=np.array([kind_after], np.int32),
-            discount=np.ones(1, np.float32),
+            step_type=np.asarray(kind, np.int32),
+            next_step_type=np.asarray(kind_after, np.int32),
+            discount=np.float32(1),
         )
         for kind, kind_after in zip(kinds, kinds[1:])
     ]

@@ -183,7 +183,8 @@ class Publisher:
         self._lock = threading.Lock()  # guards the fields above; never held while talking to the server
         self._talking = threading.Lock()  # one conversation with the server at a time
         self._sender = messages.Sender(address)
-        self._closing = threading.Event()
+        self._closing = False
+        self._has_news = threading.Event()  # a snapshot to publish, or the end
         self._thread = threading.Thread(target=self._beat, name="publisher", daemon=True)
         self._thread.start()
 
@@ -197,13 +198,15 @@ class Publisher:
         return snapshot
 
     def take_snapshot(self, train_step: int, variables: Sequence[tf.Variable]) -> Snapshot:
-        """Returns a snapshot for the next heartbeat to publish; never blocks on the network."""
+        """Returns a snapshot that the publisher's thread sends at once; never blocks on the network."""
         values = [np.asarray(variable) for variable in variables]
         with self._lock:
             self._snapshot = Snapshot(self._next_version, train_step, values)
             self._next_version += 1
             self._unpublished = True
-            return self._snapshot
+            snapshot = self._snapshot
+        self._has_news.set()
+        return snapshot
 
     def announce(self, phase: Phase, *, timeout_secs: float = 5.0) -> bool:
         """Tells every role how far training is; returns whether the container has it.
@@ -216,11 +219,16 @@ class Publisher:
 
     def close(self) -> None:
         """Stops the heartbeat; blocks at most a few seconds."""
-        self._closing.set()
+        self._closing = True
+        self._has_news.set()
         self._thread.join(timeout=10)
 
     def _beat(self) -> None:
-        while not self._closing.wait(self._heartbeat_secs):
+        while True:
+            self._has_news.wait(self._heartbeat_secs)
+            self._has_news.clear()
+            if self._closing:
+                return
             try:
                 self._republish_if_lost()
                 self._send(timeout_secs=5.0)
