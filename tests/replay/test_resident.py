@@ -160,7 +160,7 @@ def test_the_mirror_holds_the_windows_that_a_stock_table_holds_as_items(
     items = iter(buffer.as_dataset(num_steps=num_steps, single_deterministic_pass=True))
     expected = {tuple(next(items)[0].observation.numpy()[:, 0]) for _ in range(num_items)}
     assert len(expected) == num_items
-    eventually(lambda: source.is_ready() and source.counts()["inserts"] == num_items)
+    eventually(lambda: source.is_ready() and source.account()["held"] == num_items)
     assert held_windows(source._mirrors[0]) == expected
     source.close()
 
@@ -213,7 +213,7 @@ def test_the_learner_waits_for_actors_when_it_is_ahead(replay, address, spec, ev
     assert source.allow(50) == 0
     write(sink, episode(0, 20))
     flush(sink)
-    eventually(lambda: source.is_ready() and source.counts()["inserts"] == 20)
+    eventually(lambda: source.is_ready() and source.account()["held"] == 20)
     assert source.allow(50) == 15  # 20 - 10 windows, and one call of five
     source.note_updates(15)
     assert source.allow(50) == 0
@@ -249,16 +249,16 @@ def test_whoever_is_faster_the_ratio_is_kept_to_within_one_call(replay, address,
     source.restore({})
     steps = (step for number in range(200) for step in episode(1_000 * number, 9))
     worst = 0.0
-    for turn in range(600):
-        for _ in range(3 if turn % 100 < 50 else 1):  # now the actor is the faster, now the learner
+    for turn in range(160):
+        for _ in range(2 if turn % 80 < 30 else 1):  # now the actor is the faster, now the learner
             if not sink.is_blocked():
                 sink.append(columns(next(steps)), RANDOM, np.array([False]))
-        allowed = source.allow(1 if turn % 100 < 50 else 5)
+        allowed = source.allow(1 if turn % 80 < 30 else 5)
         source.note_updates(allowed)
         counts = source.counts()
         if counts["samples"]:
             worst = max(worst, abs((counts["inserts"] - 10) * 4.0 - counts["samples"]))
-    assert counts["samples"] > 400
+    assert counts["samples"] > 200
     assert worst <= 5 * 4 + 8 * 4  # one call, and a chunk that cannot be taken by halves
     source.close()
 
@@ -272,7 +272,7 @@ def test_a_restarted_learner_gets_its_replay_back_from_the_server(replay, addres
         write(sink, episode(100 * number, 12))
         first.is_ready()
     flush(sink)
-    eventually(lambda: first.is_ready() and first.counts()["inserts"] == 240)
+    eventually(lambda: first.is_ready() and first.account()["held"] == 240)
     first.note_updates(10)
     first.close()
 
@@ -295,11 +295,11 @@ def test_what_came_after_the_checkpoint_is_an_insert_too(replay, address, spec, 
     first.restore({})
     write(sink, episode(0, 12))
     flush(sink)
-    eventually(lambda: first.is_ready() and first.counts()["inserts"] == 12)
+    eventually(lambda: first.is_ready() and first.account()["held"] == 12)
     saved = first.counts()
     write(sink, episode(100, 12))  # taken in, but in no checkpoint
     flush(sink)
-    eventually(lambda: first.is_ready() and first.counts()["inserts"] == 24)
+    eventually(lambda: first.is_ready() and first.account()["held"] == 24)
     first.close()
     sink_of_another = replay.make_sink(address, sample())
     write(sink_of_another, episode(200, 12))  # in the queue, taken in by nobody
@@ -322,7 +322,7 @@ def test_several_replicas_each_hold_a_share(replay, address, spec, eventually):
     source.restore({})
     write(sink, episode(0, 30))
     flush(sink)
-    eventually(lambda: source.is_ready() and source.counts()["inserts"] == 30)
+    eventually(lambda: source.is_ready() and source.account()["held"] == 30)
     shares = [held_windows(mirror) for mirror in source._mirrors]
     assert min(map(len, shares)) >= 8
     assert not shares[0] & shares[1]
@@ -373,7 +373,7 @@ def test_a_crashed_episode_gives_no_window_over_the_crash(replay, address, spec,
     crashing = [*episode(0, 30)[:11], *junk, *episode(500, 4)]
     write(sink, crashing, episode(1_000, 16), crashes={(11, 0)})
     flush(sink)
-    eventually(lambda: source.is_ready() and source.counts()["inserts"] == 10 + 4 + 16)
+    eventually(lambda: source.is_ready() and source.account()["held"] == 10 + 4 + 16)
     windows = held_windows(source._mirrors[0])
     assert len(windows) == 30
     assert all(second == start + 1 for start, second in windows)
