@@ -307,8 +307,9 @@ def make_train_function(
 class TimeShares:
     """Where the learner's time goes: into the compiled calls, into waiting for data, or between the two."""
 
-    def __init__(self) -> None:
-        self._began_at = time.monotonic()
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._began_at = clock()
         self._secs = {"computing": 0.0, "waiting": 0.0}
 
     def computing(self) -> contextlib.AbstractContextManager[None]:
@@ -319,15 +320,15 @@ class TimeShares:
 
     @contextlib.contextmanager
     def _measure(self, name: str) -> Iterator[None]:
-        start = time.monotonic()
+        start = self._clock()
         try:
             yield
         finally:
-            self._secs[name] += time.monotonic() - start
+            self._secs[name] += self._clock() - start
 
     def take(self) -> dict[str, float]:
         """Returns the shares since the last call, 0 to 1: `computing_share`, `waiting_share`, `between_share`."""
-        now = time.monotonic()
+        now = self._clock()
         total = max(now - self._began_at, 1e-9)
         shares = {f"{name}_share": secs / total for name, secs in self._secs.items()}
         self._began_at = now
@@ -490,7 +491,7 @@ class TrainingLoop:
             now = int(self._train_step.numpy())
             if now != reached:
                 reached, moved_at = now, time.monotonic()
-            elif time.monotonic() - moved_at > 5.0:  # a batch takes far less; XLA's compiler may take longer
+            elif time.monotonic() - moved_at > 5.0:  # far longer than an update
                 self._say_starved(moved_at, self._source.describe())
             if stop.is_set() and time.monotonic() - moved_at > 2.0:
                 raise Stopped("stopped while a batch was awaited")
