@@ -2,6 +2,10 @@
 
 Ours is the role as it is, writing to a real replay server whose queue is read, with new weights every second. Nothing
 trains.
+
+On Minitaur the weights are zeros: SAC then acts by the tanh of a standard normal, and its episodes last about as long as
+those of random actions. With initial weights it falls after some 50 steps, and a reset takes the time of 20 steps, so that
+the figure would be one of PyBullet's resets.
 """
 
 from __future__ import annotations
@@ -54,7 +58,7 @@ def ours(experiment_name: str) -> Iterator[Measure]:
 
         hold_to_one_thread()
         experiment = load_experiment(experiment_name, roles.bindings)
-        with standing_in_for_learner(experiment, roles.address):
+        with standing_in_for_learner(experiment, roles.address, zero_weights=experiment_name == "sac_minitaur"):
             measure_collecting(roles, 3.0)  # warm
 
             def measure(window_secs: float) -> Figures:

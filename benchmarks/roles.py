@@ -117,10 +117,15 @@ class Roles:
 
 
 @contextlib.contextmanager
-def standing_in_for_learner(experiment: Experiment, address: str) -> Iterator[None]:
+def standing_in_for_learner(experiment: Experiment, address: str, zero_weights: bool = False) -> Iterator[None]:
     """Publishes weights every second and takes in all that actors send, but trains nothing.
 
     So actors meet what they meet beside a learner, and leave the processor to nobody but each other.
+
+    Args:
+      experiment: What the roles run.
+      address: Of the replay server.
+      zero_weights: Publishes zeros in place of the agent's initial weights.
     """
     import secrets
 
@@ -134,6 +139,9 @@ def standing_in_for_learner(experiment: Experiment, address: str) -> Iterator[No
 
     agent, _ = experiment.make_agent()
     variables = agent.collect_policy.variables()
+    if zero_weights:
+        for variable in variables:
+            variable.assign(tf.zeros_like(variable))
     signatures = experiment.replay.table_signatures(agent.collect_data_spec)
     await_tables(address, signatures, stop=Stop(), deadline_secs=START_SECS)
     variable_container.await_container(address, variables, stop=Stop(), deadline_secs=START_SECS)

@@ -157,7 +157,7 @@ def test_the_operative_configuration_is_an_experiment_with_the_same_settings(exp
 def test_the_operative_configuration_keeps_every_roles_settings(experiment: Experiment):
     """The learner writes it, but the run was also what the other roles were told."""
     assert gin.query_parameter("replay_server.linger_secs") == 1.0
-    assert gin.query_parameter("collect_actor.refresh_interval_secs") == 0.2
+    assert gin.query_parameter("collect_actor.refresh_interval_secs") == 0.05
 
 
 @pytest.mark.parametrize("name", ["policy", "collect_policy", "greedy_policy"])
