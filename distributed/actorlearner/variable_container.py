@@ -24,7 +24,7 @@ from tf_agents.experimental.distributed import reverb_variable_container as stoc
 
 from actorlearner.runtime import messages
 from actorlearner.runtime.lifecycle import ExitCode, RoleError, Stop
-from actorlearner.runtime.messages import Unreachable
+from actorlearner.runtime.messages import TableReader, Unreachable
 
 VARIABLES_TABLE = stock.DEFAULT_TABLE
 VERSION_TABLE = "variables_version"
@@ -136,7 +136,15 @@ def read_version(address: str, timeout_secs: float = 5.0) -> Optional[Version]:
     Raises:
       Unreachable: The server does not answer within the deadline.
     """
-    row = messages.read(address, VERSION_TABLE, VERSION_SIGNATURE, timeout_secs=timeout_secs)
+    return _read_version(_make_version_reader(address, timeout_secs))
+
+
+def _make_version_reader(address: str, timeout_secs: float = 5.0) -> TableReader:
+    return TableReader(address, VERSION_TABLE, VERSION_SIGNATURE, timeout_secs=timeout_secs)
+
+
+def _read_version(reader: TableReader) -> Optional[Version]:
+    row = reader.read()
     if row is None:
         return None
     return Version(
@@ -333,8 +341,8 @@ class Subscriber:
     """
 
     def __init__(self, address: str, variables: Sequence[tf.Variable], *, refresh_interval_secs: float):
-        self.address = address
-        self._signature = variables_signature(variables)
+        self._versions = _make_version_reader(address)
+        self._variables = TableReader(address, VARIABLES_TABLE, variables_signature(variables))
         self._refresh_interval_secs = refresh_interval_secs
         self._snapshot: Optional[Snapshot] = None
         self._version: Optional[Version] = None
@@ -367,7 +375,7 @@ class Subscriber:
     def _refresh(self) -> None:
         while not self._closing.is_set():
             try:
-                version = read_version(self.address)
+                version = _read_version(self._versions)
                 if version is not None and version != self._version:
                     self._heard_at = time.monotonic()
                     if self._is_newer(version):
@@ -387,6 +395,6 @@ class Subscriber:
         return version.version > self._snapshot.version or version.learner != self._version.learner
 
     def _pull(self, version: Version) -> None:
-        row = messages.read(self.address, VARIABLES_TABLE, self._signature)
+        row = self._variables.read()
         if row is not None:
             self._snapshot = Snapshot(version.version, int(row[stock.TRAIN_STEP_KEY]), list(row[stock.POLICY_KEY]))

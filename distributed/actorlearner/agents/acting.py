@@ -5,6 +5,7 @@ Time steps and actions are columns: arrays of shape [num_environments, ...].
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, Protocol
 
 import numpy as np
@@ -63,10 +64,13 @@ class CompiledActing:
             tf.convert_to_tensor(column) if unused is None else unused
             for column, unused in zip(tree.flatten(time_step), self._unused)
         ]
-        outputs = self._function(*inputs, *tf.nest.flatten(self._state))
-        step = tf.nest.pack_sequence_as(self._step_structure, outputs)
-        self._state = step.state
-        action, info = tree.map_structure(np.asarray, (step.action, step.info))
+        outputs = iter(self._function(*inputs, *tf.nest.flatten(self._state)))
+        # Part by part: packing the whole step at once takes a tenth of the call.
+        action, self._state, info = (
+            tree.unflatten_as(part, list(itertools.islice(outputs, len(tree.flatten(part)))))
+            for part in self._step_structure
+        )
+        action, info = tree.map_structure(np.asarray, (action, info))
         return policy_step.PolicyStep(action, (), info)
 
     def _begin_anew(self, time_step: ts.TimeStep) -> None:

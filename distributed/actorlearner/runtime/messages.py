@@ -14,6 +14,7 @@ import numpy as np
 import reverb
 import tensorflow as tf
 import tree
+from reverb.cc import schema_pb2
 
 from actorlearner.runtime.lifecycle import ExitCode, RoleError, Stop, wait_until
 
@@ -135,46 +136,99 @@ class Sender:
             raise Unreachable(f"{self.address} did not take a row for table '{table}': {error}") from error
 
 
+class TableReader:
+    """Reads rows of one table; keep one where a table is read again and again. Not thread-safe: one per thread.
+
+    What a look costs is mostly making TensorFlow's pipeline and decoding every table's signature, so the pipeline is
+    kept, and of the server's answer only sizes are decoded.
+    """
+
+    def __init__(self, address: str, table: str, signature: Signature, *, timeout_secs: float = 5.0):
+        """Args:
+        address: Of the server; nothing is asked before the first `take`.
+        table: Its name.
+        signature: Of one row.
+        timeout_secs: Deadline of each of a reading's two steps, in seconds.
+        """
+        self.address = address
+        self.table = table
+        self._signature = signature
+        self._timeout_secs = timeout_secs
+        self._client: Optional[reverb.Client] = None
+        self._datasets: dict[int, tf.data.Dataset] = {}
+
+    def take(self, max_rows: int = 1) -> Sequence[Any]:
+        """Returns up to `max_rows` rows as nests of numpy arrays; fewer, or none, when no more came within the deadline.
+
+        From a queue rows are removed; a board's row stays. Blocks at most about twice the deadline.
+
+        Raises:
+          Unreachable: The server does not answer within the deadline.
+        """
+        available = self._read_size()
+        if not available:
+            return ()
+        rows = []
+        try:
+            for row in self._make_dataset(min(available, max_rows)):
+                rows.append(tree.map_structure(np.asarray, row.data))
+        except tf.errors.OpError as error:
+            if not rows:
+                raise Unreachable(f"reading table '{self.table}' at {self.address} failed: {error.message}") from error
+            logging.warning(
+                "reading table '%s' at %s broke off after %d rows: %s",
+                self.table,
+                self.address,
+                len(rows),
+                error.message,
+            )
+        return rows
+
+    def read(self) -> Optional[Any]:
+        """Returns a board's row, or None while nothing has been put there. Blocks and raises as `take`."""
+        rows = self.take()
+        return rows[0] if rows else None
+
+    def _read_size(self) -> int:
+        try:
+            self._client = self._client or reverb.Client(self.address)
+            # `Client.server_info` would decode the signatures of all tables as well, for ten times the work.
+            answers = self._client._client.ServerInfo(max(1, int(self._timeout_secs)))
+        except (reverb.errors.ReverbError, RuntimeError) as error:
+            raise Unreachable(
+                f"no Reverb server answers at {self.address} within {self._timeout_secs:g} s"
+            ) from error
+        sizes = {info.name: info.current_size for info in map(schema_pb2.TableInfo.FromString, answers)}
+        if self.table not in sizes:
+            raise Unreachable(
+                f"{self.address} has no table '{self.table}'; it has {', '.join(sorted(sizes)) or 'none'}"
+            )
+        return sizes[self.table]
+
+    def _make_dataset(self, num_rows: int) -> tf.data.Dataset:
+        dataset = self._datasets.get(num_rows)
+        if dataset is None:
+            dataset = reverb.TimestepDataset(
+                self.address,
+                self.table,
+                dtypes=tree.map_structure(lambda spec: spec.dtype, self._signature),
+                shapes=tree.map_structure(lambda spec: spec.shape, self._signature),
+                max_in_flight_samples_per_worker=1,
+                num_workers_per_iterator=1,
+                rate_limiter_timeout_ms=int(self._timeout_secs * 1000),
+                max_samples=num_rows,
+            )
+            self._datasets = {num_rows: dataset}  # boards ask for one row each time
+        return dataset
+
+
 def take(
     address: str, table: str, signature: Signature, *, max_rows: int = 1, timeout_secs: float = 5.0
 ) -> Sequence[Any]:
-    """Returns up to `max_rows` rows as nests of numpy arrays; fewer, or none, when no more came within the deadline.
-
-    From a queue rows are removed; a board's row stays. Blocks at most about twice `timeout_secs`.
-
-    Raises:
-      Unreachable: The server does not answer within the deadline.
-    """
-    info = read_server_info(address, timeout_secs)
-    if table not in info:
-        raise Unreachable(f"{address} has no table '{table}'; it has {', '.join(sorted(info)) or 'none'}")
-    available = info[table].current_size
-    if not available:
-        return ()
-    dataset = reverb.TimestepDataset(
-        address,
-        table,
-        dtypes=tree.map_structure(lambda spec: spec.dtype, signature),
-        shapes=tree.map_structure(lambda spec: spec.shape, signature),
-        max_in_flight_samples_per_worker=1,
-        num_workers_per_iterator=1,
-        rate_limiter_timeout_ms=int(timeout_secs * 1000),
-        max_samples=min(available, max_rows),
-    )
-    rows = []
-    try:
-        for row in dataset:
-            rows.append(tree.map_structure(np.asarray, row.data))
-    except tf.errors.OpError as error:
-        if not rows:
-            raise Unreachable(f"reading table '{table}' at {address} failed: {error.message}") from error
-        logging.warning(
-            "reading table '%s' at %s broke off after %d rows: %s", table, address, len(rows), error.message
-        )
-    return rows
+    """Returns what a `TableReader` of this table takes at its first reading. Blocks and raises as `TableReader.take`."""
+    return TableReader(address, table, signature, timeout_secs=timeout_secs).take(max_rows)
 
 
 def read(address: str, table: str, signature: Signature, *, timeout_secs: float = 5.0) -> Optional[Any]:
-    """Returns a board's row, or None while nothing has been put there. Blocks and raises as `take`."""
-    rows = take(address, table, signature, timeout_secs=timeout_secs)
-    return rows[0] if rows else None
+    """Returns a board's row, or None while nothing has been put there. Blocks and raises as `TableReader.take`."""
+    return TableReader(address, table, signature, timeout_secs=timeout_secs).read()
