@@ -56,6 +56,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--root_dir", type=Path, help="where the replay is saved and begins again from (default: it is not saved)"
     )
     server.add_argument("--port", type=int, default=None, help="port to listen on (default: that of --replay_address)")
+    server.add_argument(
+        "--local_only", action="store_true", help="let nobody but this machine reach the port, as `train` does"
+    )
 
     learner = _add(commands, "learner", _learner, "train on what the replay holds", [experiment, peers, run_directory])
     _add_learner_flags(learner)
@@ -254,7 +257,9 @@ def _replay_server(arguments: argparse.Namespace) -> int:
 
         _hold_to_one_thread()
         port = arguments.port or int(cluster.replay_address.rpartition(":")[2])
-        return run_replay_server(_load_experiment(arguments), port, arguments.root_dir, stop)
+        return run_replay_server(
+            _load_experiment(arguments), port, arguments.root_dir, stop, local_only=arguments.local_only
+        )
 
     return _run_role(arguments, run)
 
