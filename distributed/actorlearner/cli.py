@@ -327,6 +327,7 @@ def _run_role(arguments: argparse.Namespace, run: Callable[[Cluster, Stop], Exit
 
     set_up_logging()  # before TensorFlow is imported
     from actorlearner.cluster import Cluster
+    from actorlearner.runtime.dead_peers import notice_dead_peers
     from actorlearner.runtime.lifecycle import ExitCode, RoleError, run_to_exit
 
     def run_in_cluster(stop: Stop) -> ExitCode:
@@ -339,6 +340,10 @@ def _run_role(arguments: argparse.Namespace, run: Callable[[Cluster, Stop], Exit
             )
         except ValueError as error:
             raise RoleError(str(error), ExitCode.USAGE) from error
+        ports = {int(address.rpartition(":")[2]) for address in (cluster.replay_address, cluster.variables_address)}
+        if getattr(arguments, "port", None):  # the replay server's own
+            ports.add(arguments.port)
+        notice_dead_peers(ports)
         return run(cluster, stop)
 
     run_to_exit(run_in_cluster)

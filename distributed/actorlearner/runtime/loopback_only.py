@@ -11,10 +11,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import ipaddress
-import os
 import socket
 import struct
-from collections.abc import Iterator
+
+from actorlearner.runtime.tcp_sockets import own_tcp_sockets
 
 _SO_ATTACH_FILTER = 26  # Python's socket module has no name for it
 _NETWORK_HEADER = -0x100000 & 0xFFFFFFFF  # offsets from here are counted from the start of the IP header
@@ -49,32 +49,18 @@ def close_to_other_machines(port: int) -> None:
       OSError: The system does not allow it, or this process does not listen there.
     """
     num_listening = 0
-    for connection in _tcp_sockets(port):
-        if connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            _attach_filter(connection)
+    for listening in own_tcp_sockets():
+        if listening.getsockname()[1] == port and listening.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            _attach_filter(listening)
             num_listening += 1
     if not num_listening:
         raise OSError(f"no socket of this process that listens on port {port} was found in /proc/self/fd")
-    for connection in _tcp_sockets(port):  # connections accepted from now on have the filter of their listener
+    for accepted in own_tcp_sockets():  # before; from now on they have the filter of their listener
         with contextlib.suppress(OSError):  # it listens, or its peer has gone
-            peer = ipaddress.ip_address(connection.getpeername()[0].partition("%")[0])
-            if not (getattr(peer, "ipv4_mapped", None) or peer).is_loopback:
-                connection.shutdown(socket.SHUT_RDWR)
-
-
-def _tcp_sockets(port: int) -> Iterator[socket.socket]:
-    """Yields this process's TCP sockets on the local `port`, each as a duplicate that is closed afterwards."""
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
-                continue
-            number = os.dup(int(name))
-        except OSError:  # closed meanwhile
-            continue
-        with socket.socket(fileno=number) as found:
-            is_tcp = found.family in (socket.AF_INET, socket.AF_INET6) and found.type == socket.SOCK_STREAM
-            if is_tcp and found.getsockname()[1] == port:
-                yield found
+            peer = ipaddress.ip_address(accepted.getpeername()[0].partition("%")[0])
+            is_local = (getattr(peer, "ipv4_mapped", None) or peer).is_loopback
+            if accepted.getsockname()[1] == port and not is_local:
+                accepted.shutdown(socket.SHUT_RDWR)
 
 
 def _attach_filter(listening: socket.socket) -> None:

@@ -7,8 +7,10 @@ Stock clients (`reverb.Client`, TF-Agents' `ReverbVariableContainer`) can read a
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any, Optional
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Optional, TypeVar
 
 import numpy as np
 import reverb
@@ -16,6 +18,8 @@ import tensorflow as tf
 import tree
 
 from actorlearner.runtime.lifecycle import ExitCode, RoleError, Stop, wait_until
+
+T = TypeVar("T")
 
 Signature = Any
 """A nest of `tf.TensorSpec`: one row, without a time dimension."""
@@ -163,15 +167,54 @@ def take(
     )
     rows = []
     try:
-        for row in dataset:
+        # The limiter's time-out is kept by the server: when that has gone silent, it does not help.
+        for row in each_within(timeout_secs + 1.0, dataset, f"table '{table}' at {address}"):
             rows.append(tree.map_structure(np.asarray, row.data))
-    except tf.errors.OpError as error:
+    except (tf.errors.OpError, Unreachable) as error:
         if not rows:
-            raise Unreachable(f"reading table '{table}' at {address} failed: {error.message}") from error
-        logging.warning(
-            "reading table '%s' at %s broke off after %d rows: %s", table, address, len(rows), error.message
-        )
+            raise Unreachable(f"reading table '{table}' at {address} failed: {error}") from error
+        logging.warning("reading table '%s' at %s broke off after %d rows: %s", table, address, len(rows), error)
     return rows
+
+
+def each_within(secs: float, samples: Iterable[T], where: str) -> Iterator[T]:
+    """Yields each of `samples`, waiting for none longer than `secs` seconds.
+
+    Reverb's samplers ask for ever when their server is away, and cannot be interrupted. So a thread iterates; it is left
+    behind when a sample does not come, and what it may still get is lost.
+
+    Raises:
+      Unreachable: A sample did not come in time.
+      Exception: Whatever iterating raised.
+    """
+    arrived: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()  # (whether there may be more, sample or error)
+    is_left = threading.Event()
+
+    def iterate() -> None:
+        try:
+            for sample in samples:
+                arrived.put((True, sample))
+                if is_left.is_set():
+                    return
+            arrived.put((False, None))
+        except Exception as error:
+            arrived.put((False, error))
+
+    threading.Thread(target=iterate, name=f"reader of {where}", daemon=True).start()
+    try:
+        while True:
+            try:
+                is_sample, value = arrived.get(timeout=secs)
+            except queue.Empty:
+                raise Unreachable(f"nothing came from {where} for {secs:g} s") from None
+            if is_sample:
+                yield value
+            elif value is None:
+                return
+            else:
+                raise value
+    finally:
+        is_left.set()
 
 
 def read(address: str, table: str, signature: Signature, *, timeout_secs: float = 5.0) -> Optional[Any]:
