@@ -1,8 +1,8 @@
 """Notices peers that are gone without a word: a host without power, a cut cable, a firewall that has forgotten.
 
-Nothing arrives on such a half-open connection, not even its end, so who waits on it waits for ever. Reverb's gRPC channels
-look for that neither in words of their own nor by the kernel's. Here the kernel is asked to, on Reverb's sockets: a
-connection that is dead ends with an error, which Reverb's clients answer with a new connection.
+Nothing arrives on such a half-open connection, not even its end, so who waits on it waits for ever. Reverb's gRPC
+channels do not look for that. Here the kernel is asked to, on Reverb's sockets: a connection that is dead ends with an
+error, which Reverb's clients answer with a new connection.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _look(ports: Collection[int], silent_secs: float) -> None:
                         _look_after(connection, silent_secs)
             time.sleep(LOOK_EVERY_SECS)
     except OSError as error:
-        logging.warning("a peer that vanishes may go unnoticed: the sockets of this process cannot be listed: %s", error)
+        logging.warning("a peer that vanishes may go unnoticed: this process cannot list its sockets: %s", error)
 
 
 def _look_after(connection: socket.socket, silent_secs: float) -> None:

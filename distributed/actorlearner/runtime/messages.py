@@ -180,8 +180,8 @@ def take(
 def each_within(secs: float, samples: Iterable[T], where: str) -> Iterator[T]:
     """Yields each of `samples`, waiting for none longer than `secs` seconds.
 
-    Reverb's samplers ask for ever when their server is away, and cannot be interrupted. So a thread iterates; it is left
-    behind when a sample does not come, and what it may still get is lost.
+    Reverb's samplers ask for ever when their server is away, and cannot be interrupted. So a thread iterates; it is
+    left behind when a sample does not come, and what it may still get is lost.
 
     Raises:
       Unreachable: A sample did not come in time.
