@@ -28,7 +28,7 @@ PLAYER = """
 import os, pathlib, signal, subprocess, sys, time
 
 kind, experiment = sys.argv[1:3]
-flags = dict(flag.split("=", 1) for flag in sys.argv[3:])
+flags = dict(flag.partition("=")[::2] for flag in sys.argv[3:])
 task = flags["--task"]
 root_dir = pathlib.Path(flags["--root_dir"])
 events = root_dir / "events"
@@ -237,7 +237,7 @@ def test_every_role_gets_its_own_flags_and_no_other():
         "--gin_bindings=train.num_iterations = 3",
     ]
     for kind, own in (
-        ("replay-server", ["--port=4321"]),
+        ("replay-server", ["--port=4321", "--local_only"]),
         ("learner", ["--strategy=mirrored"]),
         ("eval-actor", []),
         ("collect-actor", []),

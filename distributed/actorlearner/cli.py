@@ -56,6 +56,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--root_dir", type=Path, help="where the replay is saved and begins again from (default: it is not saved)"
     )
     server.add_argument("--port", type=int, default=None, help="port to listen on (default: that of --replay_address)")
+    server.add_argument(
+        "--local_only", action="store_true", help="let nobody but this machine reach the port, as `train` does"
+    )
 
     learner = _add(commands, "learner", _learner, "train on what the replay holds", [experiment, peers, run_directory])
     _add_learner_flags(learner)
@@ -254,7 +257,9 @@ def _replay_server(arguments: argparse.Namespace) -> int:
 
         _hold_to_one_thread()
         port = arguments.port or int(cluster.replay_address.rpartition(":")[2])
-        return run_replay_server(_load_experiment(arguments), port, arguments.root_dir, stop)
+        return run_replay_server(
+            _load_experiment(arguments), port, arguments.root_dir, stop, local_only=arguments.local_only
+        )
 
     return _run_role(arguments, run)
 
@@ -322,6 +327,7 @@ def _run_role(arguments: argparse.Namespace, run: Callable[[Cluster, Stop], Exit
 
     set_up_logging()  # before TensorFlow is imported
     from actorlearner.cluster import Cluster
+    from actorlearner.runtime.dead_peers import notice_dead_peers
     from actorlearner.runtime.lifecycle import ExitCode, RoleError, run_to_exit
 
     def run_in_cluster(stop: Stop) -> ExitCode:
@@ -334,6 +340,10 @@ def _run_role(arguments: argparse.Namespace, run: Callable[[Cluster, Stop], Exit
             )
         except ValueError as error:
             raise RoleError(str(error), ExitCode.USAGE) from error
+        ports = {int(address.rpartition(":")[2]) for address in (cluster.replay_address, cluster.variables_address)}
+        if getattr(arguments, "port", None):  # the replay server's own
+            ports.add(arguments.port)
+        notice_dead_peers(ports)
         return run(cluster, stop)
 
     run_to_exit(run_in_cluster)

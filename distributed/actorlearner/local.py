@@ -151,7 +151,7 @@ def role_command(options: LocalOptions, kind: str, task: int, port: int) -> list
     command += [f"--gin_bindings={binding}" for binding in options.gin_bindings]
     command += options.role_flags
     if kind == REPLAY_SERVER:
-        command.append(f"--port={port}")
+        command += [f"--port={port}", "--local_only"]
     if kind == LEARNER:
         command += options.learner_flags
     return command

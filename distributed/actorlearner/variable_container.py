@@ -24,7 +24,7 @@ from tf_agents.experimental.distributed import reverb_variable_container as stoc
 
 from actorlearner.runtime import messages
 from actorlearner.runtime.lifecycle import ExitCode, RoleError, Stop
-from actorlearner.runtime.messages import TableReader, Unreachable
+from actorlearner.runtime.messages import BoardReader, Unreachable
 
 VARIABLES_TABLE = stock.DEFAULT_TABLE
 VERSION_TABLE = "variables_version"
@@ -136,15 +136,15 @@ def read_version(address: str, timeout_secs: float = 5.0) -> Optional[Version]:
     Raises:
       Unreachable: The server does not answer within the deadline.
     """
-    return _read_version(_make_version_reader(address, timeout_secs))
+    return _read_version(_make_version_reader(address), timeout_secs)
 
 
-def _make_version_reader(address: str, timeout_secs: float = 5.0) -> TableReader:
-    return TableReader(address, VERSION_TABLE, VERSION_SIGNATURE, timeout_secs=timeout_secs)
+def _make_version_reader(address: str) -> BoardReader:
+    return BoardReader(address, VERSION_TABLE, VERSION_SIGNATURE)
 
 
-def _read_version(reader: TableReader) -> Optional[Version]:
-    row = reader.read()
+def _read_version(reader: BoardReader, timeout_secs: float = 5.0) -> Optional[Version]:
+    row = reader.read(timeout_secs)
     if row is None:
         return None
     return Version(
@@ -342,7 +342,7 @@ class Subscriber:
 
     def __init__(self, address: str, variables: Sequence[tf.Variable], *, refresh_interval_secs: float):
         self._versions = _make_version_reader(address)
-        self._variables = TableReader(address, VARIABLES_TABLE, variables_signature(variables))
+        self._variables = BoardReader(address, VARIABLES_TABLE, variables_signature(variables))
         self._refresh_interval_secs = refresh_interval_secs
         self._snapshot: Optional[Snapshot] = None
         self._version: Optional[Version] = None

@@ -34,13 +34,16 @@ from actorlearner.replay.base import Sampling, describe_account
 from actorlearner.runtime.configuration import PositiveFloat, PositiveInt
 from actorlearner.runtime.devices import compute_devices, free_host_bytes
 from actorlearner.runtime.lifecycle import ExitCode, RoleError
-from actorlearner.runtime.messages import read_server_info
+from actorlearner.runtime.messages import each_within, read_server_info
 
 EXPERIENCE_TABLE = "experience"
 STREAM_TABLE = "stream"
 
 MAX_KNOWN_CHUNKS = 100_000
 """How many chunks are remembered, so that none is taken in twice."""
+
+RESTORE_SILENT_SECS = 10.0
+"""So long the server may hand out nothing while the mirror is filled; then filling begins anew."""
 
 
 @gin.configurable("resident_replay", module="actorlearner")
@@ -650,7 +653,8 @@ class ResidentSource:
             size = table.current_size - len(misfits)
             if size <= 0:
                 break
-            for sample in client.sample(EXPERIENCE_TABLE, num_samples=size, emit_timesteps=False):
+            samples = client.sample(EXPERIENCE_TABLE, num_samples=size, emit_timesteps=False)
+            for sample in each_within(RESTORE_SILENT_SECS, samples, f"table '{EXPERIENCE_TABLE}' at {self._address}"):
                 if not _fits(sample.data, table.signature):
                     misfits.add(sample.info.key)
                     continue

@@ -27,6 +27,7 @@ from actorlearner.replay.persistence import DUE_TABLE, Answers, Due, TableCheckp
 from actorlearner.run_directory import RunDirectory
 from actorlearner.runtime.configuration import NonNegativeFloat
 from actorlearner.runtime.lifecycle import ExitCode, RoleError, Stop
+from actorlearner.runtime.loopback_only import close_to_other_machines
 from actorlearner.runtime.messages import Unreachable, read_server_info
 from actorlearner.variable_container import Phase
 
@@ -34,9 +35,17 @@ VERSION_EVERY_SECS = 1.5
 """Time between two looks at how far training is; each costs some milliseconds and a line of Reverb's in the log."""
 
 
-@gin.configurable("replay_server", module="actorlearner", denylist=["experiment", "port", "root_dir", "stop"])
+@gin.configurable(
+    "replay_server", module="actorlearner", denylist=["experiment", "port", "root_dir", "stop", "local_only"]
+)
 def run_replay_server(
-    experiment: Experiment, port: int, root_dir: Optional[Path], stop: Stop, *, linger_secs: NonNegativeFloat = 10.0
+    experiment: Experiment,
+    port: int,
+    root_dir: Optional[Path],
+    stop: Stop,
+    *,
+    local_only: bool = False,
+    linger_secs: NonNegativeFloat = 10.0,
 ) -> ExitCode:
     """Serves until training is over or `stop` is set.
 
@@ -47,6 +56,7 @@ def run_replay_server(
       port: To listen on, on every interface.
       root_dir: Where the replay's checkpoints are, under checkpoints/replay; None saves nothing.
       stop: Set on SIGTERM; looked at several times a second.
+      local_only: Lets nobody but this machine reach the port; where the system does not allow that, warns.
       linger_secs: How long it answers after the end of training, in seconds, so that every role hears of it.
 
     Raises:
@@ -59,7 +69,8 @@ def run_replay_server(
     if not checkpoints:
         logging.warning("without --root_dir the replay is not saved: it ends with this process")
     server = _serve([*replay_tables, *other_tables], port, checkpoints.make_checkpointer() if checkpoints else None)
-    logging.info("serving replay and variables on port %d", port)
+    is_closed = local_only and _close_to_other_machines(port)
+    logging.info("serving replay and variables on port %d%s", port, ", to this machine only" if is_closed else "")
     address = f"localhost:{port}"
     keeper = Keeper(address, checkpoints, [table.name for table in replay_tables])
     over_since = None
@@ -173,3 +184,19 @@ def _serve(
             "Stop what uses the port, or give another.",
             ExitCode.UNAVAILABLE,
         ) from error
+
+
+def _close_to_other_machines(port: int) -> bool:
+    try:
+        close_to_other_machines(port)
+    except OSError as error:
+        logging.warning(
+            "port %d can be reached from other machines, and who reaches it can read and change this run: this system "
+            "does not let it be closed (%s). Put a firewall before it, such as: "
+            "iptables -I INPUT ! -i lo -p tcp --dport %d -j DROP",
+            port,
+            error,
+            port,
+        )
+        return False
+    return True

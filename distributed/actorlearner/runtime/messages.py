@@ -7,8 +7,10 @@ Stock clients (`reverb.Client`, TF-Agents' `ReverbVariableContainer`) can read a
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any, Optional
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Optional, TypeVar
 
 import numpy as np
 import reverb
@@ -17,6 +19,8 @@ import tree
 from reverb.cc import schema_pb2
 
 from actorlearner.runtime.lifecycle import ExitCode, RoleError, Stop, wait_until
+
+T = TypeVar("T")
 
 Signature = Any
 """A nest of `tf.TensorSpec`: one row, without a time dimension."""
@@ -136,99 +140,122 @@ class Sender:
             raise Unreachable(f"{self.address} did not take a row for table '{table}': {error}") from error
 
 
-class TableReader:
-    """Reads rows of one table; keep one where a table is read again and again. Not thread-safe: one per thread.
+def take(
+    address: str, table: str, signature: Signature, *, max_rows: int = 1, timeout_secs: float = 5.0
+) -> Sequence[Any]:
+    """Returns up to `max_rows` rows of a queue as nests of numpy arrays, and removes them there.
 
-    What a look costs is mostly making TensorFlow's pipeline and decoding every table's signature, so the pipeline is
-    kept, and of the server's answer only sizes are decoded.
+    They are fewer, or none, when no more came within the deadline. Blocks at most about twice `timeout_secs`.
+
+    Raises:
+      Unreachable: The server does not answer within the deadline.
     """
+    available = _read_size(reverb.Client(address), address, table, timeout_secs)
+    if not available:
+        return ()
+    dataset = reverb.TimestepDataset(
+        address,
+        table,
+        dtypes=tree.map_structure(lambda spec: spec.dtype, signature),
+        shapes=tree.map_structure(lambda spec: spec.shape, signature),
+        max_in_flight_samples_per_worker=1,
+        num_workers_per_iterator=1,
+        rate_limiter_timeout_ms=int(timeout_secs * 1000),
+        max_samples=min(available, max_rows),
+    )
+    rows = []
+    try:
+        # The limiter's time-out is kept by the server: when that has gone silent, it does not help.
+        for row in each_within(timeout_secs + 1.0, dataset, f"table '{table}' at {address}"):
+            rows.append(tree.map_structure(np.asarray, row.data))
+    except (tf.errors.OpError, Unreachable) as error:
+        if not rows:
+            raise Unreachable(f"reading table '{table}' at {address} failed: {error}") from error
+        logging.warning("reading table '%s' at %s broke off after %d rows: %s", table, address, len(rows), error)
+    return rows
 
-    def __init__(self, address: str, table: str, signature: Signature, *, timeout_secs: float = 5.0):
-        """Args:
-        address: Of the server; nothing is asked before the first `take`.
-        table: Its name.
-        signature: Of one row.
-        timeout_secs: Deadline of each of a reading's two steps, in seconds.
-        """
+
+class BoardReader:
+    """Reads one board again and again, at a small part of what `take` costs. Not thread-safe: one per thread."""
+
+    def __init__(self, address: str, table: str, signature: Signature):
         self.address = address
         self.table = table
         self._signature = signature
-        self._timeout_secs = timeout_secs
         self._client: Optional[reverb.Client] = None
-        self._datasets: dict[int, tf.data.Dataset] = {}
 
-    def take(self, max_rows: int = 1) -> Sequence[Any]:
-        """Returns up to `max_rows` rows as nests of numpy arrays; fewer, or none, when no more came within the deadline.
+    def read(self, timeout_secs: float = 5.0) -> Optional[Any]:
+        """Returns the row as a nest of numpy arrays, or None while nothing has been put there.
 
-        From a queue rows are removed; a board's row stays. Blocks at most about twice the deadline.
+        Blocks at most about twice `timeout_secs`.
 
         Raises:
           Unreachable: The server does not answer within the deadline.
         """
-        available = self._read_size()
-        if not available:
-            return ()
-        rows = []
+        self._client = self._client or reverb.Client(self.address)
+        if not _read_size(self._client, self.address, self.table, timeout_secs):
+            return None
+        # From a queue a sample that comes too late would be lost; a board's row is there for the next reading.
+        samples = self._client.sample(self.table, num_samples=1)
         try:
-            for row in self._make_dataset(min(available, max_rows)):
-                rows.append(tree.map_structure(np.asarray, row.data))
-        except tf.errors.OpError as error:
-            if not rows:
-                raise Unreachable(f"reading table '{self.table}' at {self.address} failed: {error.message}") from error
-            logging.warning(
-                "reading table '%s' at %s broke off after %d rows: %s",
-                self.table,
-                self.address,
-                len(rows),
-                error.message,
-            )
-        return rows
-
-    def read(self) -> Optional[Any]:
-        """Returns a board's row, or None while nothing has been put there. Blocks and raises as `take`."""
-        rows = self.take()
-        return rows[0] if rows else None
-
-    def _read_size(self) -> int:
-        try:
-            self._client = self._client or reverb.Client(self.address)
-            # `Client.server_info` would decode the signatures of all tables as well, for ten times the work.
-            answers = self._client._client.ServerInfo(max(1, int(self._timeout_secs)))
+            (timesteps,) = each_within(timeout_secs, samples, f"table '{self.table}' at {self.address}")
         except (reverb.errors.ReverbError, RuntimeError) as error:
-            raise Unreachable(
-                f"no Reverb server answers at {self.address} within {self._timeout_secs:g} s"
-            ) from error
-        sizes = {info.name: info.current_size for info in map(schema_pb2.TableInfo.FromString, answers)}
-        if self.table not in sizes:
-            raise Unreachable(
-                f"{self.address} has no table '{self.table}'; it has {', '.join(sorted(sizes)) or 'none'}"
-            )
-        return sizes[self.table]
-
-    def _make_dataset(self, num_rows: int) -> tf.data.Dataset:
-        dataset = self._datasets.get(num_rows)
-        if dataset is None:
-            dataset = reverb.TimestepDataset(
-                self.address,
-                self.table,
-                dtypes=tree.map_structure(lambda spec: spec.dtype, self._signature),
-                shapes=tree.map_structure(lambda spec: spec.shape, self._signature),
-                max_in_flight_samples_per_worker=1,
-                num_workers_per_iterator=1,
-                rate_limiter_timeout_ms=int(self._timeout_secs * 1000),
-                max_samples=num_rows,
-            )
-            self._datasets = {num_rows: dataset}  # boards ask for one row each time
-        return dataset
-
-
-def take(
-    address: str, table: str, signature: Signature, *, max_rows: int = 1, timeout_secs: float = 5.0
-) -> Sequence[Any]:
-    """Returns what a `TableReader` of this table takes at its first reading. Blocks and raises as `TableReader.take`."""
-    return TableReader(address, table, signature, timeout_secs=timeout_secs).take(max_rows)
+            raise Unreachable(f"reading table '{self.table}' at {self.address} failed: {error}") from error
+        return tree.unflatten_as(self._signature, timesteps[0].data)
 
 
 def read(address: str, table: str, signature: Signature, *, timeout_secs: float = 5.0) -> Optional[Any]:
-    """Returns a board's row, or None while nothing has been put there. Blocks and raises as `TableReader.take`."""
-    return TableReader(address, table, signature, timeout_secs=timeout_secs).read()
+    """Returns a board's row, or None while nothing has been put there. Blocks and raises as `BoardReader.read`."""
+    return BoardReader(address, table, signature).read(timeout_secs)
+
+
+def _read_size(client: reverb.Client, address: str, table: str, timeout_secs: float) -> int:
+    try:
+        # `Client.server_info` would decode the signatures of all tables as well, for ten times the work.
+        answers = client._client.ServerInfo(max(1, int(timeout_secs)))
+    except RuntimeError as error:
+        raise Unreachable(f"no Reverb server answers at {address} within {timeout_secs:g} s") from error
+    sizes = {info.name: info.current_size for info in map(schema_pb2.TableInfo.FromString, answers)}
+    if table not in sizes:
+        raise Unreachable(f"{address} has no table '{table}'; it has {', '.join(sorted(sizes)) or 'none'}")
+    return sizes[table]
+
+
+def each_within(secs: float, samples: Iterable[T], where: str) -> Iterator[T]:
+    """Yields each of `samples`, waiting for none longer than `secs` seconds.
+
+    Reverb's samplers ask for ever when their server is away, and cannot be interrupted. So a thread iterates; it is
+    left behind when a sample does not come, and what it may still get is lost.
+
+    Raises:
+      Unreachable: A sample did not come in time.
+      Exception: Whatever iterating raised.
+    """
+    arrived: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()  # (whether there may be more, sample or error)
+    is_left = threading.Event()
+
+    def iterate() -> None:
+        try:
+            for sample in samples:
+                arrived.put((True, sample))
+                if is_left.is_set():
+                    return
+            arrived.put((False, None))
+        except Exception as error:
+            arrived.put((False, error))
+
+    threading.Thread(target=iterate, name=f"reader of {where}", daemon=True).start()
+    try:
+        while True:
+            try:
+                is_sample, value = arrived.get(timeout=secs)
+            except queue.Empty:
+                raise Unreachable(f"nothing came from {where} for {secs:g} s") from None
+            if is_sample:
+                yield value
+            elif value is None:
+                return
+            else:
+                raise value
+    finally:
+        is_left.set()

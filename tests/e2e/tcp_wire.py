@@ -1,0 +1,108 @@
+"""A wire between two processes that can be stalled, cut and mended: a TCP proxy."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from types import TracebackType
+from typing import Optional
+
+
+class Wire:
+    """Carries every connection to its own address on to `port` of this machine, until told otherwise."""
+
+    def __init__(self, port: int):
+        self.to_port = port
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="wire", daemon=True)
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._pumps: set[asyncio.Task[None]] = set()
+        self._is_cut = False
+
+    def __enter__(self) -> Wire:
+        self._thread.start()
+        self._run(self._open())
+        return self
+
+    def __exit__(
+        self, kind: Optional[type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
+    ) -> None:
+        self._run(self._close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+        self._loop.close()
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    def stall(self) -> None:
+        """Lets nothing through, without a word to either side: connections stay open, and new ones are taken."""
+        self._run(self._set(flows=False, cut=False))
+
+    def cut(self) -> None:
+        """Ends every connection at once, and each new one."""
+        self._run(self._set(flows=True, cut=True))
+
+    def mend(self) -> None:
+        """Lets everything through again, beginning with what a stall held back."""
+        self._run(self._set(flows=True, cut=False))
+
+    def _run(self, coroutine) -> None:
+        asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(10)
+
+    async def _open(self) -> None:
+        self._flows = asyncio.Event()
+        self._flows.set()
+        self._server = await asyncio.start_server(self._connect, "127.0.0.1", 0)
+
+    async def _close(self) -> None:
+        self._server.close()
+        self._abort_all()
+        pumps = [*self._pumps]
+        for pump in pumps:
+            pump.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)
+
+    async def _set(self, *, flows: bool, cut: bool) -> None:
+        self._is_cut = cut
+        if cut:
+            self._abort_all()
+        if flows:
+            self._flows.set()
+        else:
+            self._flows.clear()
+
+    def _abort_all(self) -> None:
+        for writer in self._writers:
+            writer.transport.abort()
+
+    async def _connect(self, near_reader: asyncio.StreamReader, near: asyncio.StreamWriter) -> None:
+        if self._is_cut:
+            near.transport.abort()
+            return
+        self._writers.add(near)
+        try:
+            await self._flows.wait()
+            far_reader, far = await asyncio.open_connection("127.0.0.1", self.to_port)
+        except OSError:  # nobody listens there yet
+            near.transport.abort()
+            self._writers.discard(near)
+            return
+        self._writers.add(far)
+        for reader, writer in ((near_reader, far), (far_reader, near)):
+            pump = asyncio.create_task(self._pump(reader, writer))
+            self._pumps.add(pump)
+            pump.add_done_callback(self._pumps.discard)
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while data := await reader.read(1 << 16):
+                await self._flows.wait()
+                writer.write(data)
+                await writer.drain()
+        except ConnectionError:
+            pass
+        finally:
+            writer.transport.abort()
+            self._writers.discard(writer)

@@ -1,0 +1,49 @@
+"""Who can reach a run on this machine."""
+
+from __future__ import annotations
+
+import socket
+import sys
+
+import pytest
+
+from actorlearner.local import find_free_port
+from tests.e2e.processes import FOLDER, TINY, bind
+
+
+@pytest.fixture
+def outer_address():
+    """The address at which other machines would find this one."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing
+        try:
+            probe.connect(("192.0.2.77", 9))
+        except OSError:
+            pytest.skip("this machine has no address but loopback's")
+        return probe.getsockname()[0]
+
+
+def test_other_machines_cannot_reach_a_run_on_this_one(processes, outer_address):
+    """Reverb has no authentication: whoever reaches the port can empty the replay and change the weights."""
+    train = processes.start(
+        "train", "dqn_cartpole", "--root_dir=run", "--num_video_episodes=0",
+        *bind(*TINY, "train.num_iterations = 1_000_000"),
+    )  # fmt: skip
+    port = int(train.await_line(r"serving replay and variables on port (\d+), to this machine only").group(1))
+    with socket.create_connection(("localhost", port), timeout=5.0), pytest.raises(socket.timeout):
+        socket.create_connection((outer_address, port), timeout=1.0)
+    train.await_line("train step 50:")
+    assert "can be reached from other machines" not in train.output
+
+
+def test_a_port_that_cannot_be_closed_is_warned_of(processes, outer_address):
+    """Believing it closed, people would leave the run on a network they do not trust."""
+    port = find_free_port()
+    server = processes.start_python(
+        FOLDER / "without_socket_filters.py",
+        *(sys.executable, "-m", "actorlearner", "replay-server", "dqn_cartpole", f"--port={port}", "--local_only"),
+    )
+    server.await_line(rf"serving replay and variables on port {port}$")
+    warning = server.await_line(rf"W .* port {port} can be reached from other machines.*").group()
+    assert f"iptables -I INPUT ! -i lo -p tcp --dport {port} -j DROP" in warning
+    with socket.create_connection((outer_address, port), timeout=5.0):
+        pass  # as warned
