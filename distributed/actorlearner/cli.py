@@ -489,6 +489,9 @@ def _health(arguments: argparse.Namespace) -> int:
 
 
 def _await_end(arguments: argparse.Namespace) -> int:
+    from actorlearner.runtime.telemetry import set_up_logging
+
+    set_up_logging()
     from actorlearner.runtime.lifecycle import run_to_exit
     from actorlearner.tools.ending import await_end
 
@@ -496,6 +499,9 @@ def _await_end(arguments: argparse.Namespace) -> int:
 
 
 def _metrics(arguments: argparse.Namespace) -> int:
+    from actorlearner.runtime.telemetry import set_up_logging
+
+    set_up_logging()
     from actorlearner.runtime.lifecycle import run_to_exit
     from actorlearner.tools.metrics import serve_metrics
 
