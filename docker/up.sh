@@ -33,11 +33,11 @@ fi
 trap 'exit 130' INT # compose has stopped the containers by then
 status=0
 "${compose[@]}" up "$@" || status=$?
-learner=$("${compose[@]}" ps --all --quiet learner | head -1)
+# Of those that must succeed, the first that did not tells why; one that was never started says 0 and tells nothing.
+for service in run-directory check learner; do
+  container=$("${compose[@]}" ps --all --quiet "$service" | head -1)
+  code=$([ -z "$container" ] || docker inspect --format '{{.State.ExitCode}}' "$container")
+  [ "${code:-0}" = 0 ] || { status=$code; break; }
+done
 "${compose[@]}" stop >/dev/null 2>&1 || true
-[ -n "$learner" ] || exit "$status"
-read -r started code < <(docker inspect --format '{{.State.StartedAt}} {{.State.ExitCode}}' "$learner")
-case $started in
-  0001-*) exit "$status" ;; # it never came to be started
-esac
-exit "$code"
+exit "$status"
