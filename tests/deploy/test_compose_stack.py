@@ -7,8 +7,11 @@ then it goes on to its end.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import time
@@ -137,7 +140,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 
 def test_everything_gets_healthy(stack: Stack):
     for service in (*RUNNING_ROLES[:2], "eval-actor", "tensorboard"):
-        await_condition(lambda service=service: stack.is_healthy(service), f"a healthy {service}", START_SECS)
+        await_condition(functools.partial(stack.is_healthy, service), f"a healthy {service}", START_SECS)
 
 
 def test_tensorboard_answers_on_its_published_port(stack: Stack):
@@ -177,7 +180,9 @@ def test_files_of_the_run_belong_to_the_roles_user(stack: Stack):
 def test_collect_actors_are_added_to_a_running_system(stack: Stack):
     """Each takes a task number, seeds and a folder of its own."""
     before = stack.containers("collect-actor")
-    stack.compose("up", "--detach", "--no-deps", "--no-recreate", "--scale", "collect-actor=4", "collect-actor")
+    (documented,) = re.findall(r"^docker compose .*--scale.*$", (CHECKOUT / "docs" / "operations.md").read_text(), re.M)
+    command = shlex.split(documented.replace("collect-actor=8", "collect-actor=4"))
+    subprocess.run(command, cwd=CHECKOUT, env=stack.environment, check=True, capture_output=True, timeout=120)
     await_condition(lambda: stack.is_healthy("collect-actor", 4), "four healthy collect actors", START_SECS)
     assert set(before) < set(stack.containers("collect-actor"))
     folders = stack.run_dir / "collect"
