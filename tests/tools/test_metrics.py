@@ -18,7 +18,8 @@ from tests.e2e.processes import Processes
 @pytest.fixture
 def directory(tmp_path):
     directory = RunDirectory(tmp_path)
-    status = {"phase": "training", "train_step": 7, "seconds_left": None, "replay": {"held": 3}, "time": 100.0}
+    numbers = {"train_step": 7, "train_steps_per_sec": 9.5, "seconds_left": None}
+    status = {"phase": "training", **numbers, "replay": {"held": 3}, "time": 100.0}
     directory.write_json(directory.status, status)
     directory.add_metrics("train", {"train_step": 5, "loss": 1.5})
     directory.add_metrics("train", {"train_step": 7, "loss": 0.5})
@@ -35,6 +36,7 @@ def test_the_newest_numbers_are_told_and_what_is_no_number_is_left_out(directory
         "actorlearner_status_age_seconds": "30",
         'actorlearner_phase{phase="training"}': "1",
         "actorlearner_train_step": "7",
+        "actorlearner_train_steps_per_second": "9.5",
         "actorlearner_replay_held": "3",
         "actorlearner_train_train_step": "7",
         "actorlearner_train_loss": "0.5",
