@@ -253,7 +253,7 @@ def test_a_setting_that_cannot_work_ends_up_sh_at_once_with_its_code(tmp_path: P
             timeout=BUILD_SECS,
         )
         assert ended.returncode == 64, ended.stderr
-        assert "batch_sise" in ended.stdout
+        assert "Did you mean 'train.batch_size'?" in ended.stderr
         assert stack.compose("ps", "--quiet") == ""
     finally:
         stack.close()
