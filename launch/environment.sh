@@ -253,6 +253,16 @@ lock_versions() { # [UV ARGUMENT...]
   done
   (
     cd "$checkout" || exit
+    set -o pipefail
+    {
+      echo "# CUDA's libraries as wheels, for the GPU image: what tensorflow[and-cuda] names. \`make lock\` writes it."
+      "$uv" pip compile --quiet --no-header --no-annotate --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+        --constraint requirements.lock - <<<"tensorflow[and-cuda]" | grep '^nvidia-'
+    } >requirements-gpu.lock.new && mv requirements-gpu.lock.new requirements-gpu.lock
+  ) || fail "could not resolve the versions of CUDA's libraries; the reason is above."
+  say "wrote requirements-gpu.lock"
+  (
+    cd "$checkout" || exit
     "$uv" pip compile --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_28 --extra-index-url "$torch_index" \
       --no-emit-index-url --custom-compile-command "make lock" "$@" benchmarks/requirements.in -o requirements-bench.lock
   ) || fail "could not resolve the versions of the benchmarks' peers; the reason is above."

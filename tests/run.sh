@@ -2,10 +2,15 @@
 # Runs the checks and the tests, after making .venv with the test tools if it is missing or stale.
 #
 #   tests/run.sh                               ruff, mypy, then every test
+#   tests/run.sh deploy                        the containers on a real Docker engine; as root, up to half an hour
 #   tests/run.sh tests/test_x.py -k foo        pytest alone, with these arguments; paths are below the checkout
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../launch/environment.sh"
 set_up_environment test
 cd "$checkout"
 [ $# -gt 0 ] || tests/lint.sh
+if [ "${1:-}" = deploy ]; then
+  shift
+  set -- -m deploy tests/deploy "$@"
+fi
 exec "$venv/bin/python" -m pytest "$@"

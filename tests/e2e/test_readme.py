@@ -37,6 +37,9 @@ COMMANDS: dict[str, list[str] | None] = {
     ".venv/bin/tensorboard --logdir runs/short": ["--inspect"],  # the same reading, without the server
     ".venv/bin/actorlearner drill dqn_cartpole": None,  # test_drill.py does, with some of the faults
     ".venv/bin/actorlearner drill dqn_cartpole --kills=20": None,  # it takes ten minutes
+    "docker compose -f docker/compose.yaml up": None,  # tests/deploy does
+    "EXPERIMENT=dqn_cartpole COLLECT_ACTORS=4 docker compose -f docker/compose.yaml up": None,
+    "docker compose -f docker/compose.yaml -f docker/compose.gpu.yaml up": None,  # it needs a GPU
     ".venv/bin/actorlearner replay-server dqn_cartpole --port=8008 --root_dir=runs/cartpole": TINY_CARTPOLE,
     ".venv/bin/actorlearner learner dqn_cartpole --replay_address=host1:8008 --root_dir=runs/cartpole": [
         *TINY_CARTPOLE,
@@ -51,6 +54,7 @@ COMMANDS: dict[str, list[str] | None] = {
     "./launch/bench.sh --only learner collect-cartpole": None,
     ".venv/bin/actorlearner bench --markdown=bench.json": None,
     "./tests/run.sh": None,  # it is what runs this
+    "./tests/run.sh deploy": None,  # it needs a Docker engine
 }
 ROLES = ("replay-server", "learner", "collect-actor", "eval-actor")
 
