@@ -1,8 +1,10 @@
-# shellcheck shell=bash
-# Sourced, not run: keeps a role alive as `actorlearner train` does.
+#!/usr/bin/env bash
+# Keeps a role alive as `actorlearner train` does. Run it, or source it and call the function in the background:
 #
-#   . launch/keep_running.sh
-#   keep_running NAME COMMAND [ARGUMENT...] &     in the background: its SIGTERM ends the role, which saves first
+#   launch/keep_running.sh NAME COMMAND [ARGUMENT...]
+#   keep_running           NAME COMMAND [ARGUMENT...] &
+#
+# SIGTERM ends the role, which saves first.
 #
 # COMMAND is started again, with back-off, when it dies. `keep_running` returns the exit code of its last life: 0 when its
 # work is done; 64, 65, 73 or 75 when to start it again cannot help (docs/operations.md); 143 after SIGTERM; and that of
@@ -53,3 +55,5 @@ keep_running() { # NAME COMMAND [ARGUMENT...]
   done
   return 143
 }
+
+[ "${BASH_SOURCE[0]}" != "$0" ] || keep_running "$@"
