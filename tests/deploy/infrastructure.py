@@ -4,8 +4,8 @@ They need real infrastructure and are chosen by `tests/run.sh deploy`. Environme
 
 SLURM_CLUSTER  a program: `ctl COMMAND...` runs it where sbatch and squeue work. Nodes: gpu1 in partition gpu, cpu1 and
                cpu2 in partition cpu
-LAB_HOSTS      a program: `up` and `down`, for the hosts that HOSTS names; `on HOST COMMAND...` runs it there; `cut HOST`
-               and `join HOST` take its network away and give it back
+LAB_HOSTS      a program: `up` and `down`, for the hosts that HOSTS names; `on HOST COMMAND...` runs it there; `cut
+               HOST` and `join HOST` take its network away and give it back
 """
 
 from __future__ import annotations
