@@ -13,8 +13,9 @@ import pytest
 import actorlearner
 from actorlearner import cli
 
-COMMANDS = ["train", "replay-server", "learner", "collect-actor", "eval-actor", "video", "report", "drill", "bench"]
 ROLES = ["replay-server", "learner", "collect-actor", "eval-actor"]
+TOOLS = ["video", "report", "check", "health", "await-end", "metrics", "drill", "bench"]
+COMMANDS = ["train", *ROLES, *TOOLS]
 SOURCE_ROOT = Path(actorlearner.__file__).parent.parent
 
 
@@ -103,3 +104,24 @@ def test_a_tool_on_what_is_no_run_says_so(command, tmp_path):
     assert ended.stderr.count("error: ") == 1
     assert str(tmp_path / "nowhere") in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_a_task_is_a_number_or_auto(capsys):
+    """A typing error must not become task 0, whose seeds and files another process has."""
+    parser = cli.make_parser()
+    assert parser.parse_args(["collect-actor", "dqn_cartpole", "--task=auto"]).task is None
+    with pytest.raises(SystemExit):
+        parser.parse_args(["collect-actor", "dqn_cartpole", "--task=first"])
+    assert "'first': expected a number from 0, or auto" in capsys.readouterr().err
+
+
+def test_check_names_what_is_wrong_before_anything_starts(tmp_path):
+    """In a cluster the same misspelling would be found by every role, many times over."""
+    ended = run("check", "dqn_cartpole", "--gin_bindings=train.batch_sise = 3")
+    assert ended.returncode == 64
+    assert "batch_sise" in ended.stderr
+    (tmp_path / "file").touch()
+    ended = run("check", "dqn_cartpole", f"--root_dir={tmp_path / 'file' / 'run'}")
+    assert ended.returncode == 73
+    ended = run("check", "dqn_cartpole", f"--root_dir={tmp_path / 'run'}")
+    assert (ended.returncode, ended.stdout) == (0, "dqn_cartpole can be started\n")

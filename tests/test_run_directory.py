@@ -139,3 +139,32 @@ def test_the_next_learner_knows_the_numbers_of_those_before_it(tmp_path):
     second = RunDirectory(tmp_path)
     second.hold()
     assert second.past_learners() == [7]
+
+
+def test_processes_that_number_themselves_never_share_a_number(tmp_path):
+    """Two collect actors with one task number would repeat each other's episodes and write into one another's files."""
+    code = """
+import pathlib, sys
+from actorlearner.run_directory import RunDirectory
+print(RunDirectory(pathlib.Path(sys.argv[1])).claim_task("collect-actor"), flush=True)
+sys.stdin.read()
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(actorlearner.__file__).parent.parent)}
+
+    def start():
+        command = [sys.executable, "-c", code, str(tmp_path / "run")]
+        return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    processes = [start() for _ in range(4)]
+    try:
+        numbers = [int(process.stdout.readline()) for process in processes]
+        assert sorted(numbers) == [0, 1, 2, 3]
+        gone = numbers.index(1)
+        processes[gone].kill()
+        processes[gone].wait(10)
+        processes.append(start())
+        assert int(processes[-1].stdout.readline()) == 1  # its events and its seeds go on under the number that is free
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()

@@ -71,6 +71,22 @@ def make_parser() -> argparse.ArgumentParser:
     report = _add(commands, "report", _report, "print a run's evaluations and draw its learning curve", [])
     report.add_argument("root_dir", type=Path, metavar="ROOT_DIR", help="directory of a finished run")
 
+    check = _add(commands, "check", _check, "say whether an experiment can be started; start nothing", [experiment])
+    check.add_argument("--root_dir", type=Path, help="also: whether it can be written")
+
+    health = _add(commands, "health", _health, "say whether the role that touches a file goes on", [])
+    health.add_argument("file", type=Path, metavar="FILE", help="the role's --health_file")
+    health.add_argument(
+        "--max_age_secs", type=float, default=60.0, metavar="SECS", help="of the last sign of life (default: 60)"
+    )
+
+    await_end = _add(commands, "await-end", _await_end, "wait until the run in a directory is over, videos and all", [])
+    await_end.add_argument("root_dir", type=Path, metavar="ROOT_DIR", help="its directory; may be empty yet")
+
+    metrics = _add(commands, "metrics", _metrics, "serve a run's numbers to Prometheus", [])
+    metrics.add_argument("root_dir", type=Path, metavar="ROOT_DIR", help="directory of a run")
+    metrics.add_argument("--port", type=int, default=9464, metavar="N", help="to listen on (default: 9464)")
+
     drill = _add(commands, "drill", _drill, "do to a small run what happens to long ones; say which promises held", [])
     drill.add_argument("experiment", metavar="EXPERIMENT", help="a shipped experiment or a gin file")
     drill.add_argument("--fault", action="append", default=[], metavar="NAME", help="may be repeated (default: all)")
@@ -93,7 +109,7 @@ def _add(
     commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str, parents: list[Any]
 ) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", parents=parents)
-    command.set_defaults(run=run)
+    command.set_defaults(run=run, command=name)
     return command
 
 
@@ -134,7 +150,11 @@ def _peer_flags() -> argparse.ArgumentParser:
         "--variables_address", metavar="HOST:PORT", help="of the variable container (default: the replay server's)"
     )
     flags.add_argument(
-        "--task", type=int, default=0, metavar="N", help="which of its kind this process is (default: 0)"
+        "--task", type=_task, default=0, metavar="N",
+        help="which of its kind this process is; auto: the first that is free in --root_dir (default: 0)",
+    )  # fmt: skip
+    flags.add_argument(
+        "--health_file", type=Path, metavar="FILE", help="touched while this role goes on: see actorlearner health"
     )
     return flags
 
@@ -189,6 +209,14 @@ def _add_bench_flags(parser: argparse.ArgumentParser) -> None:
         "--peers_python", type=Path, default=_CHECKOUT / ".venv-bench" / "bin" / "python", metavar="PYTHON",
         help="interpreter with Stable-Baselines3 and SBX (default: that of .venv-bench, which launch/bench.sh makes)",
     )  # fmt: skip
+
+
+def _task(text: str) -> Optional[int]:
+    """Returns the number; None for "auto"."""
+    try:
+        return None if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}': expected a number from 0, or auto") from None
 
 
 def _positive(text: str) -> int:
@@ -262,6 +290,7 @@ def _replay_server(arguments: argparse.Namespace) -> int:
 def _learner(arguments: argparse.Namespace) -> int:
     def run(cluster: Cluster, stop: Stop) -> ExitCode:
         from actorlearner.roles.learner import run_learner
+        from actorlearner.run_directory import RunDirectory
         from actorlearner.runtime.devices import make_strategy
         from actorlearner.runtime.lifecycle import ExitCode
 
@@ -270,6 +299,7 @@ def _learner(arguments: argparse.Namespace) -> int:
         code = run_learner(experiment, cluster, arguments.root_dir, strategy, _versions(), stop)
         if code == ExitCode.DONE:
             _show(experiment, arguments.root_dir, arguments.num_video_episodes)
+            RunDirectory(arguments.root_dir).note_end()
         return code
 
     return _run_role(arguments, run)
@@ -322,14 +352,17 @@ def _run_role(arguments: argparse.Namespace, run: Callable[[Cluster, Stop], Exit
 
     set_up_logging()  # before TensorFlow is imported
     from actorlearner.cluster import Cluster
+    from actorlearner.runtime.health import beat_into
     from actorlearner.runtime.lifecycle import ExitCode, RoleError, run_to_exit
 
     def run_in_cluster(stop: Stop) -> ExitCode:
+        if arguments.health_file:
+            beat_into(arguments.health_file)
         try:
             cluster = Cluster(
                 replay_address=arguments.replay_address,
                 variables_address=arguments.variables_address or arguments.replay_address,
-                task=arguments.task,
+                task=_claim_task(arguments) if arguments.task is None else arguments.task,
                 peer_patience_secs=arguments.peer_patience_secs,
             )
         except ValueError as error:
@@ -337,6 +370,18 @@ def _run_role(arguments: argparse.Namespace, run: Callable[[Cluster, Stop], Exit
         return run(cluster, stop)
 
     run_to_exit(run_in_cluster)
+
+
+def _claim_task(arguments: argparse.Namespace) -> int:
+    import logging
+
+    from actorlearner.run_directory import RunDirectory
+
+    if arguments.root_dir is None:
+        raise ValueError("--task = auto: expected a --root_dir, in which the first free number is looked for")
+    task = RunDirectory(arguments.root_dir).claim_task(arguments.command)
+    logging.info("--task=auto: this is task %d", task)
+    return task
 
 
 def _hold_to_one_thread() -> None:
@@ -415,6 +460,52 @@ def _write_learning_curve(root_dir: Path) -> None:
     from actorlearner.tools import report
 
     report.write_learning_curve(root_dir)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from actorlearner.runtime.telemetry import set_up_logging
+
+    set_up_logging()
+    from actorlearner.runtime.lifecycle import ExitCode, run_to_exit
+
+    def run(_stop: Stop) -> ExitCode:
+        if arguments.root_dir:
+            from actorlearner.run_directory import RunDirectory
+
+            RunDirectory(arguments.root_dir).require_writable()
+        experiment = _load_experiment(arguments)
+        print(f"{experiment.name} can be started", flush=True)
+        return ExitCode.DONE
+
+    run_to_exit(run)
+
+
+def _health(arguments: argparse.Namespace) -> int:
+    from actorlearner.runtime.health import describe_problem
+
+    problem = describe_problem(arguments.file, arguments.max_age_secs)
+    print(problem or "goes on")
+    return 1 if problem else 0
+
+
+def _await_end(arguments: argparse.Namespace) -> int:
+    from actorlearner.runtime.telemetry import set_up_logging
+
+    set_up_logging()
+    from actorlearner.runtime.lifecycle import run_to_exit
+    from actorlearner.tools.ending import await_end
+
+    run_to_exit(lambda stop: await_end(arguments.root_dir, stop))
+
+
+def _metrics(arguments: argparse.Namespace) -> int:
+    from actorlearner.runtime.telemetry import set_up_logging
+
+    set_up_logging()
+    from actorlearner.runtime.lifecycle import run_to_exit
+    from actorlearner.tools.metrics import serve_metrics
+
+    run_to_exit(lambda stop: serve_metrics(arguments.root_dir, arguments.port, stop))
 
 
 def _drill(arguments: argparse.Namespace) -> int:

@@ -1,13 +1,14 @@
 """What a run leaves behind, and where: every file name under --root_dir is here.
 
 operative_config.gin  summary.json  status.json  metrics.jsonl  learning_curve.png  run.json
-checkpoints/  policies/  train/ eval/ collect/ (TensorBoard)  logs/  videos/
+checkpoints/  policies/  train/ eval/ collect/ (TensorBoard)  logs/  videos/  .*.lock (held while a process lives)
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -45,13 +46,24 @@ class RunDirectory:
           RoleError: It cannot be written (CANNOT_CREATE).
         """
         folder = self.root / "collect" / str(task)
+        self._make_writable(folder)
+        return folder
+
+    def require_writable(self) -> None:
+        """Returns when the directory is there, made if missing, and this user may write to it.
+
+        Raises:
+          RoleError: It is not (CANNOT_CREATE).
+        """
+        self._make_writable(self.root)
+
+    def _make_writable(self, folder: Path) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if not os.access(folder, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
         except OSError as error:
             raise self._cannot_write(error) from error
-        return folder
 
     def _cannot_write(self, error: OSError) -> RoleError:
         return RoleError(
@@ -82,6 +94,34 @@ class RunDirectory:
         for folder in (self.root, self.evaluated):  # of learners that were killed while they wrote
             for leftover in folder.glob("*.tmp"):
                 leftover.unlink(missing_ok=True)
+
+    def claim_task(self, kind: str) -> int:
+        """Returns the lowest task number of `kind` that nobody at work here has, and holds it until this process ends.
+
+        So whoever starts more of a kind need not count them, and a restarted one takes the number of one that is gone.
+
+        Raises:
+          RoleError: The directory cannot be written (CANNOT_CREATE).
+        """
+        for task in itertools.count():
+            try:
+                self.root.mkdir(parents=True, exist_ok=True)
+                lock = open(self.root / f".{kind}-{task}.lock", "a")  # noqa: SIM115  (held until the process ends)
+            except OSError as error:
+                raise self._cannot_write(error) from error
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.close()
+                continue
+            _HELD.append(lock)
+            return task
+        raise AssertionError("unreachable")
+
+    def note_end(self) -> None:
+        """Says in status.json that nothing more will come: the curve and the videos are there too."""
+        status = self.read_json(self.status) or {}
+        self.write_json(self.status, {**status, "phase": "over", "time": time.time()})
 
     def past_learners(self) -> list[int]:
         """Returns the numbers of the learners that held this directory before; all are dead, as this one holds it."""

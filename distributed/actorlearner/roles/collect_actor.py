@@ -24,6 +24,7 @@ from actorlearner.replay.base import RANDOM_POLICY, Sampling, await_tables
 from actorlearner.reports import CollectReport, Reporter
 from actorlearner.run_directory import RunDirectory
 from actorlearner.runtime.configuration import PositiveFloat
+from actorlearner.runtime.health import beat
 from actorlearner.runtime.lifecycle import SAY_EVERY_SECS, ExitCode, RoleError, Stop, wait_until
 from actorlearner.runtime.messages import Unreachable
 from actorlearner.runtime.telemetry import Events, Rate
@@ -101,6 +102,7 @@ def run_collect_actor(
             train_step.assign(snapshot.train_step)
             version, acted_at = snapshot.version, snapshot.train_step
         collector.step(acting, acted_at)
+        beat()
         collector.await_server(weights, stop)
         if progress.is_due(report_interval_secs):
             progress.report(collector, int(train_step), events_interval_secs)
@@ -201,6 +203,7 @@ class Collector:
         """
         start = said = time.monotonic()
         while self._is_blocked() and not stop.is_set() and weights.phase() <= Phase.TRAINING:
+            beat()
             now = time.monotonic()
             silent = min(now - start, weights.learner_silent_secs())
             if silent > self._cluster.peer_patience_secs:

@@ -20,6 +20,7 @@ from actorlearner.environments.batch import EnvironmentBatch
 from actorlearner.experiment import Experiment
 from actorlearner.reports import AtWork, EvaluationProgress, EvaluationResult, Reporter
 from actorlearner.runtime.configuration import PositiveFloat, PositiveInt
+from actorlearner.runtime.health import beat
 from actorlearner.runtime.lifecycle import ExitCode, RoleError, Stop, Stopped, wait_until
 from actorlearner.runtime.messages import Unreachable
 from actorlearner.variable_container import EvaluationRequest, Phase
@@ -65,6 +66,7 @@ def run_eval_actor(
     logging.info("ready to evaluate")
 
     while not stop.is_set():
+        beat()
         try:
             request = variable_container.take_evaluation(cluster.variables_address, variables)
             over = request is None and _is_over(cluster)
@@ -118,6 +120,7 @@ def evaluate(
         if stop.is_set():
             raise Stopped(f"stopped while evaluating train step {request.snapshot.train_step}")
         time_step = environments.step(acting.act(time_step).action, playing)
+        beat()
         returns += time_step.reward
         lengths += 1
         has_begun = time_step.step_type == StepType.FIRST  # anew, after the last step or after a crash

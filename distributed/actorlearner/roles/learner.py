@@ -35,6 +35,7 @@ from actorlearner.run_record import RunRecord
 from actorlearner.runtime.checkpoints import Checkpoints
 from actorlearner.runtime.configuration import NonNegativeFloat, PositiveFloat, operative_config
 from actorlearner.runtime.devices import has_one_gpu
+from actorlearner.runtime.health import beat
 from actorlearner.runtime.lifecycle import SAY_EVERY_SECS, ExitCode, RoleError, Stop, Stopped, wait_until
 from actorlearner.runtime.messages import Unreachable
 from actorlearner.variable_container import EvaluationRequests, Phase, Publisher, Purpose, Version
@@ -466,6 +467,7 @@ class TrainingLoop:
                 self._source.note_updates(num_updates)
                 self._starved_since = None
                 self._record.note_waiting(None)
+                beat()
                 return step + num_updates, scalars
         reached = int(self._train_step.numpy())
         self._source.note_updates(reached - step)
@@ -491,6 +493,7 @@ class TrainingLoop:
             now = int(self._train_step.numpy())
             if now != reached:
                 reached, moved_at = now, time.monotonic()
+                beat()
             elif time.monotonic() - moved_at > 5.0:  # far longer than an update
                 self._say_starved(moved_at, self._source.describe())
             if stop.is_set() and time.monotonic() - moved_at > 2.0:
@@ -517,6 +520,7 @@ class TrainingLoop:
             self._source.renew()
 
     def _say_starved(self, since: float, described: str) -> None:
+        beat()  # watched: it ends below
         now = time.monotonic()
         what = f"collect actors: no data from the replay at {self._cluster.replay_address} ({described})"
         self._record.note_waiting(what)

@@ -26,6 +26,7 @@ from actorlearner.replay import persistence
 from actorlearner.replay.persistence import DUE_TABLE, Answers, Due, TableCheckpoints, read_due
 from actorlearner.run_directory import RunDirectory
 from actorlearner.runtime.configuration import NonNegativeFloat
+from actorlearner.runtime.health import beat
 from actorlearner.runtime.lifecycle import ExitCode, RoleError, Stop
 from actorlearner.runtime.messages import Unreachable, read_server_info
 from actorlearner.variable_container import Phase
@@ -72,6 +73,7 @@ def run_replay_server(
         except Unreachable as error:
             logging.warning("%s", error)
             continue
+        beat()
         if version is not None and version.phase == Phase.OVER:
             over_since = over_since or time.monotonic()
             if time.monotonic() - over_since > linger_secs:

@@ -20,6 +20,8 @@ import time
 from collections.abc import Callable
 from typing import NoReturn, Optional, TypeVar
 
+from actorlearner.runtime.health import beat
+
 T = TypeVar("T")
 
 SAY_EVERY_SECS = 30.0
@@ -129,6 +131,7 @@ def wait_until(
     start = said = clock()
     seen = progress()
     while True:
+        beat()
         result = poll()
         if result is not None and result is not False:
             return result

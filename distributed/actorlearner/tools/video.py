@@ -13,6 +13,8 @@ from typing import Any, Protocol, Union, final
 
 import numpy as np
 
+from actorlearner.runtime.health import beat
+
 # SDL reads these when pygame starts, and gym imports pygame when it makes its first environment: set them before both.
 # With the dummy drivers pygame draws into memory, opens no window and does not complain about missing sound cards.
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
@@ -120,6 +122,7 @@ def record_episodes(
             episode_return, length = 0.0, 0
             while not time_step.is_last() and length != max_steps:
                 time_step = environment.step(act(time_step))
+                beat()  # the learner's videos may take minutes
                 length += 1
                 episode_return += float(time_step.reward)
                 if length % steps_per_frame == 0:

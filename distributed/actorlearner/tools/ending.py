@@ -1,0 +1,35 @@
+"""Waits for a run to be over, for what should end with it: TensorBoard in a container, a script's next step."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+from actorlearner.run_directory import RunDirectory
+from actorlearner.runtime.lifecycle import SAY_EVERY_SECS, ExitCode, Stop
+
+
+def await_end(root_dir: Path, stop: Stop, *, settle_secs: float = 120.0, every_secs: float = 1.0) -> ExitCode:
+    """Returns once the learner has said that nothing more will come; no deadline, as training may take weeks.
+
+    Args:
+      root_dir: The run directory; may be empty yet.
+      stop: Ends the wait.
+      settle_secs: A run that was over before this call is taken for over after this time, in seconds: until then a
+        learner may be on its way that goes on with it.
+      every_secs: Time between two looks, in seconds.
+    """
+    directory = RunDirectory(root_dir)
+    began_at = time.time()
+    start = said = time.monotonic()
+    while True:
+        status = directory.read_json(directory.status) or {}
+        is_new = status.get("time", 0.0) >= began_at
+        if status.get("phase") == "over" and (is_new or time.monotonic() - start > settle_secs):
+            return ExitCode.DONE
+        if time.monotonic() - said > SAY_EVERY_SECS * 20:
+            said = time.monotonic()
+            logging.info("waiting for the run in %s to end; it is at: %s", root_dir, status.get("phase", "nothing yet"))
+        if stop.wait(every_secs):
+            return stop.exit_code

@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Trains in containers as the caller, and exits with the learner's own code; nothing is left running.
+set -euo pipefail
+
+case ${1:-} in
+  -h | --help)
+    cat <<'HELP'
+Usage: [EXPERIMENT=NAME] [SETTING=VALUE...] docker/up.sh [--gpu] [FLAG...]
+
+Runs `docker compose -f docker/compose.yaml up FLAG...` with what it writes owned by the caller, and exits with the learner's
+exit code, for scripts: `docker compose up` by itself knows only 0 and 1. Stops all containers at the end; run directory and
+images stay.
+
+  --gpu     the learner on GPUs: docker/compose.gpu.yaml too
+  FLAG      passed on, e.g. --build, --scale collect-actor=8
+
+The settings (EXPERIMENT, RUN_DIR, COLLECT_ACTORS, GIN_BINDINGS, ...) are in docs/operations.md, section Docker.
+HELP
+    exit ;;
+esac
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
+compose=(docker compose -f "$here/compose.yaml")
+if [ "${1:-}" = --gpu ]; then
+  compose+=(-f "$here/compose.gpu.yaml")
+  shift
+fi
+# root's own runs go to the image's user: the roles never run as root unless RUN_UID=0 asks for it.
+if [ "$(id -u)" != 0 ]; then
+  export RUN_UID=${RUN_UID:-$(id -u)} RUN_GID=${RUN_GID:-$(id -g)}
+fi
+
+trap 'exit 130' INT # compose has stopped the containers by then
+status=0
+"${compose[@]}" up "$@" || status=$?
+learner=$("${compose[@]}" ps --all --quiet learner | head -1)
+"${compose[@]}" stop >/dev/null 2>&1 || true
+[ -n "$learner" ] || exit "$status"
+read -r started code < <(docker inspect --format '{{.State.StartedAt}} {{.State.ExitCode}}' "$learner")
+case $started in
+  0001-*) exit "$status" ;; # it never came to be started
+esac
+exit "$code"

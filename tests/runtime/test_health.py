@@ -1,0 +1,59 @@
+"""A health file is fresh while its process goes on, and at no other time."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from actorlearner.runtime import health
+from actorlearner.runtime.health import Heartbeat, describe_problem
+from actorlearner.runtime.lifecycle import Stop, wait_until
+
+
+def test_a_beat_touches_the_file_at_most_once_a_second(tmp_path):
+    """Collect actors beat with every step, thousands of times a second."""
+    now = 0.0
+    heartbeat = Heartbeat(tmp_path / "alive", clock=lambda: now)
+    heartbeat.beat()
+    os.utime(tmp_path / "alive", (1, 1))
+    now = 0.9
+    heartbeat.beat()
+    assert (tmp_path / "alive").stat().st_mtime == 1
+    now = 1.0
+    heartbeat.beat()
+    assert (tmp_path / "alive").stat().st_mtime > 1
+
+
+def test_what_is_healthy_is_said_by_the_age_of_the_last_beat(tmp_path):
+    path = tmp_path / "alive"
+    assert "no sign of life yet" in str(describe_problem(path, 60))
+    Heartbeat(path).beat()
+    beaten_at = path.stat().st_mtime
+    assert describe_problem(path, 60, now=beaten_at + 60) is None
+    assert "is 61 s old, more than --max_age_secs = 60" in str(describe_problem(path, 60, now=beaten_at + 61))
+
+
+def test_a_role_that_cannot_beat_goes_on(tmp_path):
+    """A full /tmp must end no training; the file then grows old, which is the message."""
+    Heartbeat(tmp_path / "missing" / "alive").beat()
+
+
+@pytest.fixture
+def beats(tmp_path):
+    yield tmp_path / "alive"
+    health._heartbeat = Heartbeat()
+
+
+def test_the_beat_of_a_process_before_does_not_count(beats):
+    """A restarted role would be called healthy before it has begun."""
+    beats.touch()
+    health.beat_into(beats)
+    assert not beats.exists()
+
+
+def test_a_wait_beats(beats):
+    """A learner that waits for actors is told so by its deadline; restarting it would help nobody."""
+    health.beat_into(beats)
+    assert wait_until(lambda: True, lambda: "nothing", stop=Stop(), deadline_secs=1, setting="none")
+    assert beats.exists()

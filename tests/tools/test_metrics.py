@@ -1,0 +1,61 @@
+"""What Prometheus is told: the run's newest numbers, in the format it reads."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import urllib.request
+
+import portpicker
+import pytest
+
+from actorlearner.run_directory import RunDirectory
+from actorlearner.tools.metrics import format_metrics
+from tests.e2e.processes import Processes
+
+
+@pytest.fixture
+def directory(tmp_path):
+    directory = RunDirectory(tmp_path)
+    status = {"phase": "training", "train_step": 7, "seconds_left": None, "replay": {"held": 3}, "time": 100.0}
+    directory.write_json(directory.status, status)
+    directory.add_metrics("train", {"train_step": 5, "loss": 1.5})
+    directory.add_metrics("train", {"train_step": 7, "loss": 0.5})
+    directory.add_metrics("evaluation", {"train_step": 6, "average_return": float("nan")})
+    with directory.metrics.open("a") as file:
+        file.write('{"kind": "train", "loss"')  # as a reader sees it that comes while the learner writes
+    return directory
+
+
+def test_the_newest_numbers_are_told_and_what_is_no_number_is_left_out(directory):
+    text = format_metrics(directory, now=130.0)
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert values == {
+        "actorlearner_status_age_seconds": "30",
+        'actorlearner_phase{phase="training"}': "1",
+        "actorlearner_train_step": "7",
+        "actorlearner_replay_held": "3",
+        "actorlearner_train_train_step": "7",
+        "actorlearner_train_loss": "0.5",
+        "actorlearner_evaluation_train_step": "6",
+    }
+    for name in values:  # a sample without its type, or two types for one name, is refused by strict readers
+        assert text.count(f"# TYPE {re.sub('{.*', '', name)} gauge\n") == 1
+
+
+def test_a_run_that_has_not_begun_has_no_numbers(tmp_path):
+    """Prometheus comes up before the learner does."""
+    assert format_metrics(RunDirectory(tmp_path / "missing")) == ""
+
+
+def test_the_command_serves_them_and_stops_when_told(directory, tmp_path, eventually):
+    port = portpicker.pick_unused_port()
+    with Processes(tmp_path) as processes:
+        server = processes.start("metrics", directory.root, f"--port={port}")
+        server.await_line("serving metrics")
+        with urllib.request.urlopen(f"http://localhost:{port}/metrics", timeout=10) as answer:
+            assert "actorlearner_train_step 7\n" in answer.read().decode()
+        assert json.loads(directory.status.read_text())["train_step"] == 7  # it reads only
+        server.send(signal.SIGTERM)
+        assert server.wait(10) == 143
