@@ -91,7 +91,7 @@ def test_training_outlives_an_actors_node_a_preemption_and_a_requeue_and_ends_by
     slurm.submit(
         EXPERIMENT="dqn_cartpole",
         COLLECT_ACTORS="2",
-        GIN_BINDINGS="train.num_iterations = 30_000; train.eval_interval = 15_000; "
+        GIN_BINDINGS="train.num_iterations = 20_000; train.eval_interval = 10_000; "
         "learner.checkpoint_interval_secs = 5.0",
         LEARNER_FLAGS="--num_video_episodes=0",
     )
@@ -133,7 +133,7 @@ def test_training_outlives_an_actors_node_a_preemption_and_a_requeue_and_ends_by
     await_that(lambda: slurm.state() not in ("RUNNING", "COMPLETING"), "the end of training", 400, slurm.log.read)
     assert slurm.state() == "COMPLETED"
     summary = json.loads((slurm.root_dir / "summary.json").read_text())
-    assert summary["has_ended"] and summary["train_steps"] == 30_000
+    assert summary["has_ended"] and summary["train_steps"] == 20_000
     await_that(lambda: not slurm.jobs("%i %T"), "the actors to end by themselves", 60)
     steps = [int(step) for step in re.findall(r"restored \S+-(\d+)", slurm.log.read())]
     assert 0 < steps[0] < steps[1], "each life goes on where the one before it saved"
