@@ -154,7 +154,7 @@ roles_of() { # HOST
 ask_all() { # VERB PATTERN
   local host names code=0
   for host in $hosts; do
-    names=$(roles_of "$host" | grep -E "$2") || continue
+    names=$(roles_of "$host" | grep -E -e "$2") || continue
     # shellcheck disable=SC2086  # names hold no spaces
     ask "$host" "$1" $names || code=1
   done

@@ -1,4 +1,4 @@
-"""launch/kubernetes: what it promises, read from its files and, with kubectl or kustomize, rendered; no cluster is needed."""
+"""launch/kubernetes: what it promises, read from its files and, with kubectl or kustomize, rendered; needs no cluster."""
 
 from __future__ import annotations
 
