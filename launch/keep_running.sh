@@ -12,7 +12,8 @@
 
 short_life_secs=30 num_short_lives=5 longest_pause_secs=30
 
-log() { printf -- '--- %s %s: %s\n' "$(date '+%F %T')" "$(hostname)" "$*" >&2; }
+# No command substitution here or below: bash 5.2 fails to parse one when a trapped signal comes just then.
+log() { printf -- '--- %(%F %T)T %s: %s\n' -1 "$HOSTNAME" "$*" >&2; }
 
 # Returns the exit code of a child, also when a trapped signal cuts the waiting short.
 await() { # PID

@@ -51,7 +51,8 @@ learner=$!
 TPU_LOAD_LIBRARY=0 setsid launch/keep_running.sh eval-actor "$actorlearner" eval-actor "${flags[@]}" "${server[@]}" &
 actors=($!)
 for ((task = 0; task < COLLECT_ACTORS; task++)); do
-  TPU_LOAD_LIBRARY=0 setsid launch/keep_running.sh "collect-actor-$task" "$actorlearner" collect-actor "${flags[@]}" "${server[@]}" --task="$task" &
+  TPU_LOAD_LIBRARY=0 setsid launch/keep_running.sh "collect-actor-$task" "$actorlearner" collect-actor "${flags[@]}" "${server[@]}" \
+    --task="$task" &
   actors+=($!)
 done
 
@@ -60,7 +61,7 @@ stop() { # PROCESS ID...: SIGTERM, and SIGKILL to what is left at the deadline
   kill -TERM "$@" 2>/dev/null || true
   for id in "$@"; do
     while kill -0 "$id" 2>/dev/null && [ "$SECONDS" -lt "$deadline" ]; do sleep 0.2; done
-    kill -KILL -- "-$id" 2>/dev/null && log "killed process $id: no end within STOP_SECS = $STOP_SECS s of SIGTERM" || true
+    if kill -KILL -- "-$id" 2>/dev/null; then log "killed process $id: no end within STOP_SECS = $STOP_SECS s"; fi
   done
 }
 trap 'kill -TERM "$learner" 2>/dev/null || true' INT TERM

@@ -1,4 +1,4 @@
-"""launch/kubernetes: what it promises, read from its files and, with kubectl or kustomize, rendered; needs no cluster."""
+"""launch/kubernetes: what it promises, read from its files; kubectl or kustomize renders them, if one is here."""
 
 from __future__ import annotations
 
