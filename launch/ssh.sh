@@ -44,7 +44,8 @@ logs=$RUN_DIR/logs
 # Prints the process id of what keeps a role alive; fails when there is none. Process ids are used again, so it is looked at.
 keeper() { # NAME
   local id
-  id=$(cat "$logs/$1.pid" 2>/dev/null) && tr '\0' '\n' <"/proc/$id/cmdline" 2>/dev/null | grep -qxF -- "--root_dir=$RUN_DIR" && echo "$id"
+  id=$(cat "$logs/$1.pid" 2>/dev/null) || return
+  { tr '\0' '\n' <"/proc/$id/cmdline" | grep -qxF -- "--root_dir=$RUN_DIR" && echo "$id"; } 2>/dev/null
 }
 
 start() { # NAME

@@ -131,7 +131,7 @@ def test_training_over_ssh_outlives_a_partition_resumes_after_stop_and_ends_by_i
     await_that(lambda: hosts.train_step() > before + 1_000, f"training beyond {before} without cpu2", 60)
     cut_stop = hosts.launch("stop")
     assert cut_stop.returncode == 1 and "cpu2: out of reach" in cut_stop.stdout, cut_stop.stdout
-    assert "gpu1: learner            stopped" in cut_stop.stdout
+    assert re.search("gpu1: learner +stopped", cut_stop.stdout), cut_stop.stdout
 
     hosts.join("cpu2")
     assert hosts.launch("start", "dqn_cartpole").returncode == 0  # cpu2's actor runs on, and finds the new server
