@@ -13,8 +13,9 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Optional
 
 import pytest
 
@@ -29,12 +30,12 @@ def needed_program(variable: str) -> str:
     return program
 
 
-def run(*command: object, deadline_secs: float = 60.0, **environment: str) -> str:
+def run(*command: object, environment: Optional[Mapping[str, str]] = None, deadline_secs: float = 60.0) -> str:
     """Returns what `command` wrote to stdout; fails the test with both streams unless it ends well in time."""
     ended = subprocess.run(
         [*map(str, command)],
         cwd=CHECKOUT,
-        env={**os.environ, **environment},
+        env={**os.environ, **(environment or {})},
         capture_output=True,
         text=True,
         timeout=deadline_secs,

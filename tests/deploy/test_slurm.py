@@ -29,7 +29,7 @@ class Slurm:
         self.job = ""
 
     def ctl(self, *command: object, **environment: str) -> str:
-        return run(self._cluster, "ctl", "timeout", "30", *command, **environment)
+        return run(self._cluster, "ctl", "timeout", "30", *command, environment=environment)
 
     def submit(self, **settings: str) -> None:
         said = self.ctl(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.deploy.infrastructure import CHECKOUT, await_that, needed_program, run
+from tests.deploy.infrastructure import CHECKOUT, Log, await_that, needed_program, run
 
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(900)]
 
@@ -30,8 +30,8 @@ class Hosts:
         self._root_dir = folder / "run"  # the same path on every host, and on each another directory
 
     def up(self) -> None:
-        run(self._program, "down", **LAB)
-        run(self._program, "up", **LAB)
+        run(self._program, "down", environment=LAB)
+        run(self._program, "up", environment=LAB)
         self._root_dir.mkdir()
         Path("/run/sshd").mkdir(exist_ok=True)
         for key in ("host", "user"):
@@ -53,8 +53,7 @@ class Hosts:
                     )
                 )
         for name in NAMES:
-            log = self._folder / f"sshd-{name}.log"
-            await_that(lambda log=log: "listening" in log.read_text(), f"sshd on {name}", 20)  # type: ignore[misc]
+            Log(self._folder / f"sshd-{name}.log").await_text("listening", 20)
 
     def launch(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Runs launch/ssh.sh on the controller's host."""
@@ -88,10 +87,10 @@ class Hosts:
         return int(match.group(1)) if match else 0
 
     def cut(self, name: str) -> None:
-        run(self._program, "cut", name, **LAB)
+        run(self._program, "cut", name, environment=LAB)
 
     def join(self, name: str) -> None:
-        run(self._program, "join", name, **LAB)
+        run(self._program, "join", name, environment=LAB)
 
     def down(self) -> None:
         for name in NAMES:
@@ -100,7 +99,7 @@ class Hosts:
         for sshd in self._sshds:
             sshd.terminate()
             sshd.wait(10)
-        run(self._program, "down", **LAB)
+        run(self._program, "down", environment=LAB)
         assert stopped.returncode == 0, stopped.stdout
 
 
