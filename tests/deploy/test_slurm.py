@@ -12,7 +12,7 @@ import pytest
 
 from tests.deploy.infrastructure import CHECKOUT, Log, await_that, needed_program, run
 
-pytestmark = [pytest.mark.deploy, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.deploy, pytest.mark.timeout(1200)]
 
 START_SECS = 240.0  # importing and tracing TensorFlow, on a busy machine
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.deploy.infrastructure import CHECKOUT, Log, await_that, needed_program, run
 
-pytestmark = [pytest.mark.deploy, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.deploy, pytest.mark.timeout(1200)]
 
 NAMES = ("gpu1", "cpu1", "cpu2")
 LAB = {"HOSTS": " ".join(NAMES), "P": "sshlab", "NET": "10.79.0"}
@@ -61,7 +61,7 @@ class Hosts:
             "LEARNER_HOST": "root@gpu1",
             "ACTOR_HOSTS": "cpu1 cpu2",
             "ACTORS_PER_HOST": "1",
-            "GIN_BINDINGS": "train.num_iterations = 12_000; train.eval_interval = 6_000; "
+            "GIN_BINDINGS": "train.num_iterations = 40_000; train.eval_interval = 20_000; "
             "learner.checkpoint_interval_secs = 5.0",
             "LEARNER_FLAGS": "--num_video_episodes=0",
             "RUN_DIR": str(self._root_dir),
@@ -138,7 +138,7 @@ def test_training_over_ssh_outlives_a_partition_resumes_after_stop_and_ends_by_i
     await_that(
         lambda: "ended with exit code 0" in hosts.log("learner"),
         "the end of training",
-        300,
+        500,
         lambda: hosts.log("learner"),
     )
     await_that(
