@@ -74,7 +74,7 @@ setup(
         "tf-agents==0.19.0",
     ],
     extras_require={
-        "test": ["mypy", "pytest", "pytest-timeout", "pyyaml", "ruff"],
+        "test": ["kubernetes-validate", "mypy", "pytest", "pytest-timeout", "pyyaml", "ruff"],
     },
     classifiers=[
         "Operating System :: POSIX :: Linux",

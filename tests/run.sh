@@ -2,7 +2,7 @@
 # Runs the checks and the tests, after making .venv with the test tools if it is missing or stale.
 #
 #   tests/run.sh                               ruff, mypy, then every test
-#   tests/run.sh deploy                        the containers on a real Docker engine; as root, up to half an hour
+#   tests/run.sh deploy                        on real engines and clusters (docs/operations.md); as root, half an hour
 #   tests/run.sh tests/test_x.py -k foo        pytest alone, with these arguments; paths are below the checkout
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../launch/environment.sh"

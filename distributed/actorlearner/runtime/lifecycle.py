@@ -9,6 +9,7 @@ import enum
 import errno
 import functools
 import logging
+import math
 import os
 import shutil
 import signal
@@ -54,6 +55,10 @@ class Stopped(Exception):
     """Raised out of a wait when the role was asked to stop."""
 
 
+SECOND_SIGNAL_SECS = 0.5
+"""Signals closer together are one, in seconds: schedulers signal every process of a job, and scripts pass theirs on."""
+
+
 class Stop:
     """Set once, by SIGTERM, SIGINT or `set`; the second signal ends the process at once."""
 
@@ -64,6 +69,7 @@ class Stop:
         self._at_once = at_once
         self._event = threading.Event()
         self._signal: Optional[int] = None
+        self._signal_time = -math.inf
 
     def install_signal_handlers(self) -> None:
         """Makes SIGTERM and SIGINT set this stop. Only the main thread may call it."""
@@ -71,10 +77,13 @@ class Stop:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, _frame: object) -> None:
+        now = time.monotonic()
+        if now - self._signal_time < SECOND_SIGNAL_SECS:
+            return
         if self._event.is_set():
             self._at_once()
             os._exit(128 + number)
-        self._signal = number
+        self._signal, self._signal_time = number, now
         self._event.set()
 
     def set(self) -> None:

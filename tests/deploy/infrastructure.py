@@ -1,0 +1,73 @@
+"""What the deployment tests share: a way to await what happens on other hosts.
+
+They need real infrastructure and are chosen by `tests/run.sh deploy`. Environment variables say where it is:
+
+SLURM_CLUSTER  a program: `ctl COMMAND...` runs it where sbatch and squeue work. Nodes: gpu1 in partition gpu, cpu1 and
+               cpu2 in partition cpu
+LAB_HOSTS      a program: `up` and `down`, for the hosts that HOSTS names; `on HOST COMMAND...` runs it there; `cut
+               HOST` and `join HOST` take its network away and give it back
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Optional
+
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+def needed_program(variable: str) -> str:
+    """Returns the program that an environment variable names; skips the test when there is none."""
+    program = os.environ.get(variable)
+    if not program:
+        pytest.skip(f"{variable} is not set: tests/deploy/infrastructure.py says what it names")
+    return program
+
+
+def run(*command: object, environment: Optional[Mapping[str, str]] = None, deadline_secs: float = 60.0) -> str:
+    """Returns what `command` wrote to stdout; fails the test with both streams unless it ends well in time."""
+    ended = subprocess.run(
+        [*map(str, command)],
+        cwd=CHECKOUT,
+        env={**os.environ, **(environment or {})},
+        capture_output=True,
+        text=True,
+        timeout=deadline_secs,
+    )
+    assert ended.returncode == 0, f"{command} ended with {ended.returncode}:\n{ended.stdout}{ended.stderr}"
+    return ended.stdout
+
+
+def await_that(
+    condition: Callable[[], object], what: str, deadline_secs: float, evidence: Callable[[], str] = str
+) -> None:
+    """Returns when `condition()` holds; fails past the deadline with what was awaited and `evidence()`."""
+    deadline = time.monotonic() + deadline_secs
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {deadline_secs:g} s: {what}\n{evidence()}"
+        time.sleep(0.3)
+
+
+class Log:
+    """A log file that grows, perhaps not there yet."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def read(self) -> str:
+        return self.path.read_text(errors="replace") if self.path.exists() else ""
+
+    def count(self, text: str) -> int:
+        return self.read().count(text)
+
+    def await_text(self, text: str, deadline_secs: float, count: int = 1) -> None:
+        """Returns when `text` is in it `count` times."""
+        await_that(
+            lambda: self.count(text) >= count, f"'{text}' in {self.path}, {count} times", deadline_secs, self.read
+        )

@@ -1,0 +1,98 @@
+"""The launchers: what can be checked of them without a cluster. tests/deploy runs them for real."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from actorlearner.runtime.lifecycle import ExitCode
+
+LAUNCH = Path(__file__).resolve().parent.parent / "launch"
+SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
+NEW_STYLE = [path for path in SCRIPTS if path.name not in ("bench.sh", "environment.sh", "local.sh")]
+KEEP_RUNNING = LAUNCH / "keep_running.sh"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_bash_can_read_every_script(script: Path):
+    """A cluster is a slow place to find a missing quote."""
+    checked = subprocess.run(["bash", "-n", script], capture_output=True, text=True)
+    assert (checked.returncode, checked.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+@pytest.mark.parametrize("script", NEW_STYLE, ids=lambda path: path.name)
+def test_shellcheck_finds_nothing(script: Path):
+    """Unquoted paths and lost exit codes show only on other people's machines."""
+    checked = subprocess.run(
+        ["shellcheck", "--external-sources", "--exclude=SC1091,SC2154", script], capture_output=True, text=True
+    )
+    assert (checked.returncode, checked.stdout) == (0, "")
+
+
+def keep_running(body: str, deadline_secs: float = 30) -> subprocess.CompletedProcess[str]:
+    """Runs `body` in a shell that has keep_running.sh, with pauses of at most a second."""
+    return subprocess.run(
+        ["bash", "-c", f". {KEEP_RUNNING}; longest_pause_secs=0; {body}"],
+        capture_output=True,
+        text=True,
+        timeout=deadline_secs,
+    )
+
+
+@pytest.mark.parametrize(
+    "code", [ExitCode.DONE, ExitCode.USAGE, ExitCode.DATA, ExitCode.CANNOT_CREATE, ExitCode.OCCUPIED]
+)
+def test_a_role_that_has_ended_for_good_is_not_started_again(code: ExitCode):
+    """Settings that are wrong stay wrong; a job that starts them for ever holds its nodes."""
+    kept = keep_running(f"keep_running learner bash -c 'exit {int(code)}'")
+    assert kept.returncode == code
+    assert kept.stderr.count("is process") == 1
+
+
+def test_a_role_that_dies_is_started_again(tmp_path: Path):
+    """kill -9 must not end a run of days."""
+    kept = keep_running(f"keep_running learner bash -c 'mkdir {tmp_path}/once && kill -9 $$ || exit 0'")
+    assert kept.returncode == 0
+    assert "learner ended with exit code 137" in kept.stderr
+    assert kept.stderr.count("is process") == 2
+
+
+def test_a_role_that_keeps_dying_young_is_given_up():
+    """A crash loop without end looks like a training."""
+    kept = keep_running("keep_running learner bash -c 'exit 1'")
+    assert kept.returncode == 1
+    assert kept.stderr.count("is process") == 5
+    assert "died 5 times within 30 s of its start" in kept.stderr
+
+
+def test_sigterm_reaches_the_role_and_its_own_exit_code_comes_back(tmp_path: Path):
+    """A role that is killed instead of asked loses what it learned since its last checkpoint."""
+    role = f"trap 'touch {tmp_path}/saved; exit 143' TERM; echo ready; while :; do sleep 0.1; done"
+    kept = subprocess.Popen([KEEP_RUNNING, "learner", "bash", "-c", role], stdout=subprocess.PIPE, text=True)
+    try:
+        assert kept.stdout.readline() == "ready\n"
+        kept.send_signal(signal.SIGTERM)
+        assert kept.wait(20) == 143
+    finally:
+        kept.kill()
+    assert (tmp_path / "saved").exists()
+
+
+def test_ssh_says_which_setting_is_missing():
+    said = subprocess.run([LAUNCH / "ssh.sh", "start"], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
+    assert said.returncode == 1
+    assert "LEARNER_HOST is not set: expected the host of replay server and learner" in said.stderr
+
+
+def test_learners_job_and_actors_job_agree():
+    """They meet at a port that both work out from the job's number, and must load the same experiment."""
+    learner, actors = ((LAUNCH / name).read_text() for name in ("slurm.sbatch", "slurm_actors.sbatch"))
+    for setting in ("EXPERIMENT", "GIN_BINDINGS", "SEED", "CHECKOUT", "PORT", "RUN_DIR"):
+        (default,) = re.findall(rf'^: "\$\{{{setting}:=(.*)\}}"', learner, re.MULTILINE)
+        assert f"{{{setting}:={default.replace('SLURM_JOB_ID', 'LEARNER_JOB')}}}" in actors, setting
