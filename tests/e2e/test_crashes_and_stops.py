@@ -127,3 +127,25 @@ def test_starting_again_goes_on_from_the_checkpoint_to_the_end(stopped_run):
     evaluated = [evaluation["train_step"] for evaluation in summary["evaluations"]]
     assert evaluated == list(range(0, end + 1, 100)), "every due snapshot is evaluated once, also across the stop"
     assert summary["wall_seconds"] > max(line["wall_secs"] for line in summary["evaluations"])
+
+
+NAN = """
+import nan_cartpole
+include 'dqn_cartpole.gin'
+gym_environment.env_name = 'NanCartPole-v0'
+"""
+
+
+def test_an_environment_that_gives_a_nan_ends_the_run_and_leaves_the_last_good_checkpoint(processes, tmp_path):
+    """One NaN in the replay turns all weights into NaN, and hours later nobody knows where it came from."""
+    (tmp_path / "nan.gin").write_text(NAN)
+    train = processes.start(
+        "train", "nan.gin", "--root_dir=run", "--seed=1", "--num_eval_actors=0", "--num_video_episodes=0",
+        *bind(*TINY, "train.num_iterations = 1_000_000"),
+    )  # fmt: skip
+    assert train.wait(RUN_SECS) == 65, train.output
+    assert re.search(
+        r"error: after [\d,]+ environment steps environment \d gave observation\[2\] = nan: nothing of it was sent",
+        train.stderr,
+    )
+    assert _newest_checkpoint(tmp_path / "run") > 0

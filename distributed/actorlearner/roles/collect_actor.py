@@ -6,9 +6,11 @@ variable container --weights--> [collect actor] --trajectories--> replay
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 import secrets
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from tf_agents.trajectories import time_step as ts
 
 from actorlearner import variable_container
 from actorlearner.cluster import Cluster
+from actorlearner.environments.batch import NotFinite
 from actorlearner.experiment import Experiment
 from actorlearner.replay.base import RANDOM_POLICY, Sampling, await_tables
 from actorlearner.reports import CollectReport, Reporter
@@ -138,12 +141,12 @@ class Collector:
         # A restarted actor must not repeat the episodes of the process before it.
         self._environments = experiment.make_environments(num_environments, "collect-actor", cluster.task, life)
         self._sink = experiment.replay.make_sink(cluster.replay_address, sampling)
-        self._time_step = self._environments.reset()
+        self.environment_steps = self.episodes = 0
+        with self._refusing_not_finite():
+            self._time_step = self._environments.reset()
         self._returns = np.zeros(num_environments)
         self._asked_at = 0.0
         self.recent_returns: collections.deque[float] = collections.deque(maxlen=20)
-        self.environment_steps = 0
-        self.episodes = 0
         self.blocked_secs = 0.0
 
     @property
@@ -162,9 +165,15 @@ class Collector:
         return phase >= Phase.TRAINING if is_warm is None else is_warm
 
     def step(self, acting: Any, acted_at: int) -> None:
-        """Acts once in every environment and hands what came of it to the sink."""
+        """Acts once in every environment and hands what came of it to the sink.
+
+        Raises:
+          RoleError: A reward or an observation is not finite (DATA).
+        """
         policy_step = acting.act(self._time_step)
-        before, after = self._time_step, self._environments.step(policy_step.action)
+        before = self._time_step
+        with self._refusing_not_finite():
+            after = self._environments.step(policy_step.action)
         crashed = self._environments.crashed
         self._sink.append(
             trajectory.Trajectory(
@@ -181,6 +190,17 @@ class Collector:
         )
         self._time_step = after
         self._count(before.step_type, after, crashed)
+
+    @contextlib.contextmanager
+    def _refusing_not_finite(self) -> Iterator[None]:
+        try:
+            yield
+        except NotFinite as error:
+            raise RoleError(
+                f"after {self.environment_steps:,} environment steps {error}: nothing of it was sent, and the last "
+                "good checkpoint is kept. Mend the environment, then start again with the same --root_dir.",
+                ExitCode.DATA,
+            ) from error
 
     def _count(self, step_type: np.ndarray, after: ts.TimeStep, crashed: np.ndarray) -> None:
         acted = (step_type != StepType.LAST) & ~crashed  # after a last step comes a reset, no step of the environment
