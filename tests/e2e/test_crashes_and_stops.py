@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from actorlearner.local import find_free_port
 from tests.e2e.processes import RUN_SECS, START_SECS, TINY, Process, Processes, bind, is_alive, role_pids
 
 CRASHING = """
@@ -149,3 +150,24 @@ def test_an_environment_that_gives_a_nan_ends_the_run_and_leaves_the_last_good_c
         train.stderr,
     )
     assert _newest_checkpoint(tmp_path / "run") > 0
+
+
+def test_sigterm_reaches_a_learner_that_is_blocked_inside_reverb(processes, tmp_path, eventually):
+    """Python handles no signal while a batch is awaited inside a compiled call; launchers then kill, and lose hours."""
+    address = f"localhost:{find_free_port()}"
+    started = {
+        role: processes.start(
+            role, "dqn_cartpole", f"--replay_address={address}",
+            *(["--root_dir=run"] if role != "replay-server" else []),
+            *bind(*TINY, "train.num_iterations = 1_000_000", "train.eval_interval = 0"),
+            *bind("experiment.replay = @uniform_replay()", "uniform_replay.wait_secs = 1000.0"),
+        )
+        for role in ("replay-server", "learner", "collect-actor")
+    }  # fmt: skip
+    started["learner"].await_line("train step 50:", RUN_SECS)
+    started["collect-actor"].send(signal.SIGKILL)
+    # Said when no update was made for 5 s: the call is inside Reverb, and would be for 1000 s more.
+    eventually(lambda: json.loads((tmp_path / "run" / "status.json").read_text())["phase"] == "waiting", secs=RUN_SECS)
+    started["learner"].send(signal.SIGTERM)
+    assert started["learner"].wait(20.0) == 143, started["learner"].output
+    assert _newest_checkpoint(tmp_path / "run") >= 50

@@ -59,6 +59,13 @@ def run_collect_actor(
       RoleError: A peer is unreachable past the deadline (UNAVAILABLE), the server's tables are those of another
         experiment (DATA), or `root_dir` cannot be written (CANNOT_CREATE).
     """
+    lock_step = experiment.schedule.lock_step
+    if lock_step and cluster.task:
+        raise RoleError(
+            f"--task = {cluster.task} with train.lock_step = True: there is one collect actor in lock-step, and its "
+            "task is 0.",
+            ExitCode.USAGE,
+        )
     experiment.seed_process("collect-actor", cluster.task)
     events_folder = RunDirectory(root_dir).make_collect_events(cluster.task)
     life = len(list(events_folder.glob("events*")))  # 0 for the first process of this task, as its files tell
@@ -92,19 +99,22 @@ def run_collect_actor(
     warming_up = True
 
     while not stop.is_set() and weights.phase() <= Phase.TRAINING:
-        if warming_up and collector.is_quota_filled(weights.phase()):
+        may_change = not lock_step or collector.ends_chunk  # else which step is the first depends on the clock
+        if warming_up and may_change and collector.is_quota_filled(weights.phase()):
             acting = _await_trained_policy(experiment, cluster, policy, weights, stop)
             if acting is None:
                 break
             warming_up = False
             logging.info("the replay is warm: acting with the collect policy from here on")
         snapshot = weights.latest()
-        if not warming_up and snapshot is not None and snapshot.version != version:
+        if not warming_up and may_change and snapshot is not None and snapshot.version != version:
             snapshot.assign_to(policy.variables())
             train_step.assign(snapshot.train_step)
             version, acted_at = snapshot.version, snapshot.train_step
         collector.step(acting, acted_at)
         collector.await_server(weights, stop)
+        if lock_step and collector.ends_chunk:
+            collector.await_answer(weights, stop)
         if progress.is_due(report_interval_secs):
             progress.report(collector, int(train_step), events_interval_secs)
 
@@ -138,6 +148,9 @@ class Collector:
         self._cluster = cluster
         self._replay = experiment.replay
         self._quota = sampling.initial_collect_steps
+        self._lock_step = sampling.lock_step
+        self.ends_chunk = False
+        """Whether the last step was the last of a chunk."""
         # A restarted actor must not repeat the episodes of the process before it.
         self._environments = experiment.make_environments(num_environments, "collect-actor", cluster.task, life)
         self._sink = experiment.replay.make_sink(cluster.replay_address, sampling)
@@ -155,7 +168,7 @@ class Collector:
 
     def is_quota_filled(self, phase: Phase) -> bool:
         """Returns whether the replay as a whole holds `initial_collect_steps`; asks at most five times a second."""
-        if time.monotonic() - self._asked_at < 0.2:
+        if time.monotonic() - self._asked_at < 0.2 and not self._lock_step:
             return False
         self._asked_at = time.monotonic()
         try:
@@ -175,6 +188,7 @@ class Collector:
         with self._refusing_not_finite():
             after = self._environments.step(policy_step.action)
         crashed = self._environments.crashed
+        num_chunks = self._sink.num_chunks
         self._sink.append(
             trajectory.Trajectory(
                 step_type=before.step_type,
@@ -188,6 +202,7 @@ class Collector:
             acted_at,
             crashed,
         )
+        self.ends_chunk = self._sink.num_chunks > num_chunks
         self._time_step = after
         self._count(before.step_type, after, crashed)
 
@@ -238,6 +253,23 @@ class Collector:
                     self._cluster.replay_address,
                 )
         self.blocked_secs += time.monotonic() - start
+
+    def await_answer(self, weights: Subscriber, stop: Stop) -> None:
+        """Returns when the learner has trained on all chunks sent as far as they allow, or nothing more is wanted.
+
+        Raises:
+          RoleError: It did not within `--peer_patience_secs` (UNAVAILABLE).
+          Stopped: `stop` was set.
+        """
+        num_sent = self._sink.num_chunks
+        wait_until(
+            lambda: weights.num_chunks() >= num_sent or weights.phase() > Phase.TRAINING,
+            lambda: f"the learner to train on chunk {num_sent:,}, in lock-step: it has on {weights.num_chunks():,}",
+            stop=stop,
+            deadline_secs=self._cluster.peer_patience_secs,
+            setting="--peer_patience_secs",
+            every_secs=0.005,
+        )
 
     def _is_blocked(self) -> bool:
         try:
