@@ -13,6 +13,7 @@ from tests.e2e.processes import RUN_SECS, TINY, Processes, bind
 LOCK_STEP = (
     "train.lock_step = True",
     "train.num_iterations = 300",
+    "train.policy_save_interval = 1_000_000",  # nobody looks at them
     "resident_replay.chunk_length = 50",
     "collect_actor.refresh_interval_secs = 0.02",
 )
