@@ -85,7 +85,7 @@ class Wire:
         try:
             await self._flows.wait()
             far_reader, far = await asyncio.open_connection("127.0.0.1", self.to_port)
-        except OSError:  # nobody listens there yet
+        except (OSError, asyncio.CancelledError):  # nobody listens there, or the wire is closed
             near.transport.abort()
             self._writers.discard(near)
             return
