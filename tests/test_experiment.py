@@ -206,3 +206,10 @@ def test_every_role_makes_an_agent_of_the_same_specs(experiment):
     assert first.collect_data_spec == second.collect_data_spec
     shapes = [[v.shape for v in agent.collect_policy.variables()] for agent in (first, second)]
     assert shapes[0] == shapes[1]
+
+
+def test_lock_step_refuses_a_replay_that_draws_otherwise_in_every_run():
+    """Reverb's selectors cannot be seeded: two runs would differ, and nobody would know why."""
+    with pytest.raises(RoleError, match=r"train\.lock_step = True needs .*@resident_replay\(\)") as refused:
+        load_experiment("dqn_cartpole", ["train.lock_step = True", "experiment.replay = @uniform_replay()"])
+    assert refused.value.exit_code == ExitCode.USAGE

@@ -52,6 +52,9 @@ class Schedule:
       policy_save_interval: Train steps between two numbered policy checkpoints.
       num_environments: Environments one collect actor steps as a batch.
       num_updates_per_call: Train steps in one call of the compiled loop; signals are looked at in between.
+      lock_step: One collect actor and the learner take turns: a chunk of steps, the train steps it allows, the next
+        chunk with the weights they gave. With TensorFlow's deterministic ops, two new runs of one seed have equal
+        weights, bit for bit. For tests and comparisons: one side always waits.
     """
 
     num_iterations: PositiveInt
@@ -64,6 +67,7 @@ class Schedule:
     policy_save_interval: PositiveInt = 5_000
     num_environments: PositiveInt = 1
     num_updates_per_call: PositiveInt = 50
+    lock_step: bool = False
 
     @property
     def samples_per_insert(self) -> float:
@@ -108,6 +112,11 @@ class Experiment:
 
     def __post_init__(self) -> None:
         self.replay.check(initial_collect_steps=self.schedule.initial_collect_steps)
+        if self.schedule.lock_step and not self.replay.can_lock_step:
+            raise ValueError(
+                "train.lock_step = True needs a replay whose samples can be repeated: "
+                "experiment.replay = @resident_replay()."
+            )
 
     def sampling(self, num_steps: int) -> Sampling:
         """Returns what the schedule asks of the replay, for an agent that trains on windows of `num_steps` steps."""
@@ -118,6 +127,7 @@ class Experiment:
             num_environments=self.schedule.num_environments,
             initial_collect_steps=self.schedule.initial_collect_steps,
             samples_per_insert=self.schedule.samples_per_insert,
+            lock_step=self.schedule.lock_step,
         )
 
     def derive_seed(self, *path: Any) -> int:
@@ -130,6 +140,8 @@ class Experiment:
         random.seed(seed)
         np.random.seed(seed)
         tf.random.set_seed(seed)
+        if self.schedule.lock_step:
+            tf.config.experimental.enable_op_determinism()
 
     @functools.cached_property
     def _specs(self) -> tuple[Any, Any, float]:

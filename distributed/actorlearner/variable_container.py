@@ -32,7 +32,7 @@ EVALUATIONS_TABLE = "evaluations_due"
 MAX_EVALUATIONS_DUE = 1_000
 
 _INT64 = tf.TensorSpec((), tf.int64)
-VERSION_SIGNATURE = {"version": _INT64, "train_step": _INT64, "phase": _INT64, "learner": _INT64, "heartbeat": _INT64}
+VERSION_SIGNATURE = dict.fromkeys(("version", "train_step", "phase", "learner", "heartbeat", "num_chunks"), _INT64)
 
 
 class Phase(enum.IntEnum):
@@ -53,11 +53,18 @@ class Purpose(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """Acting variables at one moment. `variables` are in the order of `agent.collect_policy.variables()`."""
+    """Acting variables at one moment.
+
+    Attributes:
+      version, train_step: The moment.
+      variables: In the order of `agent.collect_policy.variables()`.
+      num_chunks: How many chunks had been trained on as far as they allow; counted in lock-step only.
+    """
 
     version: int
     train_step: int
     variables: Sequence[np.ndarray]
+    num_chunks: int = 0
 
     def assign_to(self, variables: Sequence[tf.Variable]) -> None:
         """Copies the values into `variables`, one by one."""
@@ -82,6 +89,7 @@ class Version:
     phase: Phase
     learner: int
     heartbeat: int
+    num_chunks: int = 0
 
 
 def variables_signature(variables: Sequence[tf.Variable]) -> dict[str, Any]:
@@ -153,6 +161,7 @@ def _read_version(reader: BoardReader, timeout_secs: float = 5.0) -> Optional[Ve
         phase=Phase(int(row["phase"])),
         learner=int(row["learner"]),
         heartbeat=int(row["heartbeat"]),
+        num_chunks=int(row["num_chunks"]),
     )
 
 
@@ -205,11 +214,11 @@ class Publisher:
         self._send(timeout_secs)
         return snapshot
 
-    def take_snapshot(self, train_step: int, variables: Sequence[tf.Variable]) -> Snapshot:
+    def take_snapshot(self, train_step: int, variables: Sequence[tf.Variable], num_chunks: int = 0) -> Snapshot:
         """Returns a snapshot that the publisher's thread sends at once; never blocks on the network."""
         values = [np.asarray(variable) for variable in variables]
         with self._lock:
-            self._snapshot = Snapshot(self._next_version, train_step, values)
+            self._snapshot = Snapshot(self._next_version, train_step, values, num_chunks)
             self._next_version += 1
             self._unpublished = True
             snapshot = self._snapshot
@@ -277,6 +286,7 @@ class Publisher:
                     "phase": np.int64(phase),
                     "learner": np.int64(self._learner),
                     "heartbeat": np.int64(heartbeat),
+                    "num_chunks": np.int64(snapshot.num_chunks),
                 }
                 self._sender.put(VERSION_TABLE, board, timeout_secs)
             except Unreachable as error:
@@ -290,7 +300,8 @@ class Publisher:
 def announce_end(address: str, train_step: int, learner: int, *, timeout_secs: float = 2.0) -> None:
     """Tells every role that training is over, without publishing weights. Raises `Unreachable` when nobody answers."""
     messages.read_server_info(address, timeout_secs)  # fails at once where nobody listens
-    row = {"version": 0, "train_step": train_step, "phase": Phase.OVER, "learner": learner, "heartbeat": 0}
+    row = {"version": 0, "train_step": train_step, "phase": Phase.OVER, "learner": learner}
+    row = {**dict.fromkeys(VERSION_SIGNATURE, 0), **row}
     messages.Sender(address).put(VERSION_TABLE, {name: np.int64(value) for name, value in row.items()}, timeout_secs)
 
 
@@ -363,6 +374,10 @@ class Subscriber:
     def phase(self) -> Phase:
         """Returns how far training is; WARMING_UP before the learner's first word arrived."""
         return self._version.phase if self._version else Phase.WARMING_UP
+
+    def num_chunks(self) -> int:
+        """Returns how many chunks the weights of `latest` answer; see `Snapshot`."""
+        return self._version.num_chunks if self._version else 0
 
     def learner_silent_secs(self) -> float:
         """Returns seconds since the learner's last heartbeat arrived."""

@@ -59,10 +59,10 @@ class Wire:
     async def _close(self) -> None:
         self._server.close()
         self._abort_all()
-        pumps = [*self._pumps]
-        for pump in pumps:
-            pump.cancel()
-        await asyncio.gather(*pumps, return_exceptions=True)
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _set(self, *, flows: bool, cut: bool) -> None:
         self._is_cut = cut
@@ -85,7 +85,7 @@ class Wire:
         try:
             await self._flows.wait()
             far_reader, far = await asyncio.open_connection("127.0.0.1", self.to_port)
-        except OSError:  # nobody listens there yet
+        except (OSError, asyncio.CancelledError):  # nobody listens there, or the wire is closed
             near.transport.abort()
             self._writers.discard(near)
             return

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from actorlearner.local import find_free_port
 from tests.e2e.processes import RUN_SECS, START_SECS, TINY, Process, Processes, bind, is_alive, role_pids
 
 CRASHING = """
@@ -127,3 +128,46 @@ def test_starting_again_goes_on_from_the_checkpoint_to_the_end(stopped_run):
     evaluated = [evaluation["train_step"] for evaluation in summary["evaluations"]]
     assert evaluated == list(range(0, end + 1, 100)), "every due snapshot is evaluated once, also across the stop"
     assert summary["wall_seconds"] > max(line["wall_secs"] for line in summary["evaluations"])
+
+
+NAN = """
+import nan_cartpole
+include 'dqn_cartpole.gin'
+gym_environment.env_name = 'NanCartPole-v0'
+"""
+
+
+def test_an_environment_that_gives_a_nan_ends_the_run_and_leaves_the_last_good_checkpoint(processes, tmp_path):
+    """One NaN in the replay turns all weights into NaN, and hours later nobody knows where it came from."""
+    (tmp_path / "nan.gin").write_text(NAN)
+    train = processes.start(
+        "train", "nan.gin", "--root_dir=run", "--seed=1", "--num_eval_actors=0", "--num_video_episodes=0",
+        *bind(*TINY, "train.num_iterations = 1_000_000"),
+    )  # fmt: skip
+    assert train.wait(RUN_SECS) == 65, train.output
+    assert re.search(
+        r"error: after [\d,]+ environment steps environment \d gave observation\[2\] = nan: nothing of it was sent",
+        train.stderr,
+    )
+    assert _newest_checkpoint(tmp_path / "run") > 0
+
+
+def test_sigterm_reaches_a_learner_that_is_blocked_inside_reverb(processes, tmp_path, eventually):
+    """Python handles no signal while a batch is awaited inside a compiled call; launchers then kill, and lose hours."""
+    address = f"localhost:{find_free_port()}"
+    started = {
+        role: processes.start(
+            role, "dqn_cartpole", f"--replay_address={address}",
+            *(["--root_dir=run"] if role != "replay-server" else []),
+            *bind(*TINY, "train.num_iterations = 1_000_000", "train.eval_interval = 0"),
+            *bind("experiment.replay = @uniform_replay()", "uniform_replay.wait_secs = 1000.0"),
+        )
+        for role in ("replay-server", "learner", "collect-actor")
+    }  # fmt: skip
+    started["learner"].await_line("train step 50:", RUN_SECS)
+    started["collect-actor"].send(signal.SIGKILL)
+    # Said when no update was made for 5 s: the call is inside Reverb, and would be for 1000 s more.
+    eventually(lambda: json.loads((tmp_path / "run" / "status.json").read_text())["phase"] == "waiting", secs=RUN_SECS)
+    started["learner"].send(signal.SIGTERM)
+    assert started["learner"].wait(20.0) == 143, started["learner"].output
+    assert _newest_checkpoint(tmp_path / "run") >= 50

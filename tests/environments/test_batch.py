@@ -10,7 +10,7 @@ from tf_agents.environments import random_py_environment
 from tf_agents.specs import array_spec
 from tf_agents.trajectories import StepType
 
-from actorlearner.environments.batch import MAX_CRASHES_WITHOUT_STEP, EnvironmentBatch, _GymLane
+from actorlearner.environments.batch import MAX_CRASHES_WITHOUT_STEP, EnvironmentBatch, NotFinite, _GymLane
 from actorlearner.environments.gym import GymEnvironment
 
 TWO = np.zeros(2, np.int32)
@@ -189,3 +189,50 @@ def test_closing_closes_every_environment():
     batch, made = make({})
     batch.close()
     assert all(environment.is_closed for environment in made)
+
+
+class Diverging(Fragile):
+    """Gives what its test says in place of one leaf, from `first_bad` calls on: 0 is the reset."""
+
+    def __init__(self, seed, leaf, value, first_bad):
+        super().__init__(seed)
+        self._leaf, self._value, self._calls_left = leaf, value, first_bad
+
+    def _spoil(self, time_step):
+        self._calls_left -= 1
+        if self._calls_left >= 0:
+            return time_step
+        if self._leaf == "reward":
+            return time_step._replace(reward=np.float32(self._value))
+        return time_step._replace(observation=np.array([0.0, self._value], np.float32))
+
+    def _step(self, action):
+        return self._spoil(super()._step(action))
+
+    def _reset(self):
+        return self._spoil(super()._reset())
+
+
+@pytest.mark.parametrize(
+    ("leaf", "value", "message"),
+    [
+        ("reward", np.nan, "environment 1 gave reward = nan"),
+        ("reward", -np.inf, "environment 1 gave reward = -inf"),
+        ("observation", np.nan, r"environment 1 gave observation\[1\] = nan"),
+    ],
+)
+def test_what_is_not_finite_is_refused_with_environment_and_leaf(leaf, value, message):
+    """One NaN in the replay turns all weights into NaN, and nobody knows where it came from."""
+    batch = EnvironmentBatch(
+        lambda seed: Diverging(seed, leaf, value, first_bad=1) if seed else Fragile(seed), 2, itertools.count()
+    )
+    batch.reset()
+    with pytest.raises(NotFinite, match=f"^{message}$"):
+        batch.step(TWO)
+
+
+def test_a_first_observation_that_is_not_finite_is_refused_too():
+    """It would be the start of the episode's first window."""
+    batch = EnvironmentBatch(lambda seed: Diverging(seed, "observation", np.nan, 0), 2, itertools.count())
+    with pytest.raises(NotFinite, match=r"environment 0 gave observation\[1\] = nan"):
+        batch.reset()

@@ -24,6 +24,10 @@ _FIRST, _MID, _LAST = int(StepType.FIRST), int(StepType.MID), int(StepType.LAST)
 _Answer = tuple[int, Any, Any, Any]
 
 
+class NotFinite(ValueError):
+    """An environment gave a NaN or an infinity; the message has the environment and the first bad leaf."""
+
+
 class EnvironmentBatch:
     """Steps `num_environments` environments, each with its own seed, and outlives their crashes."""
 
@@ -67,6 +71,7 @@ class EnvironmentBatch:
         """Returns the first time step of a new episode in each environment, as columns."""
         for index in range(len(self)):
             self._fill(index, self._reset(index))
+        self._require_finite()
         return self._current
 
     def step(self, actions: Any, indices: Optional[Iterable[int]] = None) -> ts.TimeStep:
@@ -81,6 +86,7 @@ class EnvironmentBatch:
 
         Raises:
           RuntimeError: An environment crashed again and again without one good step.
+          NotFinite: A reward or an observation is a NaN or an infinity; it would spoil the weights without a word.
         """
         before, self._current = self._current, next(self._columns)
         if indices is not None:
@@ -97,7 +103,24 @@ class EnvironmentBatch:
                 self.crashed[index] = True
                 answer = self._restart(index)
             self._fill(index, answer)
+        self._require_finite()
         return self._current
+
+    def _require_finite(self) -> None:
+        columns = self._current
+        for column in (columns.reward, *tree.flatten(columns.observation)):
+            if column.dtype.kind == "f" and not np.isfinite(column).all():
+                raise self._not_finite()
+
+    def _not_finite(self) -> NotFinite:
+        found: Any = {"reward": self._current.reward, "observation": self._current.observation}
+        for path, column in tree.flatten_with_path(found):
+            bad = np.argwhere(~np.isfinite(column)) if column.dtype.kind == "f" else np.array([])
+            if len(bad):
+                index, *place = bad[0].tolist()
+                where = "/".join(map(str, path)) + (str(place) if place else "")
+                return NotFinite(f"environment {index} gave {where} = {column[tuple(bad[0])]}")
+        raise AssertionError("called when a leaf is not finite")
 
     def _fill(self, index: int, answer: _Answer) -> None:
         columns = self._current

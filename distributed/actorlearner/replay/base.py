@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Optional, Protocol
+from typing import Any, ClassVar, Optional, Protocol
 
 import numpy as np
 import reverb
@@ -28,6 +28,7 @@ class Sampling:
       num_environments: Environments one collect actor steps as a batch.
       initial_collect_steps: Windows inserted before training begins.
       samples_per_insert: Windows sampled for each one inserted after that.
+      lock_step: Whether actor and learner take turns, chunk by chunk.
     """
 
     num_steps: int
@@ -36,10 +37,14 @@ class Sampling:
     num_environments: int
     initial_collect_steps: int
     samples_per_insert: float
+    lock_step: bool = False
 
 
 class TrajectorySink(Protocol):
     """Takes the steps of one collect actor's environments to the replay server; none of its windows spans two."""
+
+    num_chunks: int
+    """How many chunks were sent; 0 for ever where there are none."""
 
     def append(self, steps: Any, acted_at: int, crashed: np.ndarray) -> None:
         """Adds one `Trajectory` step per environment; those of an episode come in order and end with its boundary.
@@ -69,6 +74,9 @@ class BatchSource(Protocol):
 
     handle: Any
     """Passed to `draw` through the compiled function's arguments, so that replacing it does not retrace."""
+
+    num_chunks: int
+    """How many chunks were taken in; 0 for ever where there are none."""
 
     can_fuse: bool
     """Whether XLA can compile `draw` and `unpack` together with the update."""
@@ -129,6 +137,9 @@ class BatchSource(Protocol):
 
 class Replay(Protocol):
     """A replay as gin binds it; read only."""
+
+    can_lock_step: ClassVar[bool]
+    """Whether actor and learner can take turns, with samples that are the same in every run of one seed."""
 
     def check(self, *, initial_collect_steps: int) -> None:
         """Raises `ValueError` when its settings do not fit the schedule's."""

@@ -20,7 +20,7 @@ import secrets
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Optional
+from typing import Any, ClassVar, Optional
 
 import gin
 import numpy as np
@@ -67,6 +67,8 @@ class ResidentReplay:
     chunk_length: PositiveInt = 100
     chunk_secs: PositiveFloat = 1.0
     stream_length: PositiveInt = 4
+
+    can_lock_step: ClassVar[bool] = True
 
     def check(self, *, initial_collect_steps: int) -> None:
         """Raises `ValueError` when the mirror could never hold what training waits for."""
@@ -124,7 +126,7 @@ class ResidentReplay:
             sampling.num_steps,
             sampling.num_environments,
             self._num_rows(sampling),
-            self.chunk_secs,
+            math.inf if sampling.lock_step else self.chunk_secs,
         )
 
     def make_source(
@@ -178,6 +180,7 @@ class ChunkSink:
     """Writes what one actor's environments do as chunks. See `TrajectorySink`."""
 
     def __init__(self, client: reverb.Client, num_steps: int, num_environments: int, num_rows: int, chunk_secs: float):
+        self.num_chunks = 0
         self._num_steps = num_steps
         self._num_environments = num_environments
         self._num_rows = num_rows
@@ -238,6 +241,7 @@ class ChunkSink:
             array[:kept] = array[length - kept : length].copy()
         self._length = kept
         self._is_sending = True
+        self.num_chunks += 1
 
     def is_blocked(self) -> bool:
         """Returns whether the queue has not taken the last chunk. See `TrajectorySink.is_blocked`."""
@@ -462,6 +466,7 @@ class ResidentSource:
         self._error_buffer = error_buffer
         self._num_durable_chunks = num_durable_chunks
         self._inserts = self._samples = 0
+        self.num_chunks = 0  # those the mirrors hold or held
         self._num_chunks = 0
         self._num_staged = 0  # windows
         self._staged: list[tuple[Mirror, Block]] = []
@@ -587,6 +592,7 @@ class ResidentSource:
             staged, self._staged = self._staged, []
         for mirror, block in staged:
             mirror.add(block)
+            self.num_chunks += 1
             with self._changed:
                 self._inserts += len(block.starts)
                 self._num_staged -= len(block.starts)

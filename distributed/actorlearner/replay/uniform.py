@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Optional
+from typing import Any, ClassVar, Literal, Optional
 
 import gin
 import numpy as np
@@ -64,6 +64,8 @@ class UniformReplay:
     wait_secs: PositiveFloat = 5.0
     chunk_length: PositiveInt = 16
     max_pending_items: PositiveInt = 64
+
+    can_lock_step: ClassVar[bool] = False  # Reverb's selectors cannot be seeded
 
     def check(self, *, initial_collect_steps: int) -> None:
         """Raises `ValueError` when the table could never hold what training waits for."""
@@ -178,6 +180,7 @@ class ServerSampledSource:
     def __init__(self, address: str, batch_size: int, strategy: tf.distribute.Strategy, make_dataset: Any):
         self._address = address
         self._batch_size = batch_size
+        self.num_chunks = 0
         self._samples = 0
         self._dataset = strategy.distribute_datasets_from_function(make_dataset)
         self.handle = iter(self._dataset)
@@ -261,6 +264,8 @@ class ServerSampledSource:
 
 class WindowSink:
     """Hands each environment's steps to a writer of its own. See `TrajectorySink`."""
+
+    num_chunks = 0
 
     def __init__(self, writers: Sequence[_EpisodeWriter]):
         self._writers = writers

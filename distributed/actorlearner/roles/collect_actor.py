@@ -6,9 +6,11 @@ variable container --weights--> [collect actor] --trajectories--> replay
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 import secrets
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from tf_agents.trajectories import time_step as ts
 
 from actorlearner import variable_container
 from actorlearner.cluster import Cluster
+from actorlearner.environments.batch import NotFinite
 from actorlearner.experiment import Experiment
 from actorlearner.replay.base import RANDOM_POLICY, Sampling, await_tables
 from actorlearner.reports import CollectReport, Reporter
@@ -57,6 +60,13 @@ def run_collect_actor(
       RoleError: A peer is unreachable past the deadline (UNAVAILABLE), the server's tables are those of another
         experiment (DATA), or `root_dir` cannot be written (CANNOT_CREATE).
     """
+    lock_step = experiment.schedule.lock_step
+    if lock_step and cluster.task:
+        raise RoleError(
+            f"--task = {cluster.task} with train.lock_step = True: there is one collect actor in lock-step, and its "
+            "task is 0.",
+            ExitCode.USAGE,
+        )
     experiment.seed_process("collect-actor", cluster.task)
     events_folder = RunDirectory(root_dir).make_collect_events(cluster.task)
     life = len(list(events_folder.glob("events*")))  # 0 for the first process of this task, as its files tell
@@ -90,20 +100,23 @@ def run_collect_actor(
     warming_up = True
 
     while not stop.is_set() and weights.phase() <= Phase.TRAINING:
-        if warming_up and collector.is_quota_filled(weights.phase()):
+        may_change = not lock_step or collector.ends_chunk  # else which step is the first depends on the clock
+        if warming_up and may_change and collector.is_quota_filled(weights.phase()):
             acting = _await_trained_policy(experiment, cluster, policy, weights, stop)
             if acting is None:
                 break
             warming_up = False
             logging.info("the replay is warm: acting with the collect policy from here on")
         snapshot = weights.latest()
-        if not warming_up and snapshot is not None and snapshot.version != version:
+        if not warming_up and may_change and snapshot is not None and snapshot.version != version:
             snapshot.assign_to(policy.variables())
             train_step.assign(snapshot.train_step)
             version, acted_at = snapshot.version, snapshot.train_step
         collector.step(acting, acted_at)
         beat()
         collector.await_server(weights, stop)
+        if lock_step and collector.ends_chunk:
+            collector.await_answer(weights, stop)
         if progress.is_due(report_interval_secs):
             progress.report(collector, int(train_step), events_interval_secs)
 
@@ -137,15 +150,18 @@ class Collector:
         self._cluster = cluster
         self._replay = experiment.replay
         self._quota = sampling.initial_collect_steps
+        self._lock_step = sampling.lock_step
+        self.ends_chunk = False
+        """Whether the last step was the last of a chunk."""
         # A restarted actor must not repeat the episodes of the process before it.
         self._environments = experiment.make_environments(num_environments, "collect-actor", cluster.task, life)
         self._sink = experiment.replay.make_sink(cluster.replay_address, sampling)
-        self._time_step = self._environments.reset()
+        self.environment_steps = self.episodes = 0
+        with self._refusing_not_finite():
+            self._time_step = self._environments.reset()
         self._returns = np.zeros(num_environments)
         self._asked_at = 0.0
         self.recent_returns: collections.deque[float] = collections.deque(maxlen=20)
-        self.environment_steps = 0
-        self.episodes = 0
         self.blocked_secs = 0.0
 
     @property
@@ -154,7 +170,7 @@ class Collector:
 
     def is_quota_filled(self, phase: Phase) -> bool:
         """Returns whether the replay as a whole holds `initial_collect_steps`; asks at most five times a second."""
-        if time.monotonic() - self._asked_at < 0.2:
+        if time.monotonic() - self._asked_at < 0.2 and not self._lock_step:
             return False
         self._asked_at = time.monotonic()
         try:
@@ -164,10 +180,17 @@ class Collector:
         return phase >= Phase.TRAINING if is_warm is None else is_warm
 
     def step(self, acting: Any, acted_at: int) -> None:
-        """Acts once in every environment and hands what came of it to the sink."""
+        """Acts once in every environment and hands what came of it to the sink.
+
+        Raises:
+          RoleError: A reward or an observation is not finite (DATA).
+        """
         policy_step = acting.act(self._time_step)
-        before, after = self._time_step, self._environments.step(policy_step.action)
+        before = self._time_step
+        with self._refusing_not_finite():
+            after = self._environments.step(policy_step.action)
         crashed = self._environments.crashed
+        num_chunks = self._sink.num_chunks
         self._sink.append(
             trajectory.Trajectory(
                 step_type=before.step_type,
@@ -181,8 +204,20 @@ class Collector:
             acted_at,
             crashed,
         )
+        self.ends_chunk = self._sink.num_chunks > num_chunks
         self._time_step = after
         self._count(before.step_type, after, crashed)
+
+    @contextlib.contextmanager
+    def _refusing_not_finite(self) -> Iterator[None]:
+        try:
+            yield
+        except NotFinite as error:
+            raise RoleError(
+                f"after {self.environment_steps:,} environment steps {error}: nothing of it was sent, and the last "
+                "good checkpoint is kept. Mend the environment, then start again with the same --root_dir.",
+                ExitCode.DATA,
+            ) from error
 
     def _count(self, step_type: np.ndarray, after: ts.TimeStep, crashed: np.ndarray) -> None:
         acted = (step_type != StepType.LAST) & ~crashed  # after a last step comes a reset, no step of the environment
@@ -221,6 +256,23 @@ class Collector:
                     self._cluster.replay_address,
                 )
         self.blocked_secs += time.monotonic() - start
+
+    def await_answer(self, weights: Subscriber, stop: Stop) -> None:
+        """Returns when the learner has trained on all chunks sent as far as they allow, or nothing more is wanted.
+
+        Raises:
+          RoleError: It did not within `--peer_patience_secs` (UNAVAILABLE).
+          Stopped: `stop` was set.
+        """
+        num_sent = self._sink.num_chunks
+        wait_until(
+            lambda: weights.num_chunks() >= num_sent or weights.phase() > Phase.TRAINING,
+            lambda: f"the learner to train on chunk {num_sent:,}, in lock-step: it has on {weights.num_chunks():,}",
+            stop=stop,
+            deadline_secs=self._cluster.peer_patience_secs,
+            setting="--peer_patience_secs",
+            every_secs=0.005,
+        )
 
     def _is_blocked(self) -> bool:
         try:

@@ -16,7 +16,7 @@ from tf_agents.trajectories import StepType
 
 from actorlearner import variable_container
 from actorlearner.cluster import Cluster
-from actorlearner.environments.batch import EnvironmentBatch
+from actorlearner.environments.batch import EnvironmentBatch, NotFinite
 from actorlearner.experiment import Experiment
 from actorlearner.reports import AtWork, EvaluationProgress, EvaluationResult, Reporter
 from actorlearner.runtime.configuration import PositiveFloat, PositiveInt
@@ -45,7 +45,8 @@ def run_eval_actor(
       poll_interval_secs: Time between two looks for a due snapshot, in seconds.
 
     Raises:
-      RoleError: The container is unreachable past the deadline (UNAVAILABLE) or another experiment's (DATA).
+      RoleError: The container is unreachable past the deadline (UNAVAILABLE) or another experiment's, or an environment
+        gave a NaN (DATA).
     """
     experiment.seed_process("eval-actor", cluster.task)
     agent, _ = experiment.make_agent()
@@ -90,7 +91,14 @@ def run_eval_actor(
             environments = experiment.make_environments(
                 num_environments, "eval-actor", request.snapshot.train_step, int(request.purpose)
             )
-            result = evaluate(acting, environments, num_episodes, request, cluster.task, stop)
+            try:
+                result = evaluate(acting, environments, num_episodes, request, cluster.task, stop)
+            except NotFinite as error:
+                raise RoleError(
+                    f"evaluating train step {request.snapshot.train_step:,}, {error}: what such an episode returns "
+                    "means nothing. Mend the environment, then start again with the same --root_dir.",
+                    ExitCode.DATA,
+                ) from error
             environments.close()
             _report(reporter, result, cluster, stop)
     return stop.exit_code
@@ -106,6 +114,7 @@ def evaluate(
 
     Raises:
       Stopped: `stop` was set before the end.
+      NotFinite: A reward or an observation is a NaN or an infinity.
     """
     start = time.monotonic()
     num_environments = len(environments)

@@ -369,6 +369,7 @@ class TrainingLoop:
         self._all_variables = list(agent.variables)
         self._export = export
         self._version = 0
+        self._num_chunks_answered = 0
         self._starved_since: Optional[float] = None
         self._said_at = time.monotonic()
         self._shares = TimeShares()
@@ -408,7 +409,7 @@ class TrainingLoop:
                 self._record.note_train_step(step)
                 now = time.monotonic()
                 is_wanted = step == self._schedule.num_iterations or self._is_evaluation_due(step)
-                if (is_wanted and step > before) or now - published_at >= publish_interval_secs:
+                if (is_wanted and step > before) or self._is_due(now - published_at, publish_interval_secs):
                     published_at = now
                     self._publish(step)
                 if scalars is not None and step % self._schedule.log_interval == 0:
@@ -422,13 +423,22 @@ class TrainingLoop:
             self._save(with_replay=True)
             self._replay_checkpoints.wait(secs=3.0)
 
+    def _is_due(self, secs: float, interval_secs: float) -> bool:
+        return not self._schedule.lock_step and secs >= interval_secs  # in lock-step weights change between chunks only
+
+    def _answer_chunk(self, step: int) -> None:
+        """In lock-step: lets the actor go on, with the weights that its last chunk led to."""
+        if self._schedule.lock_step and self._source.num_chunks > self._num_chunks_answered:
+            self._num_chunks_answered = self._source.num_chunks
+            self._publish(step)
+
     def _is_evaluation_due(self, step: int) -> bool:
         interval = self._schedule.eval_interval
         return interval > 0 and (step % interval == 0 or step == self._schedule.num_iterations)
 
     def _publish(self, step: int) -> None:
         """Hands the weights to the publisher's thread, and to the eval actors when they are due."""
-        snapshot = self._publisher.take_snapshot(step, self._variables)
+        snapshot = self._publisher.take_snapshot(step, self._variables, self._num_chunks_answered)
         self._version = snapshot.version
         if self._is_evaluation_due(step):
             self._save()  # what is evaluated must never be trained again, with other weights under the same step
@@ -442,7 +452,10 @@ class TrainingLoop:
             nonlocal described
             described = self._source.describe()
             self._record.note_waiting(described)
-            return self._source.is_ready()
+            is_ready = self._source.is_ready()
+            if not is_ready:
+                self._answer_chunk(int(self._train_step.numpy()))
+            return is_ready
 
         wait_until(
             poll,
@@ -469,6 +482,8 @@ class TrainingLoop:
                 self._record.note_waiting(None)
                 beat()
                 return step + num_updates, scalars
+        else:
+            self._answer_chunk(step)
         reached = int(self._train_step.numpy())
         self._source.note_updates(reached - step)
         if reached > step:
