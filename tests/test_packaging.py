@@ -134,7 +134,10 @@ def test_lock_of_the_benchmarks_peers_pins_what_they_are():
 
 
 def test_tests_run_with_the_versions_that_training_runs_with():
-    run, test = pins("requirements.lock"), pins("requirements-test.lock")
+    run, test = (
+        {name: {line.split(" ;")[0] for line in lines} for name, lines in pins(lock).items()}  # a tool may need one on
+        for lock in ("requirements.lock", "requirements-test.lock")  # more Pythons than training does
+    )
     assert {name: test.get(name) for name in run} == run
 
 
