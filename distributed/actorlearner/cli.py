@@ -89,6 +89,12 @@ def make_parser() -> argparse.ArgumentParser:
     metrics = _add(commands, "metrics", _metrics, "serve a run's numbers to Prometheus", [])
     metrics.add_argument("root_dir", type=Path, metavar="ROOT_DIR", help="directory of a run")
     metrics.add_argument("--port", type=int, default=9464, metavar="N", help="to listen on (default: 9464)")
+    metrics.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="0.0.0.0: for other machines too (default: 127.0.0.1)",
+    )
 
     drill = _add(commands, "drill", _drill, "do to a small run what happens to long ones; say which promises held", [])
     drill.add_argument("experiment", metavar="EXPERIMENT", help="a shipped experiment or a gin file")
@@ -515,7 +521,7 @@ def _metrics(arguments: argparse.Namespace) -> int:
     from actorlearner.runtime.lifecycle import run_to_exit
     from actorlearner.tools.metrics import serve_metrics
 
-    run_to_exit(lambda stop: serve_metrics(arguments.root_dir, arguments.port, stop))
+    run_to_exit(lambda stop: serve_metrics(arguments.root_dir, arguments.host, arguments.port, stop))
 
 
 def _drill(arguments: argparse.Namespace) -> int:

@@ -167,7 +167,8 @@ def test_sigterm_reaches_a_learner_that_is_blocked_inside_reverb(processes, tmp_
     started["learner"].await_line("train step 50:", RUN_SECS)
     started["collect-actor"].send(signal.SIGKILL)
     # Said when no update was made for 5 s: the call is inside Reverb, and would be for 1000 s more.
-    eventually(lambda: json.loads((tmp_path / "run" / "status.json").read_text())["phase"] == "waiting", secs=RUN_SECS)
+    status = tmp_path / "run" / "status.json"  # written every second, so not at once
+    eventually(lambda: status.exists() and json.loads(status.read_text())["phase"] == "waiting", secs=RUN_SECS)
     started["learner"].send(signal.SIGTERM)
     assert started["learner"].wait(20.0) == 143, started["learner"].output
     assert _newest_checkpoint(tmp_path / "run") >= 50

@@ -84,6 +84,9 @@ _ENDINGS = {
     "os.kill(os.getpid(), 2); time.sleep(0.6); os.kill(os.getpid(), 2); time.sleep(60)": (130, ""),
     # As when a scheduler signals the whole job and its script passes the signal on: time to save is left.
     "os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGINT); return ExitCode.DONE": (0, ""),
+    # The same while the main thread is inside one long call, as when it saves.
+    "lifecycle.SECOND_SIGNAL_SECS = 2; threading.Timer(0.1, os.kill, (os.getpid(), 15)).start();"
+    " os.kill(os.getpid(), 15); hashlib.pbkdf2_hmac('sha256', b'', b'', 6_000_000); return ExitCode.DONE": (0, ""),
     "raise ZeroDivisionError": (1, "ZeroDivisionError"),
     "threading.Thread(target=time.sleep, args=(60,)).start(); return ExitCode.DONE": (0, ""),
 }
@@ -93,7 +96,8 @@ _ENDINGS = {
 def test_a_process_ends_with_a_code_that_says_why(body):
     """A launcher restarts what may get better and leaves what cannot; blocked threads must not keep a process."""
     code = f"""
-import os, signal, threading, time
+import hashlib, os, signal, threading, time
+from actorlearner.runtime import lifecycle
 from actorlearner.runtime.lifecycle import *
 from actorlearner.runtime.lifecycle import RoleError, Stopped, ExitCode
 def run(stop):

@@ -42,6 +42,25 @@ def test_a_board_shows_what_was_put_last_to_everybody(address):
         np.testing.assert_array_equal(found["values"][0], [2, 2])
 
 
+@pytest.mark.parametrize(
+    "stray",
+    [
+        {"number": np.int64(1)},
+        {"number": np.int64(1), "values": [np.zeros(3, np.float32)]},
+        {"number": np.float32(1), "values": [np.zeros(2, np.float32)]},
+    ],
+    ids=["leaves", "shape", "type"],
+)
+def test_a_strangers_row_on_a_board_is_passed_over_until_the_next_is_put(address, stray):
+    """One insert by mistake must not end every role that looks at the board."""
+    reader = messages.BoardReader(address, "board", SIGNATURE)
+    messages.Sender(address).put("board", stray, 30)
+    with pytest.raises(Unreachable, match="'board'"):
+        reader.read()
+    messages.Sender(address).put("board", row(2), 30)
+    assert int(reader.read()["number"]) == 2
+
+
 def test_a_queue_hands_out_each_row_once_oldest_first(address):
     """A report taken twice would count its steps twice."""
     sender = messages.Sender(address)

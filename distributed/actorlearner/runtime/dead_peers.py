@@ -24,7 +24,7 @@ LOOK_EVERY_SECS = 2.0
 def notice_dead_peers(ports: Collection[int], *, silent_secs: float = 20.0) -> None:
     """Starts a thread that has the kernel end connections whose peer's host does not answer; never blocks.
 
-    A host that answers for a process that is slow or stopped is alive, however long that lasts.
+    A host that answers for a process that is slow is alive, unless what is sent to it finds no room for that long.
 
     Args:
       ports: Connections from or to these are looked after.

@@ -60,7 +60,7 @@ SECOND_SIGNAL_SECS = 0.5
 
 
 class Stop:
-    """Set once, by SIGTERM, SIGINT or `set`; the second signal ends the process at once."""
+    """Set once, by SIGTERM, SIGINT or `set`; a second signal, not within `SECOND_SIGNAL_SECS`, ends the process at once."""
 
     def __init__(self, at_once: Callable[[], object] = lambda: None) -> None:
         """Args:
@@ -73,10 +73,22 @@ class Stop:
 
     def install_signal_handlers(self) -> None:
         """Makes SIGTERM and SIGINT set this stop. Only the main thread may call it."""
+        # Python runs handlers between two instructions of the main thread, which may be inside a long call: while it
+        # saves, say. What comes through the wake-up descriptor has its time of arrival.
+        arrivals, wake_up = os.pipe()
+        os.set_blocking(wake_up, False)
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+            signal.signal(number, lambda _number, _frame: None)
+        signal.set_wakeup_fd(wake_up, warn_on_full_buffer=False)
+        threading.Thread(target=self._take_signals, args=(arrivals,), name="signals", daemon=True).start()
 
-    def _on_signal(self, number: int, _frame: object) -> None:
+    def _take_signals(self, arrivals: int) -> None:
+        while True:
+            for number in os.read(arrivals, 64):
+                if number in (signal.SIGTERM, signal.SIGINT):
+                    self._on_signal(number)
+
+    def _on_signal(self, number: int) -> None:
         now = time.monotonic()
         if now - self._signal_time < SECOND_SIGNAL_SECS:
             return

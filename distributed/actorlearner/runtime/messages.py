@@ -190,7 +190,8 @@ class BoardReader:
         Blocks at most about twice `timeout_secs`.
 
         Raises:
-          Unreachable: The server does not answer within the deadline.
+          Unreachable: The server does not answer within the deadline, or some stranger put a row there that does not
+            fit the signature.
         """
         self._client = self._client or reverb.Client(self.address)
         if not _read_size(self._client, self.address, self.table, timeout_secs):
@@ -199,9 +200,15 @@ class BoardReader:
         samples = self._client.sample(self.table, num_samples=1)
         try:
             (timesteps,) = each_within(timeout_secs, samples, f"table '{self.table}' at {self.address}")
-        except (reverb.errors.ReverbError, RuntimeError) as error:
+        except (reverb.errors.ReverbError, RuntimeError, ValueError) as error:
             raise Unreachable(f"reading table '{self.table}' at {self.address} failed: {error}") from error
-        return tree.unflatten_as(self._signature, timesteps[0].data)
+        leaves, specs = timesteps[0].data, tree.flatten(self._signature)
+        if len(leaves) != len(specs) or not all(
+            leaf.dtype == spec.dtype.as_numpy_dtype and spec.shape.is_compatible_with(leaf.shape)
+            for leaf, spec in zip(leaves, specs)
+        ):
+            raise Unreachable(f"table '{self.table}' at {self.address} holds a row that does not fit its signature")
+        return tree.unflatten_as(self._signature, leaves)
 
 
 def read(address: str, table: str, signature: Signature, *, timeout_secs: float = 5.0) -> Optional[Any]:

@@ -20,6 +20,11 @@ def own_tcp_sockets() -> Iterator[socket.socket]:
             number = os.dup(int(name))
         except OSError:  # closed meanwhile
             continue
-        with socket.socket(fileno=number) as found:
+        try:
+            found = socket.socket(fileno=number)
+        except OSError:  # closed meanwhile, and its number given to a file
+            os.close(number)
+            continue
+        with found:
             if found.family in (socket.AF_INET, socket.AF_INET6) and found.type == socket.SOCK_STREAM:
                 yield found

@@ -25,7 +25,7 @@ _CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _TAIL_BYTES = 65_536
 
 
-def serve_metrics(root_dir: Path, port: int, stop: Stop) -> ExitCode:
+def serve_metrics(root_dir: Path, host: str, port: int, stop: Stop) -> ExitCode:
     """Answers GET /metrics until `stop` is set.
 
     Raises:
@@ -48,10 +48,11 @@ def serve_metrics(root_dir: Path, port: int, stop: Stop) -> ExitCode:
             logging.debug(format, *args)
 
     try:
-        server = http.server.ThreadingHTTPServer(("", port), Handler)
+        server = http.server.ThreadingHTTPServer((host, port), Handler)
     except OSError as error:
         raise RoleError(
-            f"--port = {port}: cannot listen there: {error.strerror}. Stop what uses the port, or give another.",
+            f"--host = {host}, --port = {port}: cannot listen there: {error.strerror}. "
+            "Stop what uses the port, or give another.",
             ExitCode.UNAVAILABLE,
         ) from error
     with server:
