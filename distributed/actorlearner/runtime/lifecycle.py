@@ -60,7 +60,7 @@ SECOND_SIGNAL_SECS = 0.5
 
 
 class Stop:
-    """Set once, by SIGTERM, SIGINT or `set`; a second signal, not within `SECOND_SIGNAL_SECS`, ends the process at once."""
+    """Set once, by SIGTERM, SIGINT or `set`; a second signal, past `SECOND_SIGNAL_SECS`, ends the process at once."""
 
     def __init__(self, at_once: Callable[[], object] = lambda: None) -> None:
         """Args:
