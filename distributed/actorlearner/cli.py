@@ -302,9 +302,10 @@ def _learner(arguments: argparse.Namespace) -> int:
     def run(cluster: Cluster, stop: Stop) -> ExitCode:
         from actorlearner.roles.learner import run_learner
         from actorlearner.run_directory import RunDirectory
-        from actorlearner.runtime.devices import make_strategy
+        from actorlearner.runtime.devices import leave_one_core, make_strategy
         from actorlearner.runtime.lifecycle import ExitCode
 
+        leave_one_core()
         experiment = _load_experiment(arguments)
         strategy = make_strategy(arguments.strategy, tpu=arguments.tpu, num_logical_cpus=arguments.num_logical_cpus)
         code = run_learner(experiment, cluster, arguments.root_dir, strategy, _versions(), stop)
