@@ -11,10 +11,25 @@ from actorlearner.runtime.lifecycle import ExitCode, Stop
 from actorlearner.tools.ending import await_end
 
 
+class _CountingStop(Stop):
+    """Counts the looks between which it is asked."""
+
+    num_looks = 0
+
+    def wait(self, secs):
+        self.num_looks += 1
+        return super().wait(secs)
+
+
 @pytest.fixture
-def waiting(tmp_path):
+def stop():
+    return _CountingStop()
+
+
+@pytest.fixture
+def waiting(tmp_path, stop):
     """`waiting(settle_secs)` starts the wait in a thread and returns its results as they come."""
-    stop, threads = Stop(), []
+    threads = []
 
     def start(settle_secs=3600.0):
         results = []
@@ -30,10 +45,12 @@ def waiting(tmp_path):
         assert not thread.is_alive()
 
 
-def test_it_waits_for_the_run_to_begin_and_to_end(waiting, tmp_path, eventually):
+def test_it_waits_for_the_run_to_begin_and_to_end(waiting, stop, tmp_path, eventually):
     directory = RunDirectory(tmp_path)
     results = waiting()
     directory.write_json(directory.status, {"phase": "reporting", "time": 1e12})
+    looks = stop.num_looks
+    eventually(lambda: stop.num_looks > looks + 1)  # so one began after the write
     assert not results
     directory.note_end()
     eventually(lambda: results == [ExitCode.DONE])
