@@ -29,6 +29,11 @@ class PolicyExport:
     def _saver(self, name: str) -> policy_saver.PolicySaver:
         return policy_saver.PolicySaver(self._policies[name], batch_size=None, train_step=self._train_step)
 
+    def prepare(self) -> None:
+        """Traces the policies, so that the first checkpoint does not have to; takes a second."""
+        for name in self._policies:
+            self._saver(name)
+
     def save_checkpoint(self, train_step: int) -> None:
         """Writes the policy's variables to `checkpoints/policy_checkpoint_<train step>`."""
         if not (self._folder / "greedy_policy").is_dir():

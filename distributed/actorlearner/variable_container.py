@@ -202,6 +202,7 @@ class Publisher:
         self._sender = messages.Sender(address)
         self._closing = False
         self._has_news = threading.Event()  # a snapshot to publish, or the end
+        self._read: Any = None  # reads the variables, all in one call: one by one takes three times as long
         self._thread = threading.Thread(target=self._beat, name="publisher", daemon=True)
         self._thread.start()
 
@@ -215,8 +216,13 @@ class Publisher:
         return snapshot
 
     def take_snapshot(self, train_step: int, variables: Sequence[tf.Variable], num_chunks: int = 0) -> Snapshot:
-        """Returns a snapshot that the publisher's thread sends at once; never blocks on the network."""
-        values = [np.asarray(variable) for variable in variables]
+        """Returns a snapshot that the publisher's thread sends at once; never blocks on the network.
+
+        `variables` are the same ones at every call.
+        """
+        if self._read is None:
+            self._read = tf.function(lambda: [tf.identity(variable) for variable in variables], autograph=False)
+        values = [value.numpy() for value in self._read()]
         with self._lock:
             self._snapshot = Snapshot(self._next_version, train_step, values, num_chunks)
             self._next_version += 1

@@ -19,7 +19,7 @@ import math
 import secrets
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Optional
 
 import gin
@@ -270,6 +270,9 @@ class Mirror:
     """The steps and the valid windows among them, in variables the compiled loop reads; the oldest leave first.
 
     One ring holds step rows, another the positions in it at which a window begins. A chunk leaves as a whole.
+
+    Two threads work on it side by side: one writes chunks where no window that may be drawn lies, also while a compiled
+    call draws; the other reveals them to the next call, and makes room, between two calls.
     """
 
     def __init__(self, step_spec: Any, num_steps: int, capacity: int, device: str = "/cpu:0"):
@@ -289,11 +292,18 @@ class Mirror:
                 tf.Variable(tf.zeros([self._num_rows, *spec.shape], _held_dtype(spec.dtype)), trainable=False)
                 for spec in tf.nest.flatten(self._spec)
             ]
-            self._starts = tf.Variable(tf.zeros([capacity], tf.int64), trainable=False)
-            self._first = tf.Variable(0, dtype=tf.int64, trainable=False)  # window numbers: first held, ...
-            self._end = tf.Variable(0, dtype=tf.int64, trainable=False)  # ... and one past the last
-        self._chunks: collections.deque[tuple[int, int]] = collections.deque()  # (first row, windows), oldest first
-        self._next_row = 0
+            # As many places as rows: wherever there is room for a chunk's rows, there is for its windows.
+            self._starts = tf.Variable(tf.zeros([self._num_rows], tf.int64), trainable=False)
+            # The numbers of the first window held and of the one past the last; one variable, as an assignment is slow.
+            self._bounds = tf.Variable([0, 0], dtype=tf.int64, trainable=False)
+        # The writing thread's: rows and windows written so far, and the rows for which there is no room yet.
+        self._next_row = self._next_window = 0
+        self._num_wanted_rows = 0
+        # From the one to the other, then the other's, oldest first: (row after its last, windows) of each chunk.
+        self._written: collections.deque[tuple[int, int]] = collections.deque()
+        self._chunks: collections.deque[tuple[int, int]] = collections.deque()
+        self._oldest_row = 0  # what lies before it may be written over
+        self._first_window = 0
         self.num_windows = 0
         int64 = tf.TensorSpec((), tf.int64)
         blocks = [tf.TensorSpec([None, *variable.shape[1:]], variable.dtype) for variable in self._rows]
@@ -310,10 +320,14 @@ class Mirror:
     def num_bytes_for(step_spec: Any, num_steps: int, capacity: int) -> int:
         """Returns how much memory a mirror takes."""
         row = sum(int(np.prod(spec.shape)) * _held_dtype(spec.dtype).size for spec in tf.nest.flatten(step_spec))
-        return (row + tf.int64.size) * _num_rows_for(num_steps, capacity) + tf.int64.size * capacity
+        return (row + 2 * tf.int64.size) * _num_rows_for(num_steps, capacity)
 
     def make_block(self, chunk: Mapping[str, Any]) -> Block:
-        """Returns a chunk as `add` takes it, its rows on this mirror's device; any thread may call it."""
+        """Returns a chunk as `write` takes it, its rows on this mirror's device; any thread may call it.
+
+        Raises:
+          ValueError: It could never be held.
+        """
         length = int(chunk["length"])
         ends_run = chunk["ends_run"][:, :length]
         num_environments = len(ends_run)
@@ -323,57 +337,87 @@ class Mirror:
         acted_at = np.broadcast_to(chunk["acted_at"], chunk["ends_run"].shape)
         leaves = [leaf[:, :length] for leaf in tf.nest.flatten({"acted_at": acted_at, "step": chunk["step"]})]
         lanes, steps = np.nonzero(is_start)
+        num_rows = num_environments * length
+        if len(lanes) > self._capacity or num_rows > self._num_rows:
+            raise ValueError(
+                f"a chunk of {len(lanes):,} windows in {num_rows:,} steps does not fit into a replay of "
+                f"{self._capacity:,} windows. Raise resident_replay.replay_buffer_capacity."
+            )
         with tf.device(self._device):
             rows = [
                 tf.cast(leaf.reshape(-1, *leaf.shape[2:]), variable.dtype) for leaf, variable in zip(leaves, self._rows)
             ]
-        return Block(rows, num_environments * length, lanes * length + steps)
+        return Block(rows, num_rows, lanes * length + steps)
 
-    def add(self, block: Block) -> None:
-        """Takes in a chunk's rows and windows; what is too old leaves."""
+    def has_room(self, block: Block) -> bool:
+        """Returns whether `write` may be called; if not, the next `reveal` makes the room. For the writing thread."""
+        has_room = self._next_row + block.num_rows - self._oldest_row <= self._num_rows
+        self._num_wanted_rows = 0 if has_room else block.num_rows
+        return has_room
+
+    def write(self, block: Block) -> None:
+        """Copies a chunk's rows and windows beside those that are held; `has_room` must have said yes."""
         first_row, self._next_row = self._next_row, self._next_row + block.num_rows
-        num_windows = len(block.starts)
-        self._chunks.append((first_row, num_windows))
-        self.num_windows += num_windows
-        num_evicted = 0
-        while self.num_windows > self._capacity or self._chunks[0][0] < self._next_row - self._num_rows:
-            _, num_left = self._chunks.popleft()
-            self.num_windows -= num_left
-            num_evicted += num_left
-        if not self._chunks:
-            raise ValueError(
-                f"a chunk of {num_windows:,} windows in {block.num_rows:,} steps does not fit into a replay of "
-                f"{self._capacity:,} windows. Raise resident_replay.replay_buffer_capacity."
-            )
         starts = (first_row + block.starts) % self._num_rows
         self._write(
             tf.constant(first_row % self._num_rows, tf.int64),
-            tf.constant(num_evicted, tf.int64),
+            tf.constant(self._next_window % self._num_rows, tf.int64),
             tf.convert_to_tensor(starts, tf.int64),
             *block.rows,
         )
+        self._next_window += len(starts)
+        self._written.append((self._next_row, len(starts)))
 
-    def _write_block(self, first_row: tf.Tensor, num_evicted: tf.Tensor, starts: tf.Tensor, *rows: tf.Tensor) -> None:
+    def _write_block(self, first_row: tf.Tensor, first: tf.Tensor, starts: tf.Tensor, *rows: tf.Tensor) -> None:
         positions = (first_row + tf.range(tf.shape(rows[0], tf.int64)[0], dtype=tf.int64)) % self._num_rows
         for variable, block in zip(self._rows, rows):
             variable.scatter_nd_update(positions[:, None], block)
-        num_starts = tf.shape(starts, tf.int64)[0]
-        windows = (self._end + tf.range(num_starts, dtype=tf.int64)) % self._capacity
+        windows = (first + tf.range(tf.shape(starts, tf.int64)[0], dtype=tf.int64)) % self._num_rows
         self._starts.scatter_nd_update(windows[:, None], starts)
-        self._end.assign_add(num_starts)
-        self._first.assign_add(num_evicted)
+
+    def reveal(self) -> tuple[int, int]:
+        """Returns how many chunks and windows that were written may be drawn from now on; what is too old leaves.
+
+        Call it between two compiled calls.
+        """
+        num_chunks = num_windows = 0
+        while self._written:
+            chunk = self._written.popleft()
+            self._chunks.append(chunk)
+            num_chunks, num_windows = num_chunks + 1, num_windows + chunk[1]
+        self.num_windows += num_windows
+        end_row = self._next_row + self._num_wanted_rows
+        num_evicted = 0
+        while self._chunks and (self.num_windows > self._capacity or end_row - self._oldest_row > self._num_rows):
+            self._oldest_row, num_left = self._chunks.popleft()
+            self.num_windows -= num_left
+            num_evicted += num_left
+        if num_windows or num_evicted:
+            self._first_window += num_evicted
+            bounds = np.array([self._first_window, self._first_window + self.num_windows])
+            self._bounds.assign(bounds, read_value=False)
+        return num_chunks, num_windows
+
+    def add(self, block: Block) -> None:
+        """Takes in a chunk where one thread does both."""
+        if not self.has_room(block):
+            self.reveal()
+            assert self.has_room(block)
+        self.write(block)
+        self.reveal()
 
     def draw(self, batch_size: int) -> tuple[Any, tf.Tensor]:
         """Returns windows drawn uniformly, with replacement, as `(experience, acted_at)`; for compiled code.
 
         Shapes: B = batch_size, T = num_steps. `experience` leaves are [B, T, ...]; `acted_at` is [B], of first steps.
         """
-        windows = tf.random.uniform([batch_size], self._first, self._end, tf.int64)
+        first, end = tf.unstack(self._bounds)
+        windows = tf.random.uniform([batch_size], first, end, tf.int64)
         return self.gather(windows)
 
     def gather(self, windows: tf.Tensor) -> tuple[Any, tf.Tensor]:
         """Returns the windows with these numbers; `draw` chooses the numbers."""
-        starts = tf.gather(self._starts, windows % self._capacity)
+        starts = tf.gather(self._starts, windows % self._num_rows)
         rows = (starts[:, None] + tf.range(self.num_steps, dtype=tf.int64)) % self._num_rows
         drawn = [
             tf.cast(tf.gather(variable, rows), spec.dtype)
@@ -431,8 +475,8 @@ class ResidentSource:
     ahead = (inserts - initial_collect_steps) * samples_per_insert - samples stays within the error buffer: beyond it
     the queue is not read, fills, and holds the actors back; below it no update is allowed.
 
-    A thread reads the queue and moves each chunk to its mirror's device while the compiled loop runs; between two calls
-    it only has to be copied into place.
+    A thread reads the queue and writes each chunk into its mirror while the compiled loop runs; between two calls it is
+    only revealed.
     """
 
     can_fuse = True
@@ -468,10 +512,10 @@ class ResidentSource:
         self._inserts = self._samples = 0
         self.num_chunks = 0  # those the mirrors hold or held
         self._num_chunks = 0
-        self._num_staged = 0  # windows
-        self._staged: list[tuple[Mirror, Block]] = []
+        self._num_staged = 0  # windows written to the mirrors and not revealed yet
+        self._misfit: Optional[ValueError] = None  # a chunk that no mirror can hold
         self._known_chunks: dict[int, None] = {}  # a set that remembers its order
-        self._changed = threading.Condition()  # guards all of the above but the mirrors, which one thread touches
+        self._changed = threading.Condition()  # guards all of the above but the mirrors
         self._closing = False
         self._reader: Optional[threading.Thread] = None
 
@@ -490,7 +534,7 @@ class ResidentSource:
         counted = set(_unpack_ids(counts.get("chunks", "")))
         num_new = 0
         for number in sorted(chunks):  # in the order they were sent: the oldest leave first
-            num_windows = self._stage(chunks[number])
+            num_windows = self._stage(chunks[number], make_room=self._ingest)
             num_new += 0 if number in counted else num_windows
             self._ingest()
         if chunks:
@@ -527,7 +571,8 @@ class ResidentSource:
         """Returns how many updates may be made now, at most `num_updates`; takes in what has arrived first."""
         if not self.is_ready():
             return 0
-        spare = self._ahead() + self._error_buffer
+        # Only what may be drawn counts: how far the reading thread is depends on the clock, lock-step must not.
+        spare = self._ahead(self._inserts) + self._error_buffer
         return max(0, min(num_updates, int(spare // self._batch_size)))
 
     def note_updates(self, num_updates: int) -> None:
@@ -539,7 +584,7 @@ class ResidentSource:
     def await_data(self, secs: float) -> None:
         """Returns when something arrived, or after `secs` seconds."""
         with self._changed:
-            self._changed.wait_for(lambda: bool(self._staged), timeout=secs)
+            self._changed.wait_for(lambda: self._num_staged > 0, timeout=secs)
 
     def is_ready(self) -> bool:
         """Returns whether training may begin, or go on after a restart; takes in what has arrived first."""
@@ -582,20 +627,22 @@ class ResidentSource:
     def _num_windows(self) -> int:
         return sum(mirror.num_windows for mirror in self._mirrors)
 
-    def _ahead(self) -> float:
-        return (
-            self._inserts + self._num_staged - self._initial_collect_steps
-        ) * self._samples_per_insert - self._samples
+    def _ahead(self, inserts: Optional[int] = None) -> float:
+        """Returns the samples that `inserts` allow less those made; all that were taken in count by default."""
+        inserts = self._inserts + self._num_staged if inserts is None else inserts
+        return (inserts - self._initial_collect_steps) * self._samples_per_insert - self._samples
 
     def _ingest(self) -> None:
-        with self._changed:
-            staged, self._staged = self._staged, []
-        for mirror, block in staged:
-            mirror.add(block)
-            self.num_chunks += 1
+        """Lets the next call draw what has arrived. Raises `ValueError` when a chunk fits into no mirror."""
+        if self._misfit is not None:
+            raise self._misfit
+        for mirror in self._mirrors:
+            num_chunks, num_windows = mirror.reveal()
             with self._changed:
-                self._inserts += len(block.starts)
-                self._num_staged -= len(block.starts)
+                self.num_chunks += num_chunks
+                self._inserts += num_windows
+                self._num_staged -= num_windows
+                self._changed.notify_all()
 
     def _read_stream(self) -> None:
         while not self._closing:
@@ -603,13 +650,16 @@ class ResidentSource:
                 for sample in self._dataset(STREAM_TABLE, rate_limiter_timeout_ms=1_000):
                     chunk = tree.map_structure(lambda tensor: tensor.numpy(), sample.data)
                     if _fits(tree.flatten(chunk), sample.data):
-                        self._stage(chunk)
+                        self._stage(chunk, make_room=self._await_reveal)
                     else:
                         self._warn_of_stranger("its parts do not belong together")
                     with self._changed:
                         self._changed.wait_for(lambda: self._closing or self._ahead() <= self._error_buffer)
                     if self._closing:
                         return
+            except ValueError as error:
+                self._misfit = error
+                return
             except tf.errors.InvalidArgumentError as error:
                 self._warn_of_stranger(error.message.splitlines()[0])
             except tf.errors.OpError as error:
@@ -626,25 +676,37 @@ class ResidentSource:
             why,
         )
 
-    def _stage(self, chunk: Mapping[str, Any]) -> int:
-        """Prepares a chunk for its mirror and returns its windows; 0 when it was had before.
+    def _stage(self, chunk: Mapping[str, Any], make_room: Callable[[], None]) -> int:
+        """Writes a chunk to its mirror and returns its windows; 0 when it was had before, or when closing.
 
         A restored server hands some out twice.
+
+        Args:
+          chunk: As it was sent.
+          make_room: Called, again and again, while the mirror has no room.
         """
         number = int(chunk["chunk"])
         if number in self._known_chunks:
             return 0
         mirror = self._mirrors[self._num_chunks % len(self._mirrors)]
         block = mirror.make_block(chunk)
+        while not mirror.has_room(block):
+            if self._closing:
+                return 0
+            make_room()
+        mirror.write(block)
         with self._changed:
             self._num_chunks += 1
             self._known_chunks[number] = None
             if len(self._known_chunks) > MAX_KNOWN_CHUNKS:
                 del self._known_chunks[next(iter(self._known_chunks))]
-            self._staged.append((mirror, block))
             self._num_staged += len(block.starts)
             self._changed.notify_all()
         return len(block.starts)
+
+    def _await_reveal(self) -> None:
+        with self._changed:
+            self._changed.wait(timeout=0.05)
 
     def _read_experience(self) -> dict[int, Any]:
         """Returns every chunk of the durable table by its number, in no order; sampled, as Reverb lists none."""

@@ -392,6 +392,8 @@ class TrainingLoop:
             self._ledger.request_owed(step)
         try:
             if step < self._schedule.num_iterations:
+                if not step:  # the actors are not ready either
+                    self._export.prepare()
                 self._await_first_data(stop)
             self._publisher.announce(Phase.TRAINING)
             published_at = saved_at = time.monotonic()
