@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import threading
+
 import numpy as np
 import pytest
 import reverb
@@ -203,6 +206,90 @@ def test_the_oldest_chunks_leave_and_their_windows_are_never_drawn_again(spec):
         windows = held_windows(mirror, 500)
         assert all(second == start + 1 for start, second in windows)
         assert min(start for start, _ in windows) >= first - 6_000
+
+
+def test_what_is_written_is_drawn_only_once_it_is_revealed(spec):
+    """The next call may only see what the samples-per-insert account has counted."""
+    mirror = Mirror(spec, num_steps=2, capacity=60)
+    add(mirror, episode(0, 9))
+    mirror.write(mirror.make_block(as_chunk(episode(1_000, 9))))
+    assert max(start for start, _ in held_windows(mirror)) < 1_000
+    assert mirror.reveal() == (1, 9)
+    assert max(start for start, _ in held_windows(mirror)) >= 1_000
+
+
+def test_a_full_mirror_has_room_again_once_the_oldest_have_left(spec):
+    """The thread that writes must neither overwrite what is drawn nor wait for ever."""
+    mirror = Mirror(spec, num_steps=2, capacity=60)
+    add(mirror, episode(0, 9))
+    before = held_windows(mirror)
+    for first in range(1_000, 1_000_000, 1_000):
+        block = mirror.make_block(as_chunk(episode(first, 9)))
+        if not mirror.has_room(block):
+            break
+        mirror.write(block)
+    assert held_windows(mirror) == before
+    mirror.reveal()
+    assert mirror.num_windows <= 60
+    assert mirror.has_room(block)
+
+
+def test_a_compiled_call_draws_whole_windows_while_chunks_are_written(spec):
+    """Half an old window and half a new one would be a transition that never was."""
+    mirror = Mirror(spec, num_steps=2, capacity=40)
+    add(mirror, episode(0, 30))
+    num_written = 0
+    is_over = threading.Event()
+
+    def write_chunks():
+        nonlocal num_written
+        while not is_over.is_set():
+            block = mirror.make_block(as_chunk(episode(1_000 * (num_written % 1_000 + 1), 30)))
+            while not mirror.has_room(block) and not is_over.wait(0.001):
+                pass
+            if not is_over.is_set():
+                mirror.write(block)
+                num_written += 1
+
+    @tf.function
+    def count_broken(num_draws):
+        broken = tf.constant(0, tf.int64)
+        for _ in tf.range(num_draws):
+            windows = mirror.draw(64)[0].observation[..., 0]
+            broken += tf.math.count_nonzero(windows[:, 1] - windows[:, 0] != 1.0)
+        return broken
+
+    thread = threading.Thread(target=write_chunks)
+    thread.start()
+    try:
+        num_broken = 0
+        while num_written < 200 and not num_broken:
+            num_broken += int(count_broken(tf.constant(5_000)))
+            mirror.reveal()
+    finally:
+        is_over.set()
+        thread.join(10)
+    assert num_broken == 0
+
+
+def test_a_chunk_that_no_mirror_can_hold_ends_training_with_a_word(replay, address, spec, eventually):
+    """It is found by a thread; a thread's error alone would leave the learner waiting for data."""
+    sampling = sample(num_environments=1)
+    sink = dataclasses.replace(replay, replay_buffer_capacity=2_000, chunk_length=2_000).make_sink(address, sampling)
+    source = make_source(replay, address, spec)
+    source.restore({})
+    write(sink, episode(0, 1_900))
+    flush(sink)
+
+    def says_so():
+        try:
+            source.is_ready()
+        except ValueError as error:
+            return "replay_buffer_capacity" in str(error)
+        return False
+
+    eventually(says_so)
+    source.close()
 
 
 def test_the_learner_waits_for_actors_when_it_is_ahead(replay, address, spec, eventually):
