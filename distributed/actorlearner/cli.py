@@ -96,6 +96,22 @@ def make_parser() -> argparse.ArgumentParser:
         help="0.0.0.0: for other machines too (default: 127.0.0.1)",
     )
 
+    certs = _add(commands, "certs", _certs, "make the certificates of a run over TLS: a CA and one for each role", [])
+    certs.add_argument("folder", type=Path, metavar="DIR", help="where they are written; what --tls_dir names")
+    certs.add_argument(
+        "--hosts", nargs="+", action="extend", default=[], metavar="NAME",
+        help="names and addresses by which the others reach the replay server (default: localhost, replay-server)",
+    )  # fmt: skip
+    certs.add_argument("--days", type=_positive, default=365, metavar="N", help="how long they are valid (default: 365)")
+    certs.add_argument("--ca_days", type=_positive, default=3650, metavar="N", help="and the CA's own (default: 3650)")
+    certs.add_argument(
+        "--renew", action="store_true", help="replace the roles' certificates by new ones of the CA in DIR"
+    )
+    certs.add_argument(
+        "--check", action="store_true", help="write nothing: list them; exit code 1 when one expires --within_days"
+    )
+    certs.add_argument("--within_days", type=float, default=30.0, metavar="N", help="for --check (default: 30)")
+
     drill = _add(commands, "drill", _drill, "do to a small run what happens to long ones; say which promises held", [])
     drill.add_argument("experiment", metavar="EXPERIMENT", help="a shipped experiment or a gin file")
     drill.add_argument("--fault", action="append", default=[], metavar="NAME", help="may be repeated (default: all)")
@@ -161,6 +177,11 @@ def _peer_flags() -> argparse.ArgumentParser:
     flags.add_argument(
         "--task", type=_task, default=0, metavar="N",
         help="which of its kind this process is; auto: the first that is free in --root_dir (default: 0)",
+    )  # fmt: skip
+    flags.add_argument(
+        "--tls_dir", default=os.environ.get("ACTORLEARNER_TLS_DIR", ""), metavar="DIR",
+        help="mutual TLS with the certificates that `actorlearner certs DIR` made "
+        "(default: the environment's ACTORLEARNER_TLS_DIR, else none)",
     )  # fmt: skip
     flags.add_argument(
         "--health_file", type=Path, metavar="FILE", help="touched while this role goes on: see actorlearner health"
@@ -291,8 +312,15 @@ def _replay_server(arguments: argparse.Namespace) -> int:
 
         _hold_to_one_thread()
         port = arguments.port or int(cluster.replay_address.rpartition(":")[2])
+        if arguments.tls_dir:
+            port = _open_to_peers(arguments, port)
         return run_replay_server(
-            _load_experiment(arguments), port, arguments.root_dir, stop, local_only=arguments.local_only
+            _load_experiment(arguments),
+            port,
+            arguments.root_dir,
+            stop,
+            local_only=arguments.local_only,
+            tunnel_only=bool(arguments.tls_dir),
         )
 
     return _run_role(arguments, run)
@@ -384,9 +412,69 @@ def _run_role(arguments: argparse.Namespace, run: Callable[[Cluster, Stop], Exit
         if getattr(arguments, "port", None):  # the replay server's own
             ports.add(arguments.port)
         notice_dead_peers(ports)
-        return run(cluster, stop)
+        if arguments.command == "replay-server":
+            return run(cluster, stop)
+        return _run_with_peers(arguments, cluster, lambda cluster: run(cluster, stop))
 
     run_to_exit(run_in_cluster)
+
+
+def _open_to_peers(arguments: argparse.Namespace, port: int) -> int:
+    """Opens the replay server's end of the tunnels at `port`; returns the port where Reverb is to listen."""
+    from actorlearner.local import find_free_port
+    from actorlearner.runtime.lifecycle import ExitCode, RoleError
+    from actorlearner.runtime.tls_tunnel import open_to_peers
+
+    if arguments.local_only:
+        raise RoleError("--local_only and --tls_dir: expected one of them: TLS is for other machines", ExitCode.USAGE)
+    reverb_port = find_free_port()
+    open_to_peers(port, Path(arguments.tls_dir) / arguments.command, reverb_port)
+    return reverb_port
+
+
+def _run_with_peers(arguments: argparse.Namespace, cluster: Cluster, run: Callable[[Cluster], ExitCode]) -> ExitCode:
+    """Runs a role that others answer, through TLS if asked; when they do not, its error says what is wrong with TLS.
+
+    Raises:
+      RoleError: As `run`; REFUSED in place of UNAVAILABLE when a certificate is the reason.
+    """
+    import dataclasses
+
+    from actorlearner.runtime.lifecycle import ExitCode, RoleError
+    from actorlearner.runtime.tls import speaks_tls
+    from actorlearner.runtime.tls_tunnel import Tunnel, open_to_peer
+
+    addresses = sorted({*cluster.replay_address.split(","), *cluster.variables_address.split(",")})
+    tunnels: dict[str, Tunnel] = {}
+
+    def through(peers: str) -> str:
+        return ",".join(tunnels[address].address for address in peers.split(","))
+
+    if arguments.tls_dir:
+        tunnels = {address: open_to_peer(address, Path(arguments.tls_dir) / arguments.command) for address in addresses}
+        cluster = dataclasses.replace(
+            cluster,
+            replay_address=through(cluster.replay_address),
+            variables_address=through(cluster.variables_address),
+        )
+    try:
+        return run(cluster)
+    except RoleError as error:
+        if error.exit_code != ExitCode.UNAVAILABLE:
+            raise
+        for tunnel in tunnels.values():
+            if tunnel.trouble:
+                code = ExitCode.REFUSED if tunnel.is_refused else ExitCode.UNAVAILABLE
+                raise RoleError(f"{error.message} {tunnel.trouble}", code) from error
+        for address in () if tunnels else addresses:
+            host, _, port = address.rpartition(":")
+            if speaks_tls(host, int(port)):
+                raise RoleError(
+                    f"{error.message} {address} speaks TLS: give --tls_dir, with certificates of the same "
+                    "`actorlearner certs`.",
+                    ExitCode.REFUSED,
+                ) from error
+        raise
 
 
 def _claim_task(arguments: argparse.Namespace) -> int:
@@ -523,6 +611,40 @@ def _metrics(arguments: argparse.Namespace) -> int:
     from actorlearner.tools.metrics import serve_metrics
 
     run_to_exit(lambda stop: serve_metrics(arguments.root_dir, arguments.host, arguments.port, stop))
+
+
+def _certs(arguments: argparse.Namespace) -> int:
+    import datetime
+
+    from actorlearner.tools import certificates
+
+    try:
+        if arguments.check:
+            found = certificates.read_certificates(arguments.folder)
+        else:
+            found = certificates.make_certificates(
+                arguments.folder,
+                arguments.hosts,
+                days=arguments.days,
+                ca_days=arguments.ca_days,
+                renew=arguments.renew,
+            )
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 73 if isinstance(error, OSError) else 64
+    now = datetime.datetime.now(datetime.timezone.utc)
+    text, is_due = certificates.describe(found, now, arguments.within_days)
+    print(text)
+    renewal = f"actorlearner certs {arguments.folder} --renew"
+    if arguments.check:
+        if is_due:
+            print(f"Renew with: {renewal}", file=sys.stderr)
+        return 1 if is_due else 0
+    print(
+        f"Copy to each machine only the folders of its roles, with their owner's eyes alone on tls.key; keep "
+        f"{arguments.folder / certificates.CA_KEY} off them all.\nBefore they expire: {renewal}"
+    )
+    return 0
 
 
 def _drill(arguments: argparse.Namespace) -> int:

@@ -158,8 +158,9 @@ def role_command(options: LocalOptions, kind: str, task: int, port: int) -> list
 
 
 def role_environment(kind: str, environ: Mapping[str, str]) -> dict[str, str]:
-    """Returns `environ` with what a role needs: headless, unbuffered, and the GPUs for the learner alone."""
+    """Returns `environ` with what a role needs: headless, unbuffered, no TLS, and the GPUs for the learner alone."""
     environment = {"TF_CPP_MIN_LOG_LEVEL": "2", **environ, "SDL_VIDEODRIVER": "dummy", "PYTHONUNBUFFERED": "1"}
+    environment.pop("ACTORLEARNER_TLS_DIR", None)
     if kind != LEARNER:
         environment["CUDA_VISIBLE_DEVICES"] = "-1"
     return environment

@@ -37,7 +37,7 @@ VERSION_EVERY_SECS = 1.5
 
 
 @gin.configurable(
-    "replay_server", module="actorlearner", denylist=["experiment", "port", "root_dir", "stop", "local_only"]
+    "replay_server", module="actorlearner", denylist=["experiment", "port", "root_dir", "stop", "local_only", "tunnel_only"]
 )
 def run_replay_server(
     experiment: Experiment,
@@ -46,6 +46,7 @@ def run_replay_server(
     stop: Stop,
     *,
     local_only: bool = False,
+    tunnel_only: bool = False,
     linger_secs: NonNegativeFloat = 10.0,
 ) -> ExitCode:
     """Serves until training is over or `stop` is set.
@@ -58,19 +59,27 @@ def run_replay_server(
       root_dir: Where the replay's checkpoints are, under checkpoints/replay; None saves nothing.
       stop: Set on SIGTERM; looked at several times a second.
       local_only: Lets nobody but this machine reach the port; where the system does not allow that, warns.
+      tunnel_only: Likewise; where the system does not allow that, does not serve.
       linger_secs: How long it answers after the end of training, in seconds, so that every role hears of it.
 
     Raises:
-      RoleError: The port is taken (UNAVAILABLE), the tables' settings contradict each other (USAGE), the checkpoint's
-        tables have other settings (DATA), or `root_dir` cannot be written (CANNOT_CREATE) or is held by another replay
-        server (OCCUPIED).
+      RoleError: The port is taken (UNAVAILABLE), the tables' settings contradict each other or the port cannot be closed
+        (USAGE), the checkpoint's tables have other settings (DATA), or `root_dir` cannot be written (CANNOT_CREATE) or
+        is held by another replay server (OCCUPIED).
     """
     replay_tables, other_tables = _make_tables(experiment)
     checkpoints = TableCheckpoints(RunDirectory(root_dir).replay_checkpoints, replay_tables) if root_dir else None
     if not checkpoints:
         logging.warning("without --root_dir the replay is not saved: it ends with this process")
     server = _serve([*replay_tables, *other_tables], port, checkpoints.make_checkpointer() if checkpoints else None)
-    is_closed = local_only and _close_to_other_machines(port)
+    is_closed = (local_only or tunnel_only) and _close_to_other_machines(port)
+    if tunnel_only and not is_closed:
+        server.stop()
+        raise RoleError(
+            "--tls_dir: whoever cannot come through the tunnel could go round it, for the reason above. Run the replay "
+            "server where socket filters are allowed, or without --tls_dir behind a tunnel and a firewall of your own.",
+            ExitCode.USAGE,
+        )
     logging.info("serving replay and variables on port %d%s", port, ", to this machine only" if is_closed else "")
     address = f"localhost:{port}"
     keeper = Keeper(address, checkpoints, [table.name for table in replay_tables])

@@ -39,13 +39,14 @@ def _look(ports: Collection[int], silent_secs: float) -> None:
             for connection in own_tcp_sockets():
                 with contextlib.suppress(OSError):  # it listens, or has ended
                     if connection.getsockname()[1] in ports or connection.getpeername()[1] in ports:
-                        _look_after(connection, silent_secs)
+                        look_after(connection, silent_secs)
             time.sleep(LOOK_EVERY_SECS)
     except OSError as error:
         logging.warning("a peer that vanishes may go unnoticed: this process cannot list its sockets: %s", error)
 
 
-def _look_after(connection: socket.socket, silent_secs: float) -> None:
+def look_after(connection: socket.socket, silent_secs: float = 20.0) -> None:
+    """Has the kernel end `connection` when its peer's host does not answer for so long, in seconds."""
     if connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE):
         return
     probe_secs = max(1, math.ceil(silent_secs / 4))

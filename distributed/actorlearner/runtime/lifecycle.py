@@ -38,6 +38,7 @@ class ExitCode(enum.IntEnum):
     UNAVAILABLE = 69  # a peer did not answer within the deadline, or the port is taken
     CANNOT_CREATE = 73  # the run directory cannot be written
     OCCUPIED = 75  # another learner is at work on this run
+    REFUSED = 77  # TLS: a peer refused this role's certificate or this role the peer's, or it has expired
     INTERRUPTED = 130  # stopped by SIGINT
     TERMINATED = 143  # stopped by SIGTERM
 

@@ -1,0 +1,210 @@
+"""Carries connections between a role in the clear and its peers in TLS; a process of its own beside the role.
+
+  a role's Reverb client --Unix socket--> [relay] ===TLS===> [relay] --loopback--> the replay server's Reverb
+
+Reverb 0.14 knows no TLS. Not in the role's process, because there its threads would wait for the interpreter lock. The
+role (tls_tunnel.py) opens the listening socket and hands it over, so it outlives a relay that is started again.
+
+Standard input: nothing, until its end, with which the role has ended. Standard output: lines for the role, each a word
+(CONNECTED, REFUSED, BROKEN), a tab and a text.
+
+This program imports the standard library only, and what else is as light.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import ssl
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from actorlearner.runtime.dead_peers import look_after
+from actorlearner.runtime.tls import HANDSHAKE_SECS, describe_refusal, make_context
+
+CONNECTED, REFUSED, BROKEN = "connected", "refused", "broken"
+
+TO_PEER, FROM_PEERS = "to-peer", "from-peers"
+
+OWN_LOOPBACK_ADDRESS = "127.0.0.2"
+"""What the relay calls Reverb's server from. To a client at 127.0.0.1 whose process has the server's own number the
+server hands over pointers into its memory; here that is a process in another container, or on another host."""
+
+_BUFFER_BYTES = 1 << 16
+_TURNS = 16  # pieces that go one way before it is the other way's turn
+_LAST_WORDS_SECS = 2.0
+
+Tell = Callable[[str, str], None]
+
+
+def main() -> None:
+    """`tls_relay to-peer|from-peers FD FOLDER HOST PORT`: see `carry_to_peer` and `carry_from_peer`."""
+    direction, descriptor, folder, host, port = sys.argv[1:]
+    for number in (signal.SIGTERM, signal.SIGINT):  # a scheduler's, to the whole job: the role saves first
+        signal.signal(number, signal.SIG_IGN)
+    carry_one = {TO_PEER: carry_to_peer, FROM_PEERS: carry_from_peer}[direction]
+    telling = threading.Lock()
+
+    def tell(word: str, text: str) -> None:
+        with telling, contextlib.suppress(OSError):
+            os.write(1, f"{word}\t{' '.join(text.split())}\n".encode())
+
+    def accept() -> None:
+        with socket.socket(fileno=int(descriptor)) as listening:
+            listening.setblocking(True)
+            while True:
+                try:
+                    accepted, _ = listening.accept()
+                    threading.Thread(
+                        target=carry_one, args=(accepted, Path(folder), host, int(port), tell), daemon=True, name="carrier"
+                    ).start()
+                except (OSError, RuntimeError) as error:  # no more files or threads
+                    tell(BROKEN, f"a connection could not be taken: {error}")
+                    time.sleep(1.0)
+
+    threading.Thread(target=accept, daemon=True).start()
+    with open(0, "rb", closefd=False) as until_the_role_ends:
+        until_the_role_ends.read()
+    deadline = time.monotonic() + _LAST_WORDS_SECS  # what the role has sent is still on its way
+    while time.monotonic() < deadline and any(thread.name == "carrier" for thread in threading.enumerate()):
+        time.sleep(0.02)
+    os._exit(0)
+
+
+def carry_to_peer(plain: socket.socket, folder: Path, host: str, port: int, tell: Tell) -> None:
+    """Carries one connection of the role to the peer at `host`:`port`, which must show a certificate for that name."""
+    peer = f"{host}:{port}"
+    has_answered = False
+
+    def note_answer() -> None:
+        nonlocal has_answered
+        has_answered = True
+        tell(CONNECTED, peer)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(plain)
+        try:
+            context = make_context(folder, is_server=False)
+            connection = stack.enter_context(socket.create_connection((host, port), timeout=HANDSHAKE_SECS))
+            look_after(connection)
+            secure = stack.enter_context(context.wrap_socket(connection, server_hostname=host))
+            carry(plain, secure, note_answer)
+            if not has_answered:
+                tell(BROKEN, f"{peer} answers in TLS, but there is no replay server behind it")
+        except OSError as error:
+            if not has_answered:
+                refusal = describe_refusal(error, peer, folder)
+                tell(*(REFUSED, refusal) if refusal else (BROKEN, f"{peer}: {error}"))
+        except ValueError as error:  # the files
+            tell(REFUSED, str(error))
+
+
+def carry_from_peer(connection: socket.socket, folder: Path, host: str, port: int, tell: Tell) -> None:
+    """Carries one connection of a peer, which must show a certificate of the CA, to Reverb's server at `host`:`port`."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(connection)
+        try:
+            look_after(connection)
+            connection.settimeout(HANDSHAKE_SECS)
+            peer = connection.getpeername()[0].removeprefix("::ffff:")
+            context = make_context(folder, is_server=True)
+            secure = stack.enter_context(
+                context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+            )
+            try:
+                secure.do_handshake()
+            except ssl.SSLError as error:
+                refusal = describe_refusal(error, peer, folder)
+                if refusal:  # else it only looked whether somebody listens
+                    tell(REFUSED, refusal)
+                    _close_with_the_last_word(secure)
+                return
+            plain = stack.enter_context(
+                socket.create_connection(
+                    (host, port), timeout=HANDSHAKE_SECS, source_address=(OWN_LOOPBACK_ADDRESS, 0)
+                )
+            )
+            plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            carry(plain, secure, lambda: None)
+        except OSError:  # either end has gone
+            return
+        except ValueError as error:  # the files
+            tell(REFUSED, str(error))
+
+
+def _close_with_the_last_word(secure: ssl.SSLSocket) -> None:
+    """Lets the peer read why it was refused: closing with something of its own unread would reset the connection."""
+    with contextlib.suppress(OSError):
+        secure.shutdown(socket.SHUT_WR)
+        secure.settimeout(_LAST_WORDS_SECS)
+        while secure.recv(_BUFFER_BYTES):
+            pass
+
+
+def carry(plain: socket.socket, secure: ssl.SSLSocket, note_answer: Callable[[], None]) -> None:
+    """Carries bytes both ways until one end has no more; blocks as long as both have.
+
+    Args:
+      plain, secure: The two connections; they are made non-blocking, and not closed.
+      note_answer: Called when the first bytes come from the secure one.
+
+    Raises:
+      OSError: One of them broke, or the peer refused it.
+    """
+    for end in (plain, secure):
+        end.setblocking(False)
+    buffers = {plain: memoryview(bytearray(_BUFFER_BYTES)), secure: memoryview(bytearray(_BUFFER_BYTES))}
+    waiting = dict.fromkeys(buffers, memoryview(b""))  # what came from each and has not gone on
+    has_answered = False
+    while True:
+        wanted = dict.fromkeys(buffers, 0)
+        is_blocked = {plain: False, secure: False}
+        for source, target in ((plain, secure), (secure, plain)):
+            for _ in range(_TURNS):
+                if not waiting[source]:
+                    count = _try(source.recv_into, buffers[source], source, select.POLLIN, wanted)
+                    if count == 0:
+                        return
+                    if count is None:
+                        is_blocked[source] = True
+                        break
+                    if source is secure and not has_answered:
+                        has_answered = True
+                        note_answer()
+                    waiting[source] = buffers[source][:count]
+                count = _try(target.send, waiting[source], target, select.POLLOUT, wanted)
+                if count is None:
+                    is_blocked[source] = True
+                    break
+                waiting[source] = waiting[source][count:]
+        if all(is_blocked.values()):
+            poll = select.poll()
+            for end, events in wanted.items():
+                if events:
+                    poll.register(end, events)
+            poll.poll()
+
+
+def _try(
+    call: Callable[[memoryview], int], data: memoryview, end: socket.socket, events: int, wanted: dict[socket.socket, int]
+) -> int | None:
+    """Returns what `call` does, or None when it would block; then notes what of `end` has to be awaited."""
+    try:
+        return call(data)
+    except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
+        if isinstance(error, ssl.SSLWantReadError):
+            events = select.POLLIN
+        elif isinstance(error, ssl.SSLWantWriteError):
+            events = select.POLLOUT
+        wanted[end] |= events
+        return None
+
+
+if __name__ == "__main__":
+    main()

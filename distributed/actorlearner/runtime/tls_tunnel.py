@@ -1,0 +1,167 @@
+"""A role's end of a TLS tunnel: starts the relay, keeps it alive, and knows why a connection was refused.
+
+  collect actor, learner, eval actor: `open_to_peer`       replay server: `open_to_peers`
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Optional
+
+from actorlearner.runtime import tls_relay
+from actorlearner.runtime.lifecycle import SAY_EVERY_SECS, ExitCode, RoleError
+from actorlearner.runtime.tls import CERTIFICATE, make_context
+
+WARN_DAYS = 14
+"""A role warns at its start when its certificate expires within so many days."""
+
+_SOURCE_ROOT = str(Path(__file__).parents[2])
+
+_LONGEST_PATH = 100  # of a Unix socket; its address holds 108 bytes
+
+
+class Tunnel:
+    """A listening socket and the relay that carries what comes to it; both end with this process, or with `close`.
+
+    Attributes:
+      address: What Reverb's clients in this process are given, instead of the peer's address.
+      trouble: Why the last connection could not be made, with the advice; None while connections can.
+      is_refused: Whether `trouble` is about certificates.
+    """
+
+    def __init__(self, name: str, listening: socket.socket, direction: str, folder: Path, target: tuple[str, int]):
+        self.address = f"unix:{listening.getsockname()}" if listening.family == socket.AF_UNIX else ""
+        self.trouble: Optional[str] = None
+        self.is_refused = False
+        self._name = name
+        self._listening = listening
+        self._arguments = [direction, str(listening.fileno()), str(folder.absolute()), target[0], str(target[1])]
+        self._said_at: dict[str, float] = {}
+        self._is_closed = False
+        self._relay = self._start_relay()
+        threading.Thread(target=self._keep, name="tls tunnel", daemon=True).start()
+
+    def _start_relay(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", tls_relay.__name__, *self._arguments],
+            stdin=subprocess.PIPE,  # its end tells the relay that this process has ended, however it did
+            stdout=subprocess.PIPE,
+            pass_fds=[self._listening.fileno()],
+            env={**os.environ, "PYTHONPATH": _SOURCE_ROOT},
+            text=True,
+        )
+
+    def close(self) -> None:
+        """Ends the relay and all its connections; returns when it is gone."""
+        self._is_closed = True
+        self._listening.close()
+        self._relay.kill()
+        self._relay.wait()
+
+    def _keep(self) -> None:
+        while True:
+            assert self._relay.stdout is not None
+            for line in self._relay.stdout:
+                self._hear(*line.rstrip("\n").split("\t", 1))
+            if self._is_closed:
+                return
+            logging.warning("the TLS relay %s ended with %d; starting it again", self._name, self._relay.wait())
+            time.sleep(1.0)
+            self._relay = self._start_relay()
+
+    def _hear(self, word: str, text: str) -> None:
+        if word == tls_relay.CONNECTED:
+            if self.trouble:
+                logging.info("the TLS tunnel %s is open", self._name)
+            self.trouble, self.is_refused = None, False
+            self._said_at.clear()
+            return
+        self.is_refused = word == tls_relay.REFUSED
+        self.trouble = f"TLS: {text}."
+        now = time.monotonic()
+        if len(self._said_at) > 1_000:
+            self._said_at.clear()
+        if now - self._said_at.get(text, -SAY_EVERY_SECS) >= SAY_EVERY_SECS:
+            self._said_at[text] = now
+            logging.warning("the TLS tunnel %s: %s", self._name, text)
+
+
+def open_to_peer(address: str, folder: Path) -> Tunnel:
+    """Returns a tunnel to the replay server at `address`, "host:port"; never waits for it.
+
+    Args:
+      address: The server must show a certificate for this host.
+      folder: Where this role's ca.crt, tls.crt and tls.key are.
+
+    Raises:
+      RoleError: They are missing or do not fit one another (USAGE), or have expired (REFUSED).
+    """
+    check_files(folder, is_server=False)
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    # In a directory that only this user may enter: with a port, everybody on this machine could use the certificate.
+    directory = tempfile.mkdtemp(prefix="tls-")
+    left = _LONGEST_PATH - len(directory)
+    if left < 10:
+        raise RoleError(f"TMPDIR: {directory} is too long a path for a socket. Set TMPDIR=/tmp.", ExitCode.USAGE)
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(os.path.join(directory, address[-left:]))  # errors that name it name the peer
+    listening.listen(128)
+    return Tunnel(f"to {address}", listening, tls_relay.TO_PEER, folder, (host, int(port)))
+
+
+def open_to_peers(port: int, folder: Path, reverb_port: int) -> Tunnel:
+    """Returns the replay server's end: who comes to `port` with a certificate of the CA is led to Reverb's own port.
+
+    Args:
+      port: To listen on, on every interface.
+      folder: Where the replay server's ca.crt, tls.crt and tls.key are.
+      reverb_port: Where Reverb listens, or soon will; nobody else must reach it.
+
+    Raises:
+      RoleError: As `open_to_peer`, or the port is taken (UNAVAILABLE).
+    """
+    check_files(folder, is_server=True)
+    try:
+        if socket.has_dualstack_ipv6():
+            listening = socket.create_server(("", port), family=socket.AF_INET6, backlog=128, dualstack_ipv6=True)
+        else:
+            listening = socket.create_server(("", port), backlog=128)
+    except OSError as error:
+        raise RoleError(
+            f"--port = {port}: the TLS tunnel cannot listen there: {error}. Stop what uses the port, or give another.",
+            ExitCode.UNAVAILABLE,
+        ) from error
+    logging.info("port %d is for who shows a certificate of the CA in %s", port, folder)
+    return Tunnel(f"on port {port}", listening, tls_relay.FROM_PEERS, folder, ("127.0.0.1", reverb_port))
+
+
+def check_files(folder: Path, *, is_server: bool) -> None:
+    """Returns when a role can show the certificate in `folder`; warns when it will not for long. Raises `RoleError`."""
+    from cryptography import x509  # here: runs without TLS need not load it
+
+    try:
+        make_context(folder, is_server=is_server)
+    except ValueError as error:
+        raise RoleError(
+            f"--tls_dir: {error}. Expected what `actorlearner certs` writes: a folder for each role, readable by the "
+            "role's user.",
+            ExitCode.USAGE,
+        ) from error
+    certificate = x509.load_pem_x509_certificate((folder / CERTIFICATE).read_bytes())
+    expires = certificate.not_valid_after_utc
+    left = expires - datetime.datetime.now(datetime.timezone.utc)
+    advice = "Make a new one with `actorlearner certs DIR --renew` and copy it here; nothing has to be restarted"
+    if left.total_seconds() < 0:
+        raise RoleError(f"--tls_dir: {folder / CERTIFICATE} expired at {expires}. {advice}.", ExitCode.REFUSED)
+    if left.days < WARN_DAYS:
+        logging.warning("%s expires at %s. %s.", folder / CERTIFICATE, expires, advice)
