@@ -20,6 +20,7 @@ set -euo pipefail
 : "${EVAL_HOST:=${ACTOR_HOSTS%% *}}"      # where the eval actor runs
 : "${PORT:=8008}"                         # of the replay server
 : "${REPLAY_ADDRESS:=${LEARNER_HOST#*@}:$PORT}" # by which actors reach it
+: "${TLS_DIR:=}"                          # of `actorlearner certs`, at this path on every host: mutual TLS; empty: in the clear
 : "${GIN_BINDINGS:=}"                     # overrides, divided by ; or by new lines
 : "${SEED:=0}"                            # every role's seeds derive from it
 : "${LEARNER_FLAGS:=}"                    # further flags of the learner, such as --strategy=mirrored
@@ -128,6 +129,7 @@ ask() { # HOST VERB NAME...
   local host=$1 verb=$2 code=0
   shift 2
   {
+    printf 'export ACTORLEARNER_TLS_DIR=%q\n' "$TLS_DIR"
     printf 'set --'
     printf ' %q' "$verb" "$CHECKOUT" "$RUN_DIR" "$ACTORLEARNER" "$experiment" "$GIN_BINDINGS" "$SEED" "$PORT" "$REPLAY_ADDRESS" \
       "$LEARNER_FLAGS" "$STOP_SECS" "$@"

@@ -93,6 +93,6 @@ def test_ssh_says_which_setting_is_missing():
 def test_learners_job_and_actors_job_agree():
     """They meet at a port that both work out from the job's number, and must load the same experiment."""
     learner, actors = ((LAUNCH / name).read_text() for name in ("slurm.sbatch", "slurm_actors.sbatch"))
-    for setting in ("EXPERIMENT", "GIN_BINDINGS", "SEED", "CHECKOUT", "PORT", "RUN_DIR"):
+    for setting in ("EXPERIMENT", "GIN_BINDINGS", "SEED", "CHECKOUT", "PORT", "RUN_DIR", "TLS_DIR"):
         (default,) = re.findall(rf'^: "\$\{{{setting}:=(.*)\}}"', learner, re.MULTILINE)
         assert f"{{{setting}:={default.replace('SLURM_JOB_ID', 'LEARNER_JOB')}}}" in actors, setting

@@ -102,8 +102,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--hosts", nargs="+", action="extend", default=[], metavar="NAME",
         help="names and addresses by which the others reach the replay server (default: localhost, replay-server)",
     )  # fmt: skip
-    certs.add_argument("--days", type=_positive, default=365, metavar="N", help="how long they are valid (default: 365)")
-    certs.add_argument("--ca_days", type=_positive, default=3650, metavar="N", help="and the CA's own (default: 3650)")
+    certs.add_argument("--days", type=_positive, default=365, metavar="N", help="their validity (default: 365)")
+    certs.add_argument("--ca_days", type=_positive, default=3650, metavar="N", help="the CA's own (default: 3650)")
     certs.add_argument(
         "--renew", action="store_true", help="replace the roles' certificates by new ones of the CA in DIR"
     )

@@ -84,10 +84,26 @@ def test_gpus_are_for_the_learner_alone():
     assert "devices" not in (DOCKER / "compose.yaml").read_text()  # engines without GPUs refuse it
 
 
+def test_over_tls_each_role_has_its_own_certificate_and_the_tunnel_alone_is_published():
+    """With the replay server's key an actor could pass for it; Reverb's own port must not be reachable beside it."""
+    tls = services("compose.tls.yaml")
+    assert set(tls) == set(ROLES)
+    for role, service in tls.items():
+        assert service["environment"] == {"ACTORLEARNER_TLS_DIR": "/tls"}
+        (volume,) = service["volumes"]
+        assert re.fullmatch(rf"\$\{{TLS_DIR(:\?.*)?\}}/{role}", volume["source"])
+        assert volume["target"] == f"/tls/{role}" and volume["read_only"]
+        assert volume["bind"] == {"create_host_path": False}  # else a missing one would be made, empty and root's
+        assert "command" not in service  # compose replaces commands as a whole: a flag of compose.yaml would be lost
+    assert [role for role in tls if "ports" in tls[role]] == ["replay-server"]
+    assert tls["replay-server"]["ports"] == ["${TLS_ADDRESS:-127.0.0.1}:${TLS_PORT:-8008}:8008"]
+    assert "--port=8008" in SERVICES["replay-server"]["command"]
+
+
 def test_every_setting_is_documented():
     """A variable that compose reads and no page names does not exist for users."""
     used = set()
-    for name in ("compose.yaml", "compose.gpu.yaml"):
+    for name in ("compose.yaml", "compose.gpu.yaml", "compose.tls.yaml"):
         used |= set(re.findall(r"(?<!\$)\$\{([A-Z_]+)", (DOCKER / name).read_text()))
     assert "EXPERIMENT" in used
     assert {name for name in used if f"`{name}`" not in OPERATIONS} == set()

@@ -68,9 +68,27 @@ def test_every_overlay_renders_and_fits_the_schemas_strictly(overlay: str):
     assert set(pods(objects)) == set(ROLES)
     for role, pod in pods(objects).items():
         (container,) = pod["spec"]["containers"]
-        assert container["image"] == f"actorlearner:{overlay}"
+        assert container["image"] == f"actorlearner:{'gpu' if overlay == 'gpu' else 'cpu'}"
         gpus = container["resources"]["limits"].get("nvidia.com/gpu")
         assert gpus == ("1" if (overlay, role) == ("gpu", "learner") else None)
+
+
+def test_over_tls_each_pod_has_its_own_roles_certificate_and_no_other():
+    """With the replay server's key an actor could pass for it."""
+    objects = render("tls")
+    (settings,) = [thing for thing in objects if thing["kind"] == "ConfigMap"]
+    assert settings["data"]["ACTORLEARNER_TLS_DIR"] == "/tls"
+    for role, pod in pods(objects).items():
+        (volume,) = [volume for volume in pod["spec"]["volumes"] if "secret" in volume]
+        assert volume["secret"] == {"secretName": f"tls-{role}", "defaultMode": 0o440}
+        (container,) = pod["spec"]["containers"]
+        (mount,) = [mount for mount in container["volumeMounts"] if mount["name"] == volume["name"]]
+        assert mount == {"name": volume["name"], "mountPath": f"/tls/{role}", "readOnly": True}
+        assert {"configMapRef": {"name": "settings"}} in container["envFrom"]
+    in_the_clear = render("cpu")
+    assert "tls" not in str(in_the_clear).lower()
+    policies = [[thing["spec"] for thing in found if thing["kind"] == "NetworkPolicy"] for found in (objects, in_the_clear)]
+    assert policies[0] == policies[1] != []
 
 
 def test_a_validator_that_finds_nothing_would_not_help():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import re
 import socket
 import sys
 
@@ -40,6 +42,7 @@ def test_a_port_that_cannot_be_closed_is_warned_of(processes, outer_address):
     port = find_free_port()
     server = processes.start_python(
         FOLDER / "without_socket_filters.py",
+        "--nor-devices",
         *(sys.executable, "-m", "actorlearner", "replay-server", "dqn_cartpole", f"--port={port}", "--local_only"),
     )
     server.await_line(rf"serving replay and variables on port {port}$")
@@ -47,3 +50,30 @@ def test_a_port_that_cannot_be_closed_is_warned_of(processes, outer_address):
     assert f"iptables -I INPUT ! -i lo -p tcp --dport {port} -j DROP" in warning
     with socket.create_connection((outer_address, port), timeout=5.0):
         pass  # as warned
+
+
+CLOSE = """
+import reverb, socket, sys
+from actorlearner.runtime.loopback_only import close_to_other_machines
+server = reverb.Server([reverb.Table.queue("some", 10)])
+close_to_other_machines(server.port)
+for host in ("127.0.0.1", "127.0.0.2", "::1", sys.argv[1]):
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as client:
+        client.settimeout(2.0)
+        print("answer to", host, client.connect_ex((host, server.port)), flush=True)
+"""
+
+
+def test_where_filters_are_for_the_privileged_the_port_is_closed_all_the_same(processes, outer_address, tmp_path):
+    """In an unprivileged container some kernels refuse filters; beside a TLS tunnel the port must be closed there too."""
+    (tmp_path / "close.py").write_text(CLOSE)
+    closing = processes.start_python(
+        FOLDER / "without_socket_filters.py", sys.executable, tmp_path / "close.py", outer_address
+    )
+    assert closing.wait(120) == 0, closing.output
+    assert re.findall(r"answer to (\S+) (\d+)", closing.output) == [
+        ("127.0.0.1", "0"),
+        ("127.0.0.2", "0"),
+        ("::1", "0"),
+        (outer_address, str(errno.ECONNREFUSED)),
+    ]

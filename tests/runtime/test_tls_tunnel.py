@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from actorlearner.local import find_free_port
-from actorlearner.runtime.lifecycle import ExitCode, RoleError
 from actorlearner.runtime import tls_tunnel
+from actorlearner.runtime.lifecycle import ExitCode, RoleError
 from actorlearner.runtime.tls import CA, CERTIFICATE, KEY, speaks_tls
 from actorlearner.runtime.tls_relay import OWN_LOOPBACK_ADDRESS
 from actorlearner.runtime.tls_tunnel import Tunnel, open_to_peer, open_to_peers
@@ -126,7 +126,7 @@ def test_bytes_come_through_whole_in_both_directions_at_once(ends):
     ends.open_to_peers()
     tunnel = ends.open_to_peer()
     assert call(tunnel) == b"hello"
-    data = os.urandom(20_000_001)
+    data = os.urandom(5_000_001)
     received: list[bytes] = []
     callers = [threading.Thread(target=lambda: received.append(call(tunnel, data))) for _ in range(3)]
     for caller in callers:
@@ -288,7 +288,7 @@ time.sleep(600)
 
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
 def test_the_relay_ends_with_its_role_and_not_before(certs, eventually, first):
-    """A scheduler's SIGTERM goes to all processes of a job, but the role has yet to save; after kill -9 none is left."""
+    """A scheduler's SIGTERM goes to all processes of a job, but the role has yet to save. kill -9 leaves none."""
     role = subprocess.Popen(
         [sys.executable, "-c", ROLE, str(certs / "learner")],
         env={**os.environ, "PYTHONPATH": str(SOURCE_ROOT)},
@@ -314,10 +314,10 @@ def _ignores(process: Path, number: signal.Signals) -> bool:
 @pytest.mark.parametrize(
     ("spoil", "code", "message"),
     [
-        (lambda folder: (folder / KEY).unlink(), ExitCode.USAGE, "tls.key: No such file or directory"),
-        (lambda folder: (folder / CERTIFICATE).write_text("?"), ExitCode.USAGE, "do not fit one another, or are damaged"),
-        (lambda folder: shutil.copy(folder.parent / "learner" / KEY, folder), ExitCode.USAGE, "do not fit one another"),
-        (lambda folder: make_certificates(folder.parent, [], days=-1, renew=True), ExitCode.REFUSED, "tls.crt expired at"),
+        (lambda at: (at / KEY).unlink(), ExitCode.USAGE, "tls.key: No such file or directory"),
+        (lambda at: (at / CERTIFICATE).write_text("?"), ExitCode.USAGE, "do not fit one another, or are damaged"),
+        (lambda at: shutil.copy(at.parent / "learner" / KEY, at), ExitCode.USAGE, "do not fit one another"),
+        (lambda at: make_certificates(at.parent, [], days=-1, renew=True), ExitCode.REFUSED, "tls.crt expired at"),
     ],
 )
 def test_a_role_whose_own_certificate_cannot_work_ends_before_it_begins(certs, tmp_path, spoil, code, message):

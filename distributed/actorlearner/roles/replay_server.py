@@ -37,7 +37,9 @@ VERSION_EVERY_SECS = 1.5
 
 
 @gin.configurable(
-    "replay_server", module="actorlearner", denylist=["experiment", "port", "root_dir", "stop", "local_only", "tunnel_only"]
+    "replay_server",
+    module="actorlearner",
+    denylist=["experiment", "port", "root_dir", "stop", "local_only", "tunnel_only"],
 )
 def run_replay_server(
     experiment: Experiment,
@@ -63,9 +65,9 @@ def run_replay_server(
       linger_secs: How long it answers after the end of training, in seconds, so that every role hears of it.
 
     Raises:
-      RoleError: The port is taken (UNAVAILABLE), the tables' settings contradict each other or the port cannot be closed
-        (USAGE), the checkpoint's tables have other settings (DATA), or `root_dir` cannot be written (CANNOT_CREATE) or
-        is held by another replay server (OCCUPIED).
+      RoleError: The port is taken (UNAVAILABLE), the tables' settings contradict each other or the port cannot be
+        closed (USAGE), the checkpoint's tables have other settings (DATA), or `root_dir` cannot be written
+        (CANNOT_CREATE) or is held by another replay server (OCCUPIED).
     """
     replay_tables, other_tables = _make_tables(experiment)
     checkpoints = TableCheckpoints(RunDirectory(root_dir).replay_checkpoints, replay_tables) if root_dir else None
@@ -77,7 +79,7 @@ def run_replay_server(
         server.stop()
         raise RoleError(
             "--tls_dir: whoever cannot come through the tunnel could go round it, for the reason above. Run the replay "
-            "server where socket filters are allowed, or without --tls_dir behind a tunnel and a firewall of your own.",
+            "server where it may close its port, or without --tls_dir behind a tunnel and a firewall of your own.",
             ExitCode.USAGE,
         )
     logging.info("serving replay and variables on port %d%s", port, ", to this machine only" if is_closed else "")

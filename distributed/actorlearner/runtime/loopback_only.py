@@ -3,7 +3,9 @@
 other machines --x--> [port] <-- this machine, through 127.0.0.0/8 or ::1
 
 Reverb's server always listens on every interface. A classic BPF filter on its sockets lets the kernel drop every packet
-that does not come from a loopback address, the first one included: to others nobody seems to listen.
+that does not come from a loopback address, the first one included: to others nobody seems to listen. Some kernels and
+sandboxes leave filters to the privileged: there the sockets are bound to the loopback device, which since Linux 5.7
+needs no privileges, and others are refused.
 """
 
 from __future__ import annotations
@@ -51,16 +53,23 @@ def close_to_other_machines(port: int) -> None:
     num_listening = 0
     for listening in own_tcp_sockets():
         if listening.getsockname()[1] == port and listening.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            _attach_filter(listening)
+            _close(listening)
             num_listening += 1
     if not num_listening:
         raise OSError(f"no socket of this process that listens on port {port} was found in /proc/self/fd")
-    for accepted in own_tcp_sockets():  # before; from now on they have the filter of their listener
+    for accepted in own_tcp_sockets():  # before; from now on they are their listener's kind
         with contextlib.suppress(OSError):  # it listens, or its peer has gone
             peer = ipaddress.ip_address(accepted.getpeername()[0].partition("%")[0])
             is_local = (getattr(peer, "ipv4_mapped", None) or peer).is_loopback
             if accepted.getsockname()[1] == port and not is_local:
                 accepted.shutdown(socket.SHUT_RDWR)
+
+
+def _close(listening: socket.socket) -> None:
+    try:
+        _attach_filter(listening)
+    except PermissionError:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo\0")
 
 
 def _attach_filter(listening: socket.socket) -> None:

@@ -37,6 +37,7 @@ OWN_LOOPBACK_ADDRESS = "127.0.0.2"
 server hands over pointers into its memory; here that is a process in another container, or on another host."""
 
 _BUFFER_BYTES = 1 << 16
+_RECORD_BYTES = 1 << 14  # the longest piece that TLS has
 _TURNS = 16  # pieces that go one way before it is the other way's turn
 _LAST_WORDS_SECS = 2.0
 
@@ -62,7 +63,10 @@ def main() -> None:
                 try:
                     accepted, _ = listening.accept()
                     threading.Thread(
-                        target=carry_one, args=(accepted, Path(folder), host, int(port), tell), daemon=True, name="carrier"
+                        target=carry_one,
+                        args=(accepted, Path(folder), host, int(port), tell),
+                        daemon=True,
+                        name="carrier",
                     ).start()
                 except (OSError, RuntimeError) as error:  # no more files or threads
                     tell(BROKEN, f"a connection could not be taken: {error}")
@@ -106,7 +110,7 @@ def carry_to_peer(plain: socket.socket, folder: Path, host: str, port: int, tell
 
 
 def carry_from_peer(connection: socket.socket, folder: Path, host: str, port: int, tell: Tell) -> None:
-    """Carries one connection of a peer, which must show a certificate of the CA, to Reverb's server at `host`:`port`."""
+    """Carries one connection of a peer, which must show a certificate of the CA, to Reverb at `host`:`port`."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(connection)
         try:
@@ -126,9 +130,7 @@ def carry_from_peer(connection: socket.socket, folder: Path, host: str, port: in
                     _close_with_the_last_word(secure)
                 return
             plain = stack.enter_context(
-                socket.create_connection(
-                    (host, port), timeout=HANDSHAKE_SECS, source_address=(OWN_LOOPBACK_ADDRESS, 0)
-                )
+                socket.create_connection((host, port), timeout=HANDSHAKE_SECS, source_address=(OWN_LOOPBACK_ADDRESS, 0))
             )
             plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             carry(plain, secure, lambda: None)
@@ -161,38 +163,52 @@ def carry(plain: socket.socket, secure: ssl.SSLSocket, note_answer: Callable[[],
         end.setblocking(False)
     buffers = {plain: memoryview(bytearray(_BUFFER_BYTES)), secure: memoryview(bytearray(_BUFFER_BYTES))}
     waiting = dict.fromkeys(buffers, memoryview(b""))  # what came from each and has not gone on
+    ends = {plain.fileno(): plain, secure.fileno(): secure}
+    ready: set[socket.socket] = {plain, secure}  # those that may have something to read
+    poll = select.poll()
     has_answered = False
     while True:
-        wanted = dict.fromkeys(buffers, 0)
-        is_blocked = {plain: False, secure: False}
+        wanted = {plain: 0, secure: 0}
+        longest_wait: int | None = None
         for source, target in ((plain, secure), (secure, plain)):
             for _ in range(_TURNS):
                 if not waiting[source]:
+                    if source not in ready:
+                        wanted[source] |= select.POLLIN
+                        break
                     count = _try(source.recv_into, buffers[source], source, select.POLLIN, wanted)
                     if count == 0:
                         return
                     if count is None:
-                        is_blocked[source] = True
+                        ready.discard(source)
                         break
+                    if count < _RECORD_BYTES:
+                        ready.discard(source)  # most likely that was all; the kernel tells if not
                     if source is secure and not has_answered:
                         has_answered = True
                         note_answer()
                     waiting[source] = buffers[source][:count]
                 count = _try(target.send, waiting[source], target, select.POLLOUT, wanted)
                 if count is None:
-                    is_blocked[source] = True
                     break
                 waiting[source] = waiting[source][count:]
-        if all(is_blocked.values()):
-            poll = select.poll()
-            for end, events in wanted.items():
-                if events:
-                    poll.register(end, events)
-            poll.poll()
+            else:
+                longest_wait = 0
+        for end, events in wanted.items():
+            if events:
+                poll.register(end, events)
+            else:
+                with contextlib.suppress(KeyError):
+                    poll.unregister(end)
+        ready.update(ends[number] for number, _ in poll.poll(longest_wait))
 
 
 def _try(
-    call: Callable[[memoryview], int], data: memoryview, end: socket.socket, events: int, wanted: dict[socket.socket, int]
+    call: Callable[[memoryview], int],
+    data: memoryview,
+    end: socket.socket,
+    events: int,
+    wanted: dict[socket.socket, int],
 ) -> int | None:
     """Returns what `call` does, or None when it would block; then notes what of `end` has to be awaited."""
     try:

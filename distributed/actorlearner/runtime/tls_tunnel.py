@@ -1,6 +1,6 @@
 """A role's end of a TLS tunnel: starts the relay, keeps it alive, and knows why a connection was refused.
 
-  collect actor, learner, eval actor: `open_to_peer`       replay server: `open_to_peers`
+collect actor, learner, eval actor: `open_to_peer`       replay server: `open_to_peers`
 """
 
 from __future__ import annotations

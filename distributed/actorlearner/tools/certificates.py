@@ -73,6 +73,8 @@ def make_certificates(
       OSError: The folder cannot be read or written.
     """
     now = datetime.datetime.now(datetime.timezone.utc)
+    for host in hosts:
+        _host(host)  # before anything is written
     if renew:
         if not (folder / CA_KEY).is_file():
             raise ValueError(f"--renew: there is no {folder / CA_KEY}. Without it, `actorlearner certs` makes a new CA")

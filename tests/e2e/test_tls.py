@@ -1,0 +1,54 @@
+"""A run over TLS: its own roles pass, others are refused and say why, and new certificates change nothing."""
+
+from __future__ import annotations
+
+import signal
+
+from actorlearner.local import find_free_port
+from actorlearner.runtime.lifecycle import ExitCode
+from actorlearner.tools.certificates import make_certificates
+from tests.e2e.processes import RUN_SECS, TINY, bind
+
+EXPERIMENT = ["dqn_cartpole", *bind(*TINY, "train.num_iterations = 1_000_000", "train.eval_interval = 200")]
+
+
+def test_a_run_over_tls_refuses_strangers_and_outlives_its_certificates(processes, tmp_path):
+    """Reverb has no authentication, and to its clients a refusal is a deadline that passes."""
+    make_certificates(tmp_path / "certs", [])
+    make_certificates(tmp_path / "other", [])
+    port = find_free_port()
+
+    def start(role, *flags, tls_dir="certs"):
+        where = [f"--port={port}"] if role == "replay-server" else [f"--replay_address=localhost:{port}"]
+        tls = [f"--tls_dir={tls_dir}"] if tls_dir else []
+        return processes.start(role, *EXPERIMENT, *where, *tls, "--root_dir=run", *flags)
+
+    server = start("replay-server")
+    inner_port = server.await_line(r"serving replay and variables on port (\d+), to this machine only").group(1)
+    assert int(inner_port) != port
+    learner = start("learner", "--num_video_episodes=0")
+    actor = start("collect-actor")
+    evaluator = start("eval-actor")
+    of_another_ca = start("collect-actor", "--peer_patience_secs=5", tls_dir="other")
+    in_the_clear = start("eval-actor", "--peer_patience_secs=5", tls_dir=None)
+
+    assert of_another_ca.wait(RUN_SECS) == ExitCode.REFUSED
+    told = f"localhost:{port} shows a certificate that is of another CA than {tmp_path / 'other'}/collect-actor/ca.crt"
+    assert f"W the TLS tunnel to localhost:{port}: {told}" in of_another_ca.output.replace(
+        of_another_ca.await_line(r"W (\S+) the TLS").group(1) + " ", ""
+    )
+    assert "longer than --peer_patience_secs = 5 s" in of_another_ca.stderr
+    assert of_another_ca.stderr.rstrip().endswith(f"TLS: {told}.")
+    assert in_the_clear.wait(RUN_SECS) == ExitCode.REFUSED
+    assert f"localhost:{port} speaks TLS: give --tls_dir" in in_the_clear.stderr
+    server.await_line(r"W .* TLS tunnel on port \d+: (127\.0\.0\.1|::1) does not speak TLS")
+
+    learner.await_line(r"evaluation at train step \d+", RUN_SECS)
+    make_certificates(tmp_path / "certs", [], renew=True)
+    for old in (actor, evaluator):
+        old.send(signal.SIGKILL)
+    start("collect-actor")
+    start("eval-actor").await_line("TF-TRT|Gym", RUN_SECS)
+    seen = learner.output.count("evaluation at train step")
+    learner.await_line(r"evaluation at train step \d+", RUN_SECS, count=seen + 2)
+    assert "refuse" not in learner.output
