@@ -56,6 +56,8 @@ setup(
     install_requires=[
         "absl-py",
         "annotated-types",
+        "cryptography; python_version < '3.11'",  # `actorlearner certs`; TensorBoard needs it anyway
+        "cryptography>=50; python_version >= '3.11'",
         "dm-reverb==0.14.0",  # tied to TensorFlow 2.15
         "gin-config==0.5.0",
         "gym==0.23.0",  # the newest that tf-agents 0.19 speaks

@@ -219,7 +219,7 @@ def _add_learner_flags(parser: argparse.ArgumentParser) -> None:
 def _add_bench_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only", nargs="+", metavar="NAME",
-        help="learner, learner-gpu, minitaur, collect-minitaur, collect-cartpole, weights, scaling, endurance "
+        help="learner, learner-gpu, minitaur, collect-minitaur, collect-cartpole, weights, scaling, tls, endurance "
         "(default: all but endurance)",
     )  # fmt: skip
     parser.add_argument("--repeats", type=_positive, default=5, metavar="N", help="turns of each side (default: 5)")

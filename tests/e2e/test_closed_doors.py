@@ -65,7 +65,7 @@ for host in ("127.0.0.1", "127.0.0.2", "::1", sys.argv[1]):
 
 
 def test_where_filters_are_for_the_privileged_the_port_is_closed_all_the_same(processes, outer_address, tmp_path):
-    """In an unprivileged container some kernels refuse filters; beside a TLS tunnel the port must be closed there too."""
+    """In an unprivileged container some kernels refuse filters; a tunnel beside an open port protects nothing."""
     (tmp_path / "close.py").write_text(CLOSE)
     closing = processes.start_python(
         FOLDER / "without_socket_filters.py", sys.executable, tmp_path / "close.py", outer_address

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import signal
+from pathlib import Path
 
 from actorlearner.local import find_free_port
 from actorlearner.runtime.lifecycle import ExitCode
 from actorlearner.tools.certificates import make_certificates
 from tests.e2e.processes import RUN_SECS, TINY, bind
 
-EXPERIMENT = ["dqn_cartpole", *bind(*TINY, "train.num_iterations = 1_000_000", "train.eval_interval = 200")]
+CHECKOUT = Path(__file__).parents[2]
+ENDLESS = bind(*TINY, "train.num_iterations = 1_000_000", "train.eval_interval = 200")
+
+
+def documented(start: str) -> list[str]:
+    """Returns the arguments of the command of docs/operations.md that starts so."""
+    text = (CHECKOUT / "docs" / "operations.md").read_text()
+    (command,) = re.findall(rf"^actorlearner {start} .*$", text, re.MULTILINE)
+    return shlex.split(command, comments=True)[1:]
 
 
 def test_a_run_over_tls_refuses_strangers_and_outlives_its_certificates(processes, tmp_path):
     """Reverb has no authentication, and to its clients a refusal is a deadline that passes."""
-    make_certificates(tmp_path / "certs", [])
+    assert processes.start(*documented("certs certs --hosts")).wait(60) == 0
     make_certificates(tmp_path / "other", [])
     port = find_free_port()
 
-    def start(role, *flags, tls_dir="certs"):
-        where = [f"--port={port}"] if role == "replay-server" else [f"--replay_address=localhost:{port}"]
-        tls = [f"--tls_dir={tls_dir}"] if tls_dir else []
-        return processes.start(role, *EXPERIMENT, *where, *tls, "--root_dir=run", *flags)
+    def start(role, *flags):
+        words = [
+            word.replace("gpu1", "localhost").replace("8008", str(port)) for word in documented(f"{role} +dqn_cartpole")
+        ]
+        return processes.start(*words, *ENDLESS, *flags)
 
     server = start("replay-server")
     inner_port = server.await_line(r"serving replay and variables on port (\d+), to this machine only").group(1)
@@ -29,8 +41,8 @@ def test_a_run_over_tls_refuses_strangers_and_outlives_its_certificates(processe
     learner = start("learner", "--num_video_episodes=0")
     actor = start("collect-actor")
     evaluator = start("eval-actor")
-    of_another_ca = start("collect-actor", "--peer_patience_secs=5", tls_dir="other")
-    in_the_clear = start("eval-actor", "--peer_patience_secs=5", tls_dir=None)
+    of_another_ca = start("collect-actor", "--peer_patience_secs=5", "--tls_dir=other")
+    in_the_clear = start("eval-actor", "--peer_patience_secs=5", "--tls_dir=")
 
     assert of_another_ca.wait(RUN_SECS) == ExitCode.REFUSED
     told = f"localhost:{port} shows a certificate that is of another CA than {tmp_path / 'other'}/collect-actor/ca.crt"
@@ -44,7 +56,8 @@ def test_a_run_over_tls_refuses_strangers_and_outlives_its_certificates(processe
     server.await_line(r"W .* TLS tunnel on port \d+: (127\.0\.0\.1|::1) does not speak TLS")
 
     learner.await_line(r"evaluation at train step \d+", RUN_SECS)
-    make_certificates(tmp_path / "certs", [], renew=True)
+    assert processes.start(*documented("certs certs --check")).wait(60) == 0
+    assert processes.start(*documented("certs certs --renew")).wait(60) == 0
     for old in (actor, evaluator):
         old.send(signal.SIGKILL)
     start("collect-actor")

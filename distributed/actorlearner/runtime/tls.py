@@ -48,7 +48,7 @@ def make_context(folder: Path, *, is_server: bool) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.verify_mode = ssl.CERT_REQUIRED  # a client's context also compares the host's name
     if is_server:
-        context.num_tickets = 0  # a session that is resumed shows no certificate
+        context.num_tickets = 0  # type: ignore[attr-defined]  # a session that is resumed shows no certificate
     try:
         for name in (CA, CERTIFICATE, KEY):
             (folder / name).read_bytes()  # OpenSSL's errors do not say which file
