@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import select
 import signal
 import socket
@@ -49,6 +50,8 @@ def main() -> None:
     direction, descriptor, folder, host, port = sys.argv[1:]
     for number in (signal.SIGTERM, signal.SIGINT):  # a scheduler's, to the whole job: the role saves first
         signal.signal(number, signal.SIG_IGN)
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # two for each connection, of many actors
     carry_one = {TO_PEER: carry_to_peer, FROM_PEERS: carry_from_peer}[direction]
     telling = threading.Lock()
 
@@ -98,8 +101,8 @@ def carry_to_peer(plain: socket.socket, folder: Path, host: str, port: int, tell
             connection = stack.enter_context(socket.create_connection((host, port), timeout=HANDSHAKE_SECS))
             _tune(connection)
             secure = stack.enter_context(context.wrap_socket(connection, server_hostname=host))
-            carry(plain, secure, note_answer)
-            if not has_answered:
+            ended = carry(plain, secure, note_answer)
+            if ended is secure and not has_answered:
                 tell(BROKEN, f"{peer} answers in TLS, but there is no replay server behind it")
         except OSError as error:
             if not has_answered:
@@ -155,8 +158,8 @@ def _close_with_the_last_word(secure: ssl.SSLSocket) -> None:
             pass
 
 
-def carry(plain: socket.socket, secure: ssl.SSLSocket, note_answer: Callable[[], None]) -> None:
-    """Carries bytes both ways until one end has no more; blocks as long as both have.
+def carry(plain: socket.socket, secure: ssl.SSLSocket, note_answer: Callable[[], None]) -> socket.socket:
+    """Carries bytes both ways until one end has no more, and returns that one; blocks as long as both have.
 
     Args:
       plain, secure: The two connections; they are made non-blocking, and not closed.
@@ -184,7 +187,7 @@ def carry(plain: socket.socket, secure: ssl.SSLSocket, note_answer: Callable[[],
                         break
                     count = _try(source.recv_into, buffers[source], source, select.POLLIN, wanted)
                     if count == 0:
-                        return
+                        return source
                     if count is None:
                         ready.discard(source)
                         break
