@@ -102,13 +102,17 @@ def ends(echo, certs):
     ends.close()
 
 
-def call(tunnel: Tunnel, data: bytes = b"hello") -> bytes:
-    """Sends `data` through a role's end as Reverb's client would, and returns what comes back; empty if refused."""
+def call(tunnel: Tunnel, data: bytes = b"hello", stall_secs: float = 0.0) -> bytes:
+    """Sends `data` through a role's end as Reverb's client would, and returns what comes back; empty if refused.
+
+    With `stall_secs` it begins to read only then, when everything on the way has filled up.
+    """
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(30)
         connection.connect(tunnel.address.removeprefix("unix:"))
         sender = threading.Thread(target=connection.sendall, args=(data,), daemon=True)
         sender.start()
+        sender.join(stall_secs)
         received = bytearray()
         while len(received) < len(data):
             try:
@@ -126,9 +130,9 @@ def test_bytes_come_through_whole_in_both_directions_at_once(ends):
     ends.open_to_peers()
     tunnel = ends.open_to_peer()
     assert call(tunnel) == b"hello"
-    data = os.urandom(5_000_001)
+    data = os.urandom(20_000_001)
     received: list[bytes] = []
-    callers = [threading.Thread(target=lambda: received.append(call(tunnel, data))) for _ in range(3)]
+    callers = [threading.Thread(target=lambda: received.append(call(tunnel, data, 0.5))) for _ in range(3)]
     for caller in callers:
         caller.start()
     for caller in callers:
