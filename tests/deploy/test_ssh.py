@@ -1,4 +1,4 @@
-"""launch/ssh.sh over three hosts, each with an sshd, an address and a run directory of its own."""
+"""launch/ssh.sh over three hosts, each with an sshd, an address and a run directory of its own; over TLS."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from actorlearner.tools.certificates import make_certificates
 from tests.deploy.infrastructure import CHECKOUT, Log, await_that, needed_program, run
 
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(1200)]
@@ -33,6 +34,7 @@ class Hosts:
         run(self._program, "down", environment=LAB)
         run(self._program, "up", environment=LAB)
         self._root_dir.mkdir()
+        make_certificates(self._folder / "certs", ["gpu1"])
         Path("/run/sshd").mkdir(exist_ok=True)
         for key in ("host", "user"):
             run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self._folder / key)
@@ -65,6 +67,7 @@ class Hosts:
             "learner.checkpoint_interval_secs = 5.0",
             "LEARNER_FLAGS": "--num_video_episodes=0",
             "RUN_DIR": str(self._root_dir),
+            "TLS_DIR": str(self._folder / "certs"),
             "STOP_SECS": "60",
             "ACTORLEARNER": f"env PYTHONPATH={CHECKOUT}/distributed {sys.executable} -m actorlearner",
             "SSH": f"ssh -F {self._folder}/client -o BatchMode=yes -o ConnectTimeout=5",
@@ -118,6 +121,7 @@ def test_training_over_ssh_outlives_a_partition_resumes_after_stop_and_ends_by_i
     started = hosts.launch("start", "dqn_cartpole")
     assert started.returncode == 0, started.stdout
     await_that(lambda: hosts.train_step() > 0, "the first train steps", START_SECS, lambda: hosts.log("learner"))
+    assert "port 8008 is for who shows a certificate of the CA" in hosts.log("replay-server")
     status = hosts.launch("status")
     assert status.returncode == 0
     assert len(re.findall(r"^\S+: \S+ +runs \(process \d+\)", status.stdout, re.MULTILINE)) == 5, status.stdout

@@ -151,10 +151,11 @@ def _tune(connection: socket.socket) -> None:
 
 def _close_with_the_last_word(secure: ssl.SSLSocket) -> None:
     """Lets the peer read why it was refused: closing with something of its own unread would reset the connection."""
+    deadline = time.monotonic() + _LAST_WORDS_SECS
     with contextlib.suppress(OSError):
         secure.shutdown(socket.SHUT_WR)
         secure.settimeout(_LAST_WORDS_SECS)
-        while secure.recv(_BUFFER_BYTES):
+        while time.monotonic() < deadline and secure.recv(_BUFFER_BYTES):
             pass
 
 
