@@ -67,6 +67,8 @@ STRANGERS = ("roles", "agents")
 # Concrete suites and algorithms are named in gin files only; a suite may build on another one.
 NAMED_IN_GIN_ONLY = ("agents.sac", "agents.dqn", "environments.gym", "environments.pybullet")
 
+REVERB_CLIENTS = ("Client", "TimestepDataset", "TrajectoryDataset")
+
 HEAVY = {"tensorflow", "reverb", "tf_agents", "gin", "numpy", "gym", "pybullet", "matplotlib"}
 
 
@@ -118,6 +120,17 @@ def test_a_module_imports_only_what_its_layer_may(module):
     allowed = MAY_IMPORT[layer_of(module)]
     forbidden = {name for name in imports_of(module) if layer_of(name) not in allowed and "*" not in allowed}
     assert not forbidden, f"{module} (layer '{layer_of(module)}') must not import {', '.join(sorted(forbidden))}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_reverbs_clients_are_led_to_where_reach_says(module):
+    """One that takes the address itself goes round the TLS tunnel, and finds the port closed."""
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            of_reverb = ast.unparse(node.func.value) == "reverb" and node.func.attr in REVERB_CLIENTS
+            if of_reverb or node.func.attr == "from_table_signature":
+                given = ast.unparse(node.args[0])
+                assert given.startswith("reach("), f"{module} line {node.lineno}: expected reach({given})"
 
 
 @pytest.mark.parametrize("folder", STRANGERS)

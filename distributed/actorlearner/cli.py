@@ -414,7 +414,7 @@ def _run_role(arguments: argparse.Namespace, run: Callable[[Cluster, Stop], Exit
         notice_dead_peers(ports)
         if arguments.command == "replay-server":
             return run(cluster, stop)
-        return _run_with_peers(arguments, cluster, lambda cluster: run(cluster, stop))
+        return _run_with_peers(arguments, cluster, lambda: run(cluster, stop))
 
     run_to_exit(run_in_cluster)
 
@@ -423,50 +423,40 @@ def _open_to_peers(arguments: argparse.Namespace, port: int) -> int:
     """Opens the replay server's end of the tunnels at `port`; returns the port where Reverb is to listen."""
     from actorlearner.local import find_free_port
     from actorlearner.runtime.lifecycle import ExitCode, RoleError
-    from actorlearner.runtime.tls_tunnel import open_to_peers
+    from actorlearner.runtime.tls_tunnel import open_to_peers, use_certificates
 
     if arguments.local_only:
         raise RoleError("--local_only and --tls_dir: expected one of them: TLS is for other machines", ExitCode.USAGE)
-    reverb_port = find_free_port()
-    open_to_peers(port, Path(arguments.tls_dir) / arguments.command, reverb_port)
+    folder, reverb_port = Path(arguments.tls_dir) / arguments.command, find_free_port()
+    use_certificates(folder, in_the_clear=[f"localhost:{reverb_port}"])
+    open_to_peers(port, folder, reverb_port)
     return reverb_port
 
 
-def _run_with_peers(arguments: argparse.Namespace, cluster: Cluster, run: Callable[[Cluster], ExitCode]) -> ExitCode:
+def _run_with_peers(arguments: argparse.Namespace, cluster: Cluster, run: Callable[[], ExitCode]) -> ExitCode:
     """Runs a role that others answer, through TLS if asked; when they do not, its error says what is wrong with TLS.
 
     Raises:
       RoleError: As `run`; REFUSED in place of UNAVAILABLE when a certificate is the reason.
     """
-    import dataclasses
-
     from actorlearner.runtime.lifecycle import ExitCode, RoleError
     from actorlearner.runtime.tls import speaks_tls
-    from actorlearner.runtime.tls_tunnel import Tunnel, open_to_peer
-
-    addresses = sorted({*cluster.replay_address.split(","), *cluster.variables_address.split(",")})
-    tunnels: dict[str, Tunnel] = {}
-
-    def through(peers: str) -> str:
-        return ",".join(tunnels[address].address for address in peers.split(","))
+    from actorlearner.runtime.tls_tunnel import find_trouble, use_certificates
 
     if arguments.tls_dir:
-        tunnels = {address: open_to_peer(address, Path(arguments.tls_dir) / arguments.command) for address in addresses}
-        cluster = dataclasses.replace(
-            cluster,
-            replay_address=through(cluster.replay_address),
-            variables_address=through(cluster.variables_address),
-        )
+        use_certificates(Path(arguments.tls_dir) / arguments.command)
     try:
-        return run(cluster)
+        return run()
     except RoleError as error:
         if error.exit_code != ExitCode.UNAVAILABLE:
             raise
-        for tunnel in tunnels.values():
-            if tunnel.trouble:
-                code = ExitCode.REFUSED if tunnel.is_refused else ExitCode.UNAVAILABLE
-                raise RoleError(f"{error.message} {tunnel.trouble}", code) from error
-        for address in () if tunnels else addresses:
+        trouble = find_trouble()
+        if trouble:
+            text, is_refused = trouble
+            raise RoleError(
+                f"{error.message} {text}", ExitCode.REFUSED if is_refused else ExitCode.UNAVAILABLE
+            ) from error
+        for address in () if arguments.tls_dir else {*cluster.replay_address.split(","), cluster.variables_address}:
             host, _, port = address.rpartition(":")
             if speaks_tls(host, int(port)):
                 raise RoleError(

@@ -12,7 +12,7 @@ class Cluster:
     """What one role knows of the others.
 
     Attributes:
-      replay_address: "host:port" of the replay server; "unix:/path" of a tunnel to it.
+      replay_address: "host:port" of the replay server.
       variables_address: "host:port" of the variable container; the replay server serves both.
       task: Which of its kind this process is, from 0.
       peer_patience_secs: How long an unreachable peer is waited for before the role gives up, in seconds.
@@ -31,8 +31,6 @@ class Cluster:
 
 
 def _check_address(flag: str, address: str) -> None:
-    if address.startswith("unix:/"):
-        return
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise ValueError(f"--{flag} = '{address}': expected HOST:PORT, such as localhost:{DEFAULT_PORT}")

@@ -160,7 +160,6 @@ OTHER_CA, EXPIRED, OTHER_ROLE = "is of another CA", "has expired", "is made for 
     [
         ("other/learner", "ours/replay-server", "localhost", f"localhost:.* refuses .*/tls.crt: it {OTHER_CA}"),
         ("expired/learner", "ours/replay-server", "localhost", f"localhost:.* refuses .*/tls.crt: it {EXPIRED}"),
-        ("ours/replay-server", "ours/replay-server", "localhost", f"localhost:.* refuses .*/tls.crt: it {OTHER_ROLE}"),
         ("ours/learner", "other/replay-server", "localhost", f"shows a certificate that {OTHER_CA} than .*/ca.crt"),
         ("ours/learner", "expired/replay-server", "localhost", f"shows a certificate that {EXPIRED}"),
         ("ours/learner", "ours/collect-actor", "localhost", f"shows a certificate that {OTHER_ROLE}"),
@@ -168,10 +167,9 @@ OTHER_CA, EXPIRED, OTHER_ROLE = "is of another CA", "has expired", "is made for 
     ],
 )
 def test_who_is_refused_is_told_which_certificate_and_why(
-    ends, certs, odd_certs, tmp_path, eventually, monkeypatch, client, server, host, trouble
+    ends, certs, odd_certs, tmp_path, eventually, client, server, host, trouble
 ):
     """To Reverb's clients a refusal is a deadline that passes."""
-    monkeypatch.setattr(tls_tunnel, "check_files", lambda *_, **__: None)  # it would find the expired ones at once
 
     def show(end: str, name: str) -> Path:
         """Returns a folder that trusts our CA, and shows something odd."""
@@ -243,9 +241,8 @@ def test_a_role_that_forgot_its_flag_can_find_out_that_its_peer_speaks_tls(ends)
     assert not speaks_tls("localhost", find_free_port())
 
 
-def test_new_certificates_are_in_force_without_a_restart(ends, certs, odd_certs, tmp_path, eventually, monkeypatch):
+def test_new_certificates_are_in_force_without_a_restart(ends, odd_certs, tmp_path, eventually):
     """A run of weeks outlives its certificates."""
-    monkeypatch.setattr(tls_tunnel, "check_files", lambda *_, **__: None)
     folder = tmp_path / "certs"
     shutil.copytree(odd_certs["expired"], folder)
     ends.open_to_peers(folder / "replay-server")
@@ -261,6 +258,26 @@ def test_reverb_takes_no_relay_for_its_own_process(ends, echo):
     ends.open_to_peers()
     assert call(ends.open_to_peer()) == b"hello"
     assert echo.callers == [OWN_LOOPBACK_ADDRESS] != ["127.0.0.1"]
+
+
+def test_an_address_is_reached_as_it_is_until_certificates_are_used(certs, monkeypatch, eventually):
+    """A replay server that looks at its own tables must not go through TLS to them."""
+    monkeypatch.setattr(tls_tunnel, "_reach", tls_tunnel._Reach())
+    assert tls_tunnel.reach("localhost:1") == "localhost:1"
+    tls_tunnel.use_certificates(certs / "learner", in_the_clear=["localhost:2"])
+    address = tls_tunnel.reach("localhost:1")
+    assert address.startswith("unix:/") and address.endswith("/localhost:1")
+    assert tls_tunnel.reach("localhost:1") == address  # one relay for all clients
+    assert tls_tunnel.reach("localhost:2") == "localhost:2"
+    assert tls_tunnel.find_trouble() is None
+    (tunnel,) = tls_tunnel._reach._tunnels.values()
+    try:
+        assert call(tunnel) == b""
+        eventually(lambda: tls_tunnel.find_trouble())
+        text, is_refused = tls_tunnel.find_trouble()
+        assert "Connection refused" in text and not is_refused
+    finally:
+        tunnel.close()
 
 
 def test_a_relay_that_dies_is_started_again(ends, eventually):
@@ -329,14 +346,14 @@ def test_a_role_whose_own_certificate_cannot_work_ends_before_it_begins(certs, t
     folder = tmp_path / "certs" / "eval-actor"
     spoil(folder)
     with pytest.raises(RoleError, match=message) as raised:
-        open_to_peer("localhost:1", folder)
+        tls_tunnel.use_certificates(folder)
     assert raised.value.exit_code == code
 
 
 def test_a_certificate_that_expires_soon_is_warned_of(certs, tmp_path, caplog):
     shutil.copytree(certs, tmp_path / "certs")
-    tls_tunnel.check_files(tmp_path / "certs" / "learner", is_server=False)
+    tls_tunnel.check_files(tmp_path / "certs" / "learner")
     assert caplog.text == ""
     make_certificates(tmp_path / "certs", [], days=5, renew=True)
-    tls_tunnel.check_files(tmp_path / "certs" / "learner", is_server=False)
+    tls_tunnel.check_files(tmp_path / "certs" / "learner")
     assert "tls.crt expires at" in caplog.text and "actorlearner certs DIR --renew" in caplog.text

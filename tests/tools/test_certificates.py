@@ -99,7 +99,7 @@ def test_openssl_agrees_which_certificate_may_be_what(tmp_path):
         return not subprocess.run([*command, folder / role / CERTIFICATE], capture_output=True).returncode
 
     assert [role for role in ROLES if accepts(role, "sslserver")] == ["replay-server"]
-    assert [role for role in ROLES if accepts(role, "sslclient")] == ["learner", "collect-actor", "eval-actor"]
+    assert all(accepts(role, "sslclient") for role in ROLES)
     assert accepts("replay-server", "sslserver", "-verify_hostname", "gpu1")
     assert not accepts("replay-server", "sslserver", "-verify_hostname", "gpu2")
 

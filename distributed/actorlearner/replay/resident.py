@@ -35,6 +35,7 @@ from actorlearner.runtime.configuration import PositiveFloat, PositiveInt
 from actorlearner.runtime.devices import compute_devices, free_host_bytes
 from actorlearner.runtime.lifecycle import ExitCode, RoleError
 from actorlearner.runtime.messages import each_within, read_server_info
+from actorlearner.runtime.tls_tunnel import reach
 
 EXPERIENCE_TABLE = "experience"
 STREAM_TABLE = "stream"
@@ -122,7 +123,7 @@ class ResidentReplay:
     def make_sink(self, address: str, sampling: Sampling) -> ChunkSink:
         """Returns a writer of chunks. See `Replay.make_sink`."""
         return ChunkSink(
-            reverb.Client(address),
+            reverb.Client(reach(address)),
             sampling.num_steps,
             sampling.num_environments,
             self._num_rows(sampling),
@@ -710,7 +711,7 @@ class ResidentSource:
 
     def _read_experience(self) -> dict[int, Any]:
         """Returns every chunk of the durable table by its number, in no order; sampled, as Reverb lists none."""
-        client = reverb.Client(self._address)
+        client = reverb.Client(reach(self._address))
         chunks: dict[int, Any] = {}
         misfits: set[int] = set()  # of strangers: Reverb's server takes what its client did not check
         num_draws, size = 0, 1
@@ -741,7 +742,7 @@ class ResidentSource:
 
     def _dataset(self, table: str, *, rate_limiter_timeout_ms: int, in_flight: int = 2) -> reverb.TrajectoryDataset:
         return reverb.TrajectoryDataset.from_table_signature(
-            self._address,
+            reach(self._address),
             table,
             max_in_flight_samples_per_worker=in_flight,
             num_workers_per_iterator=1,

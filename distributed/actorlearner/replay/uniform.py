@@ -19,6 +19,7 @@ from tf_agents.trajectories import StepType
 from actorlearner.replay.base import Sampling, describe_account
 from actorlearner.runtime.configuration import PositiveFloat, PositiveInt
 from actorlearner.runtime.messages import Unreachable, read_server_info
+from actorlearner.runtime.tls_tunnel import reach
 
 REPLAY_TABLE = "uniform_table"
 """Name of the table; the TF-Agents tutorials' own, so that their clients find it."""
@@ -124,7 +125,7 @@ class UniformReplay:
 
     def make_sink(self, address: str, sampling: Sampling) -> WindowSink:
         """Returns a writer of overlapping `num_steps`-step items. See `Replay.make_sink`."""
-        client = reverb.Client(address)
+        client = reverb.Client(reach(address))
         return WindowSink(
             [
                 _EpisodeWriter(client, sampling.num_steps, self.chunk_length, self.max_pending_items)
@@ -141,7 +142,7 @@ class UniformReplay:
         def make_dataset(context: tf.distribute.InputContext) -> tf.data.Dataset:
             per_replica = context.get_per_replica_batch_size(batch_size)
             dataset = reverb.TrajectoryDataset(
-                address,
+                reach(address),
                 REPLAY_TABLE,
                 dtypes=tree.map_structure(lambda spec: spec.dtype, step_spec),
                 shapes=tree.map_structure(lambda spec: tf.TensorShape([num_steps]).concatenate(spec.shape), step_spec),

@@ -30,6 +30,7 @@ from actorlearner.runtime.health import beat
 from actorlearner.runtime.lifecycle import ExitCode, RoleError, Stop
 from actorlearner.runtime.loopback_only import close_to_other_machines
 from actorlearner.runtime.messages import Unreachable, read_server_info
+from actorlearner.runtime.tls_tunnel import reach
 from actorlearner.variable_container import Phase
 
 VERSION_EVERY_SECS = 1.5
@@ -115,7 +116,7 @@ class Keeper:
         self._address = address
         self._checkpoints = checkpoints
         self._tables = tables
-        self._client = reverb.Client(address)
+        self._client = reverb.Client(reach(address))
         self._answers = Answers(address)
         self._served: Optional[Due] = None
         self._num_asked = 0

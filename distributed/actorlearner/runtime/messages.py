@@ -19,6 +19,7 @@ import tree
 from reverb.cc import schema_pb2
 
 from actorlearner.runtime.lifecycle import ExitCode, RoleError, Stop, wait_until
+from actorlearner.runtime.tls_tunnel import reach
 
 T = TypeVar("T")
 
@@ -54,7 +55,7 @@ def read_server_info(address: str, timeout_secs: float) -> Mapping[str, Any]:
       Unreachable: No Reverb server answers there within the deadline.
     """
     try:
-        return reverb.Client(address).server_info(timeout=max(1, int(timeout_secs)))
+        return reverb.Client(reach(address)).server_info(timeout=max(1, int(timeout_secs)))
     except (reverb.errors.ReverbError, RuntimeError) as error:
         raise Unreachable(f"no Reverb server answers at {address} within {timeout_secs:g} s") from error
 
@@ -125,7 +126,7 @@ class Sender:
         if writer is None:
             # Writers made and dropped by the hundred while a server is away have corrupted the heap of Reverb 0.14.
             read_server_info(self.address, timeout_secs)
-            client = reverb.Client(self.address)
+            client = reverb.Client(reach(self.address))
             # validate_items compares with the time dimension that TF-Agents' container signatures lack.
             writer = self._writers[table] = client.trajectory_writer(num_keep_alive_refs=1, validate_items=False)
         try:
@@ -150,11 +151,11 @@ def take(
     Raises:
       Unreachable: The server does not answer within the deadline.
     """
-    available = _read_size(reverb.Client(address), address, table, timeout_secs)
+    available = _read_size(reverb.Client(reach(address)), address, table, timeout_secs)
     if not available:
         return ()
     dataset = reverb.TimestepDataset(
-        address,
+        reach(address),
         table,
         dtypes=tree.map_structure(lambda spec: spec.dtype, signature),
         shapes=tree.map_structure(lambda spec: spec.shape, signature),
@@ -193,7 +194,7 @@ class BoardReader:
           Unreachable: The server does not answer within the deadline, or some stranger put a row there that does not
             fit the signature.
         """
-        self._client = self._client or reverb.Client(self.address)
+        self._client = self._client or reverb.Client(reach(self.address))
         if not _read_size(self._client, self.address, self.table, timeout_secs):
             return None
         # From a queue a sample that comes too late would be lost; a board's row is there for the next reading.

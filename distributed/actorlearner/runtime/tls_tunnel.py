@@ -1,6 +1,7 @@
-"""A role's end of a TLS tunnel: starts the relay, keeps it alive, and knows why a connection was refused.
+"""A role's ends of TLS tunnels: starts the relays, keeps them alive, and knows why a connection was refused.
 
-collect actor, learner, eval actor: `open_to_peer`       replay server: `open_to_peers`
+Who makes a client of Reverb's gives it `reach(address)`: the address itself, or in a role that called
+`use_certificates` a tunnel's to there. A replay server lets its peers in with `open_to_peers`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Optional
 
@@ -95,6 +97,61 @@ class Tunnel:
             logging.warning("the TLS tunnel %s: %s", self._name, text)
 
 
+class _Reach:
+    """How this process reaches its peers."""
+
+    def __init__(self, folder: Optional[Path] = None, in_the_clear: Collection[str] = ()):
+        self._folder = folder
+        self._in_the_clear = frozenset(in_the_clear)
+        self._tunnels: dict[str, Tunnel] = {}
+        self._lock = threading.Lock()
+
+    def reach(self, address: str) -> str:
+        if self._folder is None or address in self._in_the_clear:
+            return address
+        with self._lock:
+            if address not in self._tunnels:
+                self._tunnels[address] = open_to_peer(address, self._folder)
+            return self._tunnels[address].address
+
+    def find_trouble(self) -> Optional[tuple[str, bool]]:
+        with self._lock:
+            troubles = [(tunnel.trouble, tunnel.is_refused) for tunnel in self._tunnels.values() if tunnel.trouble]
+        return max(troubles, key=lambda trouble: trouble[1], default=None)
+
+
+_reach = _Reach()
+
+
+def use_certificates(folder: Path, *, in_the_clear: Collection[str] = ()) -> None:
+    """Makes `reach` lead through TLS from here on.
+
+    Args:
+      folder: Where this role's ca.crt, tls.crt and tls.key are.
+      in_the_clear: Addresses that are reached as they are: a replay server's own.
+
+    Raises:
+      RoleError: The files are missing or do not fit one another (USAGE), or have expired (REFUSED).
+    """
+    global _reach
+    check_files(folder)
+    _reach = _Reach(folder, in_the_clear)
+
+
+def reach(address: str) -> str:
+    """Returns what a client of Reverb's is given to reach the server at `address`. Never waits for it, thread-safe.
+
+    Raises:
+      RoleError: There is no room for the tunnel's socket (USAGE).
+    """
+    return _reach.reach(address)
+
+
+def find_trouble() -> Optional[tuple[str, bool]]:
+    """Returns why some peer cannot be reached through TLS, and whether certificates are the reason; None if all can."""
+    return _reach.find_trouble()
+
+
 def open_to_peer(address: str, folder: Path) -> Tunnel:
     """Returns a tunnel to the replay server at `address`, "host:port"; never waits for it.
 
@@ -103,9 +160,8 @@ def open_to_peer(address: str, folder: Path) -> Tunnel:
       folder: Where this role's ca.crt, tls.crt and tls.key are.
 
     Raises:
-      RoleError: They are missing or do not fit one another (USAGE), or have expired (REFUSED).
+      RoleError: There is no room for the tunnel's socket (USAGE).
     """
-    check_files(folder, is_server=False)
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
     # In a directory that only this user may enter: with a port, everybody on this machine could use the certificate.
@@ -114,7 +170,7 @@ def open_to_peer(address: str, folder: Path) -> Tunnel:
     if left < 10:
         raise RoleError(f"TMPDIR: {directory} is too long a path for a socket. Set TMPDIR=/tmp.", ExitCode.USAGE)
     listening = socket.socket(socket.AF_UNIX)
-    listening.bind(os.path.join(directory, address[-left:]))  # errors that name it name the peer
+    listening.bind(os.path.join(directory, address[-left:]))
     listening.listen(128)
     return Tunnel(f"to {address}", listening, tls_relay.TO_PEER, folder, (host, int(port)))
 
@@ -128,9 +184,8 @@ def open_to_peers(port: int, folder: Path, reverb_port: int) -> Tunnel:
       reverb_port: Where Reverb listens, or soon will; nobody else must reach it.
 
     Raises:
-      RoleError: As `open_to_peer`, or the port is taken (UNAVAILABLE).
+      RoleError: The port is taken (UNAVAILABLE).
     """
-    check_files(folder, is_server=True)
     try:
         if socket.has_dualstack_ipv6():
             listening = socket.create_server(("", port), family=socket.AF_INET6, backlog=128, dualstack_ipv6=True)
@@ -145,12 +200,12 @@ def open_to_peers(port: int, folder: Path, reverb_port: int) -> Tunnel:
     return Tunnel(f"on port {port}", listening, tls_relay.FROM_PEERS, folder, ("127.0.0.1", reverb_port))
 
 
-def check_files(folder: Path, *, is_server: bool) -> None:
+def check_files(folder: Path) -> None:
     """Returns when a role can show the certificate in `folder`; warns when it will not for long. Raises `RoleError`."""
     from cryptography import x509  # here: runs without TLS need not load it
 
     try:
-        make_context(folder, is_server=is_server)
+        make_context(folder, is_server=False)
     except ValueError as error:
         raise RoleError(
             f"--tls_dir: {error}. Expected what `actorlearner certs` writes: a folder for each role, readable by the "

@@ -4,7 +4,7 @@
   DIR/ca.crt              what every role trusts
   DIR/<role>/             ca.crt, tls.crt, tls.key: all that a machine with this role needs, as --tls_dir=DIR finds it
 
-A role's certificate says which end of a connection it may be: an actor's cannot pass for the replay server.
+Only the replay server's may be at a server's end: an actor's cannot pass for it.
 """
 
 from __future__ import annotations
@@ -162,12 +162,14 @@ def _make_role(
     ca_key: ec.EllipticCurvePrivateKey,
 ) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
     key = ec.generate_private_key(ec.SECP256R1())
-    purpose = ExtendedKeyUsageOID.SERVER_AUTH if role == REPLAY_SERVER else ExtendedKeyUsageOID.CLIENT_AUTH
+    purposes = [ExtendedKeyUsageOID.CLIENT_AUTH]
+    if role == REPLAY_SERVER:  # which may be another one's client
+        purposes.append(ExtendedKeyUsageOID.SERVER_AUTH)
     certificate = (
         _builder(_name(role), ca_certificate.subject, key.public_key(), now, expires)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(signs_certificates=False), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
+        .add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
         .add_extension(x509.SubjectAlternativeName([_host(host) for host in hosts]), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
         .sign(ca_key, hashes.SHA256())
