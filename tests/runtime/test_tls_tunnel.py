@@ -274,8 +274,8 @@ def test_an_address_is_reached_as_it_is_until_certificates_are_used(certs, monke
     try:
         assert call(tunnel) == b""
         eventually(lambda: tls_tunnel.find_trouble())
-        text, is_refused = tls_tunnel.find_trouble()
-        assert "Connection refused" in text and not is_refused
+        trouble = tls_tunnel.find_trouble()
+        assert "Connection refused" in trouble[0] and trouble[1] is False
     finally:
         tunnel.close()
 

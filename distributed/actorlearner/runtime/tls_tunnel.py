@@ -116,8 +116,10 @@ class _Reach:
 
     def find_trouble(self) -> Optional[tuple[str, bool]]:
         with self._lock:
-            troubles = [(tunnel.trouble, tunnel.is_refused) for tunnel in self._tunnels.values() if tunnel.trouble]
-        return max(troubles, key=lambda trouble: trouble[1], default=None)
+            in_trouble = [tunnel for tunnel in self._tunnels.values() if tunnel.trouble]
+        for tunnel in sorted(in_trouble, key=lambda tunnel: not tunnel.is_refused):
+            return str(tunnel.trouble), tunnel.is_refused
+        return None
 
 
 _reach = _Reach()
