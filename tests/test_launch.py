@@ -96,3 +96,10 @@ def test_learners_job_and_actors_job_agree():
     for setting in ("EXPERIMENT", "GIN_BINDINGS", "SEED", "CHECKOUT", "PORT", "RUN_DIR"):
         (default,) = re.findall(rf'^: "\$\{{{setting}:=(.*)\}}"', learner, re.MULTILINE)
         assert f"{{{setting}:={default.replace('SLURM_JOB_ID', 'LEARNER_JOB')}}}" in actors, setting
+
+
+@pytest.mark.parametrize("script", NEW_STYLE, ids=lambda path: path.name)
+def test_bindings_are_handed_on_as_they_are(script: Path):
+    """One rule for what divides them, the command's own; docker/ and kubernetes/ cannot divide anything."""
+    used = re.findall(r"\$\{?GIN_BINDINGS[^\s\"]*", script.read_text())
+    assert set(used) <= {"$GIN_BINDINGS", "${GIN_BINDINGS:=}"}

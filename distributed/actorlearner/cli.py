@@ -132,7 +132,7 @@ def _experiment_flags() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="BINDING",
-        help="overrides the gin file, e.g. 'train.num_iterations = 100'; may be repeated",
+        help="overrides the gin file, e.g. 'train.num_iterations = 100'; may be repeated, or hold several divided by ;",
     )
     flags.add_argument(
         "--seed",

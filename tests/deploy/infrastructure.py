@@ -2,8 +2,8 @@
 
 They need real infrastructure and are chosen by `tests/run.sh deploy`. Environment variables say where it is:
 
-SLURM_CLUSTER  a program: `ctl COMMAND...` runs it where sbatch and squeue work. Nodes: gpu1 in partition gpu, cpu1 and
-               cpu2 in partition cpu
+SLURM_CLUSTER  a program: `up` and `down`; `ctl COMMAND...` runs it where sbatch and squeue work; `start NODE` brings a
+               node's daemon back. Nodes: gpu1 in partition gpu, cpu1 and cpu2 in partition cpu, hosts of LAB_HOSTS
 LAB_HOSTS      a program: `up` and `down`, for the hosts that HOSTS names; `on HOST COMMAND...` runs it there; `cut
                HOST` and `join HOST` take its network away and give it back
 """
@@ -45,13 +45,17 @@ def run(*command: object, environment: Optional[Mapping[str, str]] = None, deadl
 
 
 def await_that(
-    condition: Callable[[], object], what: str, deadline_secs: float, evidence: Callable[[], str] = str
+    condition: Callable[[], object],
+    what: str,
+    deadline_secs: float,
+    evidence: Callable[[], str] = str,
+    every_secs: float = 0.3,
 ) -> None:
     """Returns when `condition()` holds; fails past the deadline with what was awaited and `evidence()`."""
     deadline = time.monotonic() + deadline_secs
     while not condition():
         assert time.monotonic() < deadline, f"not within {deadline_secs:g} s: {what}\n{evidence()}"
-        time.sleep(0.3)
+        time.sleep(every_secs)
 
 
 class Log:

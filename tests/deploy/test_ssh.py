@@ -58,6 +58,7 @@ class Hosts:
     def launch(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Runs launch/ssh.sh on the controller's host."""
         settings = {
+            "EXPERIMENT": "dqn_cartpole",
             "LEARNER_HOST": "root@gpu1",
             "ACTOR_HOSTS": "cpu1 cpu2",
             "ACTORS_PER_HOST": "1",
@@ -115,13 +116,13 @@ def hosts(tmp_path: Path) -> Iterator[Hosts]:
 
 def test_training_over_ssh_outlives_a_partition_resumes_after_stop_and_ends_by_itself(hosts: Hosts):
     """Without a scheduler nobody else starts a role again, and a host that is away must not hold up the others."""
-    started = hosts.launch("start", "dqn_cartpole")
+    started = hosts.launch("start")
     assert started.returncode == 0, started.stdout
     await_that(lambda: hosts.train_step() > 0, "the first train steps", START_SECS, lambda: hosts.log("learner"))
     status = hosts.launch("status")
     assert status.returncode == 0
     assert len(re.findall(r"^\S+: \S+ +runs \(process \d+\)", status.stdout, re.MULTILINE)) == 5, status.stdout
-    assert "runs already" in hosts.launch("start", "dqn_cartpole").stdout
+    assert "runs already" in hosts.launch("start").stdout
 
     hosts.cut("cpu2")
     status = hosts.launch("status")
@@ -133,7 +134,7 @@ def test_training_over_ssh_outlives_a_partition_resumes_after_stop_and_ends_by_i
     assert re.search("gpu1: learner +stopped", cut_stop.stdout), cut_stop.stdout
 
     hosts.join("cpu2")
-    assert hosts.launch("start", "dqn_cartpole").returncode == 0  # cpu2's actor runs on, and finds the new server
+    assert hosts.launch("start").returncode == 0  # cpu2's actor runs on, and finds the new server
     await_that(lambda: "restored" in hosts.log("learner"), "the second life", START_SECS, lambda: hosts.log("learner"))
     await_that(
         lambda: "ended with exit code 0" in hosts.log("learner"),
@@ -153,7 +154,7 @@ def test_training_over_ssh_outlives_a_partition_resumes_after_stop_and_ends_by_i
 def test_a_host_that_is_not_ready_is_named_before_anything_starts(hosts: Hosts):
     """Half a start leaves processes behind on hosts that nobody looks at."""
     hosts.cut("cpu1")
-    refused = hosts.launch("start", "dqn_cartpole")
+    refused = hosts.launch("start")
     assert refused.returncode == 1
     assert "cpu1: out of reach" in refused.stdout and "nothing was started" in refused.stdout
     hosts.join("cpu1")
