@@ -118,7 +118,7 @@ def test_bindings_are_divided_alike_by_semicolons_and_new_lines():
     text = " a.b = 1; c.d = 'x; y'\n\n;e.f = (1,\t2) ;"
     assert split_bindings(text) == ["a.b = 1", "c.d = 'x; y'", "e.f = (1,\t2)"]
     assert split_bindings(" ; \n") == []
-    assert split_bindings("a.b = \"it's; fine\"; c.d = '") == ["a.b = \"it's; fine\"", "c.d = '"]
+    assert split_bindings("a.b = \"it's; fine\"; c.d = '") == ['a.b = "it\'s; fine"', "c.d = '"]
 
 
 def test_a_later_binding_overrides_an_earlier_one(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 
 import pytest
 
@@ -57,3 +58,18 @@ def test_a_wait_beats(beats):
     health.beat_into(beats)
     assert wait_until(lambda: True, lambda: "nothing", stop=Stop(), deadline_secs=1, setting="none")
     assert beats.exists()
+
+
+def test_one_long_call_beats_until_its_time_is_up(beats, eventually):
+    """A server that saves a large table answers no request meanwhile; one that hangs must still be found."""
+    health.beat_into(beats)
+    with health.beat_meanwhile(secs=30.0):
+        eventually(beats.exists)
+        os.utime(beats, (1, 1))
+        eventually(lambda: beats.stat().st_mtime > 1)
+    health.beat_into(beats)
+    with health.beat_meanwhile(secs=-1.0):
+        for thread in threading.enumerate():
+            if thread.name == "heartbeat":
+                thread.join(10)
+        assert not beats.exists()
