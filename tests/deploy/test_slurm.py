@@ -38,7 +38,7 @@ class Slurm:
             f"--output={self.log.path}",
             "launch/slurm.sbatch",
             ACTORLEARNER=f"{sys.executable} -m actorlearner",
-            PYTHONPATH=str(CHECKOUT / "distributed"),
+            PYTHONPATH=f"{CHECKOUT}/distributed:{CHECKOUT}/tests/e2e",
             RUN_DIR=str(self.root_dir),
             ACTOR_OPTIONS=f"--output={self._folder}/%x-%a.log {actor_options}",
             **settings,
@@ -188,4 +188,19 @@ def test_a_job_that_cannot_go_on_says_why_and_takes_its_actors_along(slurm: Slur
     await_that(lambda: slurm.state() == "FAILED", "the job's failure", START_SECS, slurm.log.read)
     assert "train.no_such_setting" in slurm.log.read()
     assert "the job cannot go on (exit code 64)" in slurm.log.read()
+    await_that(lambda: not slurm.jobs("%i %T"), "the actors' end", 60)
+
+
+def test_a_learner_whose_actors_ended_for_good_ends_with_their_reason(slurm: Slurm, tmp_path: Path):
+    """A learner that starves would be started again for ever, and hold a GPU; the reason lies in another host's log."""
+    experiment = tmp_path / "nan.gin"
+    experiment.write_text(
+        "import nan_cartpole\ninclude 'dqn_cartpole.gin'\ngym_environment.env_name = 'NanCartPole-v0'\n"
+    )
+    slurm.submit(EXPERIMENT=str(experiment), COLLECT_ACTORS="1", GIN_BINDINGS="train.eval_interval = 0")
+    await_that(lambda: slurm.state() == "FAILED", "the job's failure", START_SECS, slurm.log.read)
+    assert "nobody is left to wait for: collect-actor 0 ended for good (exit code 65)" in slurm.log.read()
+    assert "observation[2] = nan" in slurm.log.read()
+    assert slurm.log.count("learner is process") == 1
+    assert "the job cannot go on (exit code 65)" in slurm.log.read()
     await_that(lambda: not slurm.jobs("%i %T"), "the actors' end", 60)
