@@ -62,7 +62,7 @@ class Hosts:
             "LEARNER_HOST": "root@gpu1",
             "ACTOR_HOSTS": "cpu1 cpu2",
             "ACTORS_PER_HOST": "1",
-            "GIN_BINDINGS": "train.num_iterations = 40_000; train.eval_interval = 20_000; "
+            "GIN_BINDINGS": "train.num_iterations = 30_000; train.eval_interval = 15_000; "
             "learner.checkpoint_interval_secs = 5.0",
             "LEARNER_FLAGS": "--num_video_episodes=0",
             "RUN_DIR": str(self._root_dir),
