@@ -1,6 +1,7 @@
 """What the deployment tests share: a way to await what happens on other hosts.
 
-They need real infrastructure and are chosen by `tests/run.sh deploy`. Environment variables say where it is:
+They need real infrastructure and are chosen by `tests/run.sh deploy`. A Docker engine is asked by `docker`; environment
+variables say where the rest is:
 
 SLURM_CLUSTER  a program: `up` and `down`; `ctl COMMAND...` runs it where sbatch and squeue work; `start NODE` brings a
                node's daemon back. Nodes: gpu1 in partition gpu, cpu1 and cpu2 in partition cpu, hosts of LAB_HOSTS
@@ -28,6 +29,16 @@ def needed_program(variable: str) -> str:
     if not program:
         pytest.skip(f"{variable} is not set: tests/deploy/infrastructure.py says what it names")
     return program
+
+
+def needed_engine() -> None:
+    """Skips the test when no Docker engine answers."""
+    try:
+        answered = subprocess.run(["docker", "info"], capture_output=True, timeout=60).returncode == 0
+    except OSError:
+        answered = False
+    if not answered:
+        pytest.skip("no Docker engine answers: `docker info` failed")
 
 
 def run(*command: object, environment: Optional[Mapping[str, str]] = None, deadline_secs: float = 60.0) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from tests.deploy.compose_stack import BUILD_SECS, END_SECS, RECOVERY_SECS, START_SECS, Stack, docker
-from tests.deploy.infrastructure import CHECKOUT, await_that
+from tests.deploy.infrastructure import CHECKOUT, await_that, needed_engine
 
 RUNNING_ROLES = ("replay-server", "learner", "collect-actor", "eval-actor")
 FULL = 60_000  # train steps of dqn_cartpole
@@ -31,6 +31,7 @@ pytestmark = [pytest.mark.deploy, pytest.mark.timeout(3600)]
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """A run without an end; two collect actors."""
+    needed_engine()
     stack = Stack(
         tmp_path_factory.mktemp("stack"),
         f"actorlearner-test-{os.getpid()}",

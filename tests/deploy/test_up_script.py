@@ -11,18 +11,23 @@ from pathlib import Path
 import pytest
 
 from tests.deploy.compose_stack import BUILD_SECS, END_SECS, START_SECS, UP_SCRIPT, Stack
-from tests.deploy.infrastructure import await_that
+from tests.deploy.infrastructure import await_that, needed_engine
 from tests.e2e.processes import TINY
 
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(3600)]
 
-CALLER = 12_345  # a user that no image knows of
-AS_CALLER = ["setpriv", f"--reuid={CALLER}", f"--regid={CALLER}", "--groups", str(grp.getgrnam("docker").gr_gid)]
+CALLER = 12_345  # a user that no image knows of; who may use the engine
+
+
+def as_caller(*command: str) -> list[str]:
+    engine = grp.getgrnam("docker").gr_gid
+    return ["setpriv", f"--reuid={CALLER}", f"--regid={CALLER}", f"--groups={engine}", *command]
 
 
 @pytest.fixture
 def stack(tmp_path: Path) -> Iterator[Stack]:
     """A tiny run in a folder that the caller may write to."""
+    needed_engine()
     os.chown(tmp_path, CALLER, CALLER)
     for folder in (tmp_path, *tmp_path.parents[:2]):
         folder.chmod(0o755)
@@ -45,7 +50,7 @@ def test_what_a_caller_trains_belongs_to_them_and_ctrl_c_saves_it(stack: Stack):
     """Files of root in one's own folder can be neither removed nor resumed; a run cut short must not be lost."""
     endless = "train.num_iterations = 1_000_000"
     stack.settings["GIN_BINDINGS"] += f"\n{endless}"
-    stack.start_up(*AS_CALLER, UP_SCRIPT)
+    stack.start_up(*as_caller(UP_SCRIPT))
     await_that(lambda: stack.train_step() > 200, "training under way", BUILD_SECS, lambda: stack.output)
     stack.press_ctrl_c()
     assert stack.await_up(90) == 130, stack.output
@@ -56,7 +61,7 @@ def test_what_a_caller_trains_belongs_to_them_and_ctrl_c_saves_it(stack: Stack):
     reached = stack.train_step()
     end = (reached // 100 + 2) * 100
     stack.settings["GIN_BINDINGS"] = stack.settings["GIN_BINDINGS"].replace(endless, f"train.num_iterations = {end}")
-    stack.start_up(*AS_CALLER, UP_SCRIPT)
+    stack.start_up(*as_caller(UP_SCRIPT))
     assert stack.await_up(END_SECS) == 0, stack.output
     assert stack.compose("ps", "--quiet") == ""
     assert (stack.run_dir / "summary.json").is_file()
