@@ -45,8 +45,12 @@ class Stack:
         return {**os.environ, **self.settings}
 
     def compose(self, *arguments: str, timeout: float = 120.0) -> str:
+        return self.run(*COMPOSE, *arguments, timeout=timeout)
+
+    def run(self, *command: str, timeout: float = 120.0) -> str:
+        """Returns what `command` wrote to stdout, run in the checkout with this stack's settings."""
         ended = subprocess.run(
-            [*COMPOSE, *arguments], env=self.environment, capture_output=True, text=True, timeout=timeout
+            command, cwd=CHECKOUT, env=self.environment, capture_output=True, text=True, timeout=timeout
         )
         assert ended.returncode == 0, ended.stderr
         return ended.stdout
@@ -55,7 +59,12 @@ class Stack:
         """Starts the documented command, or another, in a process group of its own."""
         with self._log.open("ab") as log:
             self._up = subprocess.Popen(
-                command or [*COMPOSE, "up"], env=self.environment, stdout=log, stderr=log, start_new_session=True
+                command or [*COMPOSE, "up"],
+                cwd=CHECKOUT,
+                env=self.environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
 
     def press_ctrl_c(self) -> None:

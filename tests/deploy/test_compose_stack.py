@@ -9,8 +9,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import re
-import shlex
 import signal
 import subprocess
 import urllib.request
@@ -20,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.deploy.compose_stack import BUILD_SECS, END_SECS, RECOVERY_SECS, START_SECS, Stack, docker
-from tests.deploy.infrastructure import CHECKOUT, await_that, needed_engine
+from tests.deploy.infrastructure import await_that, documented, needed_engine
 
 RUNNING_ROLES = ("replay-server", "learner", "collect-actor", "eval-actor")
 FULL = 60_000  # train steps of dqn_cartpole
@@ -90,9 +88,13 @@ def test_files_of_the_run_belong_to_the_roles_user(stack: Stack):
 def test_collect_actors_are_added_to_a_running_system(stack: Stack):
     """Each takes a task number, seeds and a folder of its own."""
     before = stack.containers("collect-actor")
-    (documented,) = re.findall(r"^docker compose .*--scale.*$", (CHECKOUT / "docs" / "operations.md").read_text(), re.M)
-    command = shlex.split(documented.replace("collect-actor=8", "collect-actor=4"))
-    subprocess.run(command, cwd=CHECKOUT, env=stack.environment, check=True, capture_output=True, timeout=120)
+    command = documented(
+        "Docker",
+        "docker compose -f docker/compose.yaml up --detach --no-deps --no-recreate "
+        "--scale collect-actor=8 collect-actor",
+        **{"collect-actor=8": "collect-actor=4"},
+    )
+    stack.run(*command)
     await_that(lambda: stack.is_healthy("collect-actor", 4), "four healthy collect actors", START_SECS)
     assert set(before) < set(stack.containers("collect-actor"))
     folders = stack.run_dir / "collect"
@@ -130,7 +132,7 @@ def test_a_frozen_role_becomes_unhealthy_and_healthy_again(stack: Stack):
 
 def test_after_down_and_up_the_run_goes_on_to_its_end_and_everything_stops(stack: Stack):
     """`down` removes every container; what a run is lies in its directory. It ends with CartPole held for 40 s."""
-    stack.compose("down", timeout=180)
+    stack.run(*documented("Docker", "docker compose -f docker/compose.yaml down"), timeout=180)
     stack.await_up(60)
     reached = stack.train_step()
     assert reached > 0
@@ -139,7 +141,7 @@ def test_after_down_and_up_the_run_goes_on_to_its_end_and_everything_stops(stack
     stack.settings["GIN_BINDINGS"] = stack.settings["GIN_BINDINGS"].replace("1_000_000", str(end))
     num_points = len((stack.run_dir / "metrics.jsonl").read_text().splitlines())
 
-    stack.start_up()
+    stack.start_up(*documented("Docker", "docker compose -f docker/compose.yaml up"))
     assert stack.await_up(END_SECS) == 0
     assert stack.compose("ps", "--quiet") == ""
     summary = json.loads((stack.run_dir / "summary.json").read_text())
@@ -154,6 +156,7 @@ def test_after_down_and_up_the_run_goes_on_to_its_end_and_everything_stops(stack
 
 def test_a_run_that_has_ended_says_so_when_started_again_and_stops(stack: Stack):
     """A replay server that never hears of the end would keep the stack up for ever."""
-    stack.start_up()
-    assert stack.await_up(START_SECS) == 0
-    assert stack.compose("ps", "--quiet") == ""
+    stack.run(*documented("Docker", "docker compose -f docker/compose.yaml up --detach tensorboard"), timeout=300)
+    await_that(lambda: stack.compose("ps", "--quiet") == "", "every container's own end", START_SECS)
+    follow = documented("Docker", "docker compose -f docker/compose.yaml logs --follow learner")
+    assert "this run has ended at train step" in stack.run(*follow)

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.deploy.infrastructure import CHECKOUT, Log, await_that, needed_program, run
+from tests.deploy.infrastructure import CHECKOUT, Log, await_that, documented, needed_program, run
 
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(1200)]
 
+BINDINGS = "train.num_iterations = 20_000; train.eval_interval = 10_000; learner.checkpoint_interval_secs = 5.0"
+NO_VIDEOS = "--num_video_episodes=0"
 START_SECS = 420.0  # importing and tracing TensorFlow, on a busy machine
 
 
@@ -32,18 +34,28 @@ class Slurm:
     def ctl(self, *command: object, **environment: str) -> str:
         return run(self._cluster, "ctl", "timeout", "30", *command, environment=environment)
 
-    def submit(self, *, actor_options: str = "", **settings: str) -> None:
+    def submit(self, sbatch: list[str], *, actor_options: str = "", **settings: str) -> str:
+        """Returns the number of the job that a documented command submitted."""
         said = self.ctl(
-            "sbatch",
-            f"--output={self.log.path}",
-            "launch/slurm.sbatch",
+            sbatch[0],
+            f"--output={self._folder}/{'%x-%a' if '--array' in sbatch[1] else 'learner'}.log",
+            *sbatch[1:],
             ACTORLEARNER=f"{sys.executable} -m actorlearner",
             PYTHONPATH=f"{CHECKOUT}/distributed:{CHECKOUT}/tests/e2e",
-            RUN_DIR=str(self.root_dir),
             ACTOR_OPTIONS=f"--output={self._folder}/%x-%a.log {actor_options}",
-            **settings,
+            **{"RUN_DIR": str(self.root_dir), **settings},
         )
-        self.job = re.search(r"\d+", said).group()
+        return re.search(r"\d+", said).group()
+
+    def submit_training(self, **settings: str) -> None:
+        """Submits dqn_cartpole with two collect actors, or with other settings."""
+        command = "sbatch --export=ALL,EXPERIMENT=dqn_cartpole,COLLECT_ACTORS=8 launch/slurm.sbatch"
+        actors = settings.pop("COLLECT_ACTORS", "2")
+        experiment = settings.pop("EXPERIMENT", "dqn_cartpole")
+        sbatch = documented(
+            "Slurm", command, **{"dqn_cartpole": experiment, "COLLECT_ACTORS=8": f"COLLECT_ACTORS={actors}"}
+        )
+        self.job = self.submit(sbatch, **settings)
 
     def actor_log(self, role: str, task: int) -> Log:
         return Log(self._folder / f"actorlearner-{role}-{self.job}-{task}.log")
@@ -66,7 +78,7 @@ class Slurm:
     def start_now(self, job: str) -> None:
         """Spares a requeued job the two minutes that Slurm would let it wait."""
         await_that(lambda: "PENDING" in self.ctl("squeue", "-h", f"-j{job}", "-o%T"), f"job {job} in the queue", 90)
-        self.ctl("scontrol", "update", f"JobId={job}", "StartTime=now")
+        self.ctl(*documented("Slurm", "scontrol update JobId=123 StartTime=now", **{"123": job}))
 
     def preempt(self) -> None:
         """Tells the batch script alone, as Slurm does with --signal before it takes the node away."""
@@ -120,12 +132,9 @@ def slurm(cluster: str, tmp_path: Path) -> Iterator[Slurm]:
 
 def test_training_outlives_an_actors_node_a_preemption_and_a_requeue_and_ends_by_itself(slurm: Slurm):
     """A lost actor's node must not end the learner, and what was learned must not go with a preemption."""
-    slurm.submit(
-        EXPERIMENT="dqn_cartpole",
-        COLLECT_ACTORS="2",
-        GIN_BINDINGS="train.num_iterations = 20_000; train.eval_interval = 10_000; "
-        "learner.checkpoint_interval_secs = 5.0",
-        LEARNER_FLAGS="--num_video_episodes=0",
+    slurm.submit_training(
+        GIN_BINDINGS=BINDINGS,
+        LEARNER_FLAGS=NO_VIDEOS,
         actor_options="--mem=3900M",  # two fit on a node: the collect actors on one, the eval actor on the other
     )
 
@@ -181,10 +190,20 @@ def test_training_outlives_an_actors_node_a_preemption_and_a_requeue_and_ends_by
     steps = [int(step) for step in re.findall(r"restored \S+-(\d+)", slurm.log.read())]
     assert 0 < steps[0] < steps[1], "each life goes on where the one before it saved"
 
+    # Submitted again, when there is nothing left to do: every role comes up, hears so, and ends.
+    command = "sbatch --export=ALL,RUN_DIR=runs/slurm-123 launch/slurm.sbatch"
+    again = documented("Slurm", command, **{"runs/slurm-123": str(slurm.root_dir)})
+    slurm.job = slurm.submit(
+        again, EXPERIMENT="dqn_cartpole", COLLECT_ACTORS="1", GIN_BINDINGS=BINDINGS, LEARNER_FLAGS=NO_VIDEOS
+    )
+    await_that(lambda: slurm.state() == "COMPLETED", "the end of a run that had ended", START_SECS, slurm.log.read)
+    assert slurm.log.count("this run has ended at train step 20000") == 1
+    await_that(lambda: not slurm.jobs("%i %T"), "the actors to end by themselves", START_SECS)
+
 
 def test_a_job_that_cannot_go_on_says_why_and_takes_its_actors_along(slurm: Slurm):
     """Actors that wait for a dead learner hold nodes that others pay for."""
-    slurm.submit(EXPERIMENT="dqn_cartpole", COLLECT_ACTORS="1", GIN_BINDINGS="train.no_such_setting = 1")
+    slurm.submit_training(COLLECT_ACTORS="1", GIN_BINDINGS="train.no_such_setting = 1")
     await_that(lambda: slurm.state() == "FAILED", "the job's failure", START_SECS, slurm.log.read)
     assert "train.no_such_setting" in slurm.log.read()
     assert "the job cannot go on (exit code 64)" in slurm.log.read()
@@ -197,10 +216,15 @@ def test_a_learner_whose_actors_ended_for_good_ends_with_their_reason(slurm: Slu
     experiment.write_text(
         "import nan_cartpole\ninclude 'dqn_cartpole.gin'\ngym_environment.env_name = 'NanCartPole-v0'\n"
     )
-    slurm.submit(EXPERIMENT=str(experiment), COLLECT_ACTORS="1", GIN_BINDINGS="train.eval_interval = 0")
+    slurm.submit_training(
+        EXPERIMENT=str(experiment), COLLECT_ACTORS="0", EVAL_ACTORS="0", GIN_BINDINGS="train.eval_interval = 0"
+    )
+    command = "sbatch --array=8-15 --export=ALL,LEARNER_JOB=123,EXPERIMENT=dqn_cartpole launch/slurm_actors.sbatch"
+    changes = {"8-15": "0", "123": slurm.job, "dqn_cartpole": str(experiment)}
+    actors = slurm.submit(documented("Slurm", command, **changes), GIN_BINDINGS="train.eval_interval = 0")
     await_that(lambda: slurm.state() == "FAILED", "the job's failure", START_SECS, slurm.log.read)
     assert "nobody is left to wait for: collect-actor 0 ended for good (exit code 65)" in slurm.log.read()
     assert "observation[2] = nan" in slurm.log.read()
     assert slurm.log.count("learner is process") == 1
     assert "the job cannot go on (exit code 65)" in slurm.log.read()
-    await_that(lambda: not slurm.jobs("%i %T"), "the actors' end", 60)
+    await_that(lambda: not slurm.ctl("squeue", "-h", f"-j{actors}"), "the actor's end", 60)

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.deploy.infrastructure import CHECKOUT, Log, await_that, needed_program, run
+from tests.deploy.infrastructure import CHECKOUT, Log, await_that, documented, needed_program, run
 
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(1200)]
 
+SECTION = "Several hosts over ssh"
 NAMES = ("gpu1", "cpu1", "cpu2")
 LAB = {"HOSTS": " ".join(NAMES), "P": "sshlab", "NET": "10.79.0"}
 START_SECS = 420.0  # importing and tracing TensorFlow, on a busy machine
@@ -55,12 +56,20 @@ class Hosts:
         for name in NAMES:
             Log(self._folder / f"sshd-{name}.log").await_text("listening", 20)
 
-    def launch(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def launch(self, verb: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Runs launch/ssh.sh on the controller's host."""
+        command = {
+            "start": documented(SECTION, "launch/ssh.sh start"),
+            "status": documented(SECTION, "launch/ssh.sh status"),
+            "logs": documented(SECTION, "launch/ssh.sh logs learner")[:2],
+            "stop": documented(SECTION, "launch/ssh.sh stop"),
+        }[verb]
+        command_of_settings = (
+            'export LEARNER_HOST=gpu1 ACTOR_HOSTS="cpu1 cpu2" ACTORS_PER_HOST=4 EXPERIMENT=dqn_cartpole'
+        )
         settings = {
-            "EXPERIMENT": "dqn_cartpole",
+            **dict(setting.split("=", 1) for setting in documented(SECTION, command_of_settings)[1:]),
             "LEARNER_HOST": "root@gpu1",
-            "ACTOR_HOSTS": "cpu1 cpu2",
             "ACTORS_PER_HOST": "1",
             "GIN_BINDINGS": "train.num_iterations = 30_000; train.eval_interval = 15_000; "
             "learner.checkpoint_interval_secs = 5.0",
@@ -71,7 +80,7 @@ class Hosts:
             "SSH": f"ssh -F {self._folder}/client -o BatchMode=yes -o ConnectTimeout=5",
         }
         return subprocess.run(
-            [self._program, "on", "ctl", "launch/ssh.sh", *arguments],
+            [self._program, "on", "ctl", *command, *arguments],
             cwd=CHECKOUT,
             env={**os.environ, **LAB, **settings},
             stdout=subprocess.PIPE,
