@@ -27,7 +27,7 @@ set -euo pipefail
 : "${CHECKOUT:=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}" # of this repository, on every host
 : "${RUN_DIR:=$CHECKOUT/runs/ssh-$(basename "$EXPERIMENT" .gin)}" # on every host; on LEARNER_HOST the run directory
 : "${ACTORLEARNER:=$CHECKOUT/.venv/bin/actorlearner}" # the command that starts a role
-: "${STOP_SECS:=30}"                      # from SIGTERM to SIGKILL; saving takes some seconds
+: "${STOP_SECS:=120}"                     # from SIGTERM to SIGKILL; saving takes seconds, a large replay half a minute
 : "${SSH:=ssh -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=3}"
 
 # --- What runs on a host -----------------------------------------------------------------------------------------------
@@ -191,7 +191,8 @@ verb=${1:-}
 case $verb in start | status | logs | stop) ;; *) sed -n '2,14s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 64 ;; esac
 [ -n "$LEARNER_HOST" ] || fail "LEARNER_HOST is not set: expected the host of replay server and learner, such as gpu1"
 [ -n "$ACTOR_HOSTS" ] || fail "ACTOR_HOSTS is not set: expected the hosts of the actors, such as \"cpu1 cpu2\""
-[ $# -eq 1 ] || [ "$verb" = logs ] || fail "$verb takes no argument: what runs is the setting EXPERIMENT, as in EXPERIMENT=${2:-} launch/ssh.sh $verb"
+[ $# -eq 1 ] || [ "$verb" = logs ] ||
+  fail "$verb takes no argument: what runs is a setting, as in EXPERIMENT=${2:-} launch/ssh.sh $verb"
 # shellcheck disable=SC2086  # hosts are divided at spaces
 hosts=$(printf '%s\n' $LEARNER_HOST $ACTOR_HOSTS $EVAL_HOST | awk '!seen[$0]++')
 case $verb in

@@ -15,7 +15,7 @@ set -euo pipefail
 : "${SEED:=0}"               # every role's seeds derive from it
 : "${RUN_DIR:=}"             # runs/tpu-EXPERIMENT if left out; the same again goes on with the run
 : "${PORT:=8008}"            # of the replay server
-: "${STOP_SECS:=60}"         # from SIGTERM to SIGKILL; saving takes some seconds
+: "${STOP_SECS:=120}"        # from SIGTERM to SIGKILL; saving takes seconds, a large replay half a minute
 : "${TPU_WHEEL:=$(echo /usr/share/tpu/tensorflow-2.15*.whl)}" # TensorFlow for TPUs; the image has it
 : "${TPU_LIBRARY:=/lib/libtpu.so}"
 

@@ -156,6 +156,7 @@ def test_after_down_and_up_the_run_goes_on_to_its_end_and_everything_stops(stack
 
 def test_a_run_that_has_ended_says_so_when_started_again_and_stops(stack: Stack):
     """A replay server that never hears of the end would keep the stack up for ever."""
+    stack.settings["VIDEO_EPISODES"] = "0"
     stack.run(*documented("Docker", "docker compose -f docker/compose.yaml up --detach tensorboard"), timeout=300)
     await_that(lambda: stack.compose("ps", "--quiet") == "", "every container's own end", START_SECS)
     follow = documented("Docker", "docker compose -f docker/compose.yaml logs --follow learner")
