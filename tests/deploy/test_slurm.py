@@ -75,10 +75,23 @@ class Slurm:
     def state(self) -> str:
         return self.ctl("squeue", "--noheader", "--states=all", f"--jobs={self.job}", "--format=%T").strip()
 
-    def start_now(self, job: str) -> None:
-        """Spares a requeued job the two minutes that Slurm would let it wait."""
-        await_that(lambda: "PENDING" in self.ctl("squeue", "-h", f"-j{job}", "-o%T"), f"job {job} in the queue", 90)
-        self.ctl(*documented("Slurm", "scontrol update JobId=123 StartTime=now", **{"123": job}))
+    def start_now(self, *jobs: str) -> None:
+        """Spares requeued jobs the two minutes that Slurm would let them wait; to be asked again until they run.
+
+        Slurm sets the time when all of a job's processes are gone, which may be after it is in the queue.
+        """
+        for job in jobs:
+            if self.ctl("squeue", "-h", f"-j{job}", "-o%T").strip() == "PENDING":
+                self.ctl(*documented("Slurm", "scontrol update JobId=123 StartTime=now", **{"123": job}))
+
+    def await_life(self, number: int) -> None:
+        """Returns when the requeued job runs again."""
+
+        def has_begun() -> bool:
+            self.start_now(self.job)
+            return self.log.count(f"life {number}:") > 0
+
+        await_that(has_begun, f"life {number} of the learner's job", 120, self.log.read, every_secs=1.0)
 
     def preempt(self) -> None:
         """Tells the batch script alone, as Slurm does with --signal before it takes the node away."""
@@ -139,11 +152,10 @@ def test_training_outlives_an_actors_node_a_preemption_and_a_requeue_and_ends_by
     )
 
     # Preempted before there is anything to save, and while the actors are still being submitted.
-    await_that(lambda: slurm.log.count("life 1"), "the first life", START_SECS, every_secs=0.02)
+    await_that(lambda: slurm.log.count("life 1:"), "the first life", START_SECS, every_secs=0.02)
     slurm.preempt()
     slurm.log.await_text("going back into the queue", START_SECS)
-    slurm.start_now(slurm.job)
-    slurm.log.await_text("life 2", 60)
+    slurm.await_life(2)
     slurm.log.await_text("is saved: learner and replay", START_SECS)
     await_that(lambda: len(slurm.actors()) == 3, "two collect actors and one eval actor", 60)
     assert slurm.jobs("%i %N").count([slurm.job, "gpu1"]) == 1
@@ -155,10 +167,13 @@ def test_training_outlives_an_actors_node_a_preemption_and_a_requeue_and_ends_by
     lost = [actor for actor, its_node in slurm.actors().items() if its_node == node]
     lives = slurm.log.count("is process")
     slurm.kill_node(node)
-    for actor in lost:
-        slurm.start_now(actor)
-    await_that(lambda: set(lost) & set(slurm.actors()), f"a lost actor on another node than {node}", 90)
-    assert node not in slurm.actors().values()
+
+    def is_one_back() -> bool:
+        slurm.start_now(*lost)
+        return any(slurm.actors().get(actor, node) != node for actor in lost)
+
+    await_that(is_one_back, f"a lost actor on another node than {node}", 120, every_secs=1.0)
+    assert node not in slurm.actors().values(), "it is known to be gone"
     saved = slurm.log.count("is saved: learner and replay")
     logs = [slurm.actor_log("collect-actor", task) for task in (0, 1)]
     await_that(
@@ -170,16 +185,14 @@ def test_training_outlives_an_actors_node_a_preemption_and_a_requeue_and_ends_by
     # Preempted in the middle.
     slurm.preempt()
     slurm.log.await_text("going back into the queue", 60, count=2)
-    slurm.start_now(slurm.job)
-    slurm.log.await_text("life 3", 60)
+    slurm.await_life(3)
     slurm.log.await_text("restored", START_SECS)
 
     # Requeued by hand: every process of the job gets SIGTERM.
     saved = slurm.log.count("is saved: learner and replay")
     slurm.log.await_text("is saved: learner and replay", START_SECS, count=saved + 1)
     slurm.ctl("scontrol", "requeue", slurm.job)
-    slurm.start_now(slurm.job)
-    slurm.log.await_text("life 4", 60)
+    slurm.await_life(4)
     slurm.log.await_text("restored", START_SECS, count=2)
 
     await_that(lambda: slurm.state() not in ("RUNNING", "COMPLETING"), "the end of training", 400, slurm.log.read)
