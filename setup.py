@@ -66,6 +66,7 @@ setup(
         "matplotlib",
         "numpy<2",
         "pillow",
+        "prometheus-client",
         "protobuf<5",
         "pybullet",
         "pygame==2.1.3",

@@ -34,10 +34,12 @@ trap 'exit 130' INT # compose has stopped the containers by then
 status=0
 "${compose[@]}" up "$@" || status=$?
 # Of those that must succeed, the first that did not tells why; one that was never started says 0 and tells nothing.
+code=0
 for service in run-directory check learner; do
   container=$("${compose[@]}" ps --all --quiet "$service" | head -1)
-  code=$([ -z "$container" ] || docker inspect --format '{{.State.ExitCode}}' "$container")
-  [ "${code:-0}" = 0 ] || { status=$code; break; }
+  [ "$code" != 0 ] || [ -z "$container" ] || code=$(docker inspect --format '{{.State.ExitCode}}' "$container")
 done
+[ "$code" != 0 ] || "${compose[@]}" run --rm --no-deps outcome || code=$?
+[ "$code" = 0 ] || status=$code
 "${compose[@]}" stop >/dev/null 2>&1 || true
 exit "$status"

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Trains an experiment on several hosts with nothing but ssh: replay server and learner on one, actors on the others.
 #
-#   export LEARNER_HOST=gpu1 ACTOR_HOSTS="cpu1 cpu2"
-#   launch/ssh.sh start [EXPERIMENT]   starts what does not run yet; again after adding a host, or after `stop` to go on
-#   launch/ssh.sh status               every role on every host; exit code 0 if each runs or has ended well
-#   launch/ssh.sh logs [NAME]          last lines of every log, or one whole, such as learner or collect-actor-3
-#   launch/ssh.sh stop                 actors, learner (which saves), replay server (which saves)
+#   export LEARNER_HOST=gpu1 ACTOR_HOSTS="cpu1 cpu2" EXPERIMENT=dqn_cartpole
+#   launch/ssh.sh start         starts what does not run yet; again after adding a host, or after `stop` to go on
+#   launch/ssh.sh status        every role on every host; exit code 0 if each runs or has ended well
+#   launch/ssh.sh logs [NAME]   last lines of every log, or one whole, such as learner or collect-actor-3
+#   launch/ssh.sh stop          actors, learner (which saves), replay server (which saves)
 #
 # Every host needs ssh without a password, this repository at the same path, and its environment (`make setup`, same
 # version). No file is shared: each host keeps its own logs; results and checkpoints are on LEARNER_HOST. ACTOR_HOSTS must
@@ -14,20 +14,21 @@ set -euo pipefail
 
 # --- Settings; each can also be given in the environment ---------------------------------------------------------------
 
+: "${EXPERIMENT:=sac_minitaur}"           # a name in gin/, or the path of a gin file on every host
 : "${LEARNER_HOST:=}"                     # as ssh knows it: host or user@host
 : "${ACTOR_HOSTS:=}"                      # the same, divided by spaces; LEARNER_HOST may be among them
 : "${ACTORS_PER_HOST:=2}"                 # collect actors
 : "${EVAL_HOST:=${ACTOR_HOSTS%% *}}"      # where the eval actor runs
-: "${PORT:=8008}"                         # of the replay server
+: "${PORT:=8008}"                         # of the replay server; two runs on one LEARNER_HOST need two
 : "${REPLAY_ADDRESS:=${LEARNER_HOST#*@}:$PORT}" # by which actors reach it
 : "${TLS_DIR:=}"                          # of `actorlearner certs`, at this path on every host: mutual TLS; empty: in the clear
 : "${GIN_BINDINGS:=}"                     # overrides, divided by ; or by new lines
 : "${SEED:=0}"                            # every role's seeds derive from it
 : "${LEARNER_FLAGS:=}"                    # further flags of the learner, such as --strategy=mirrored
 : "${CHECKOUT:=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}" # of this repository, on every host
-: "${RUN_DIR:=$CHECKOUT/runs/ssh}"        # on every host; on LEARNER_HOST it becomes the run directory
+: "${RUN_DIR:=$CHECKOUT/runs/ssh-$(basename "$EXPERIMENT" .gin)}" # on every host; on LEARNER_HOST the run directory
 : "${ACTORLEARNER:=$CHECKOUT/.venv/bin/actorlearner}" # the command that starts a role
-: "${STOP_SECS:=30}"                      # from SIGTERM to SIGKILL; saving takes some seconds
+: "${STOP_SECS:=120}"                     # from SIGTERM to SIGKILL; saving takes seconds, a large replay half a minute
 : "${SSH:=ssh -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=3}"
 
 # --- What runs on a host -----------------------------------------------------------------------------------------------
@@ -52,13 +53,14 @@ keeper() { # NAME
 start() { # NAME
   local role=${1%-[0-9]*} task=0 flags
   if keeper "$1" >/dev/null; then echo "runs already"; return; fi
-  flags=("$EXPERIMENT" "--gin_bindings=${GIN_BINDINGS//;/$'\n'}" "--seed=$SEED" "--root_dir=$RUN_DIR")
+  flags=("$EXPERIMENT" "--gin_bindings=$GIN_BINDINGS" "--seed=$SEED" "--root_dir=$RUN_DIR")
   case $role in
     replay-server) flags+=("--port=$PORT") ;;
     learner) read -ra more <<<"$LEARNER_FLAGS"; flags+=("--replay_address=localhost:$PORT" "${more[@]}") ;;
     *) flags+=("--replay_address=$REPLAY_ADDRESS" "--task=${1##*-}") ;;
   esac
   [ "$role" = learner ] || export CUDA_VISIBLE_DEVICES=-1
+  printf -- '--- %(%F %T)T %s: start of %s\n' -1 "$HOSTNAME" "$EXPERIMENT" >>"$logs/$1.log"
   setsid "$CHECKOUT/launch/keep_running.sh" "$1" "${actorlearner[@]}" "$role" "${flags[@]}" \
     </dev/null >>"$logs/$1.log" 2>&1 &
   echo $! >"$logs/$1.pid"
@@ -72,7 +74,9 @@ status() { # NAME
       "$([ "$1" != learner ] || sed -n 's/^  "train_step": \([0-9]*\),/at train step \1/p' "$RUN_DIR/status.json" 2>/dev/null)"
     return
   fi
-  ended=$(grep -oE 'ended with exit code [0-9]+' "$logs/$1.log" 2>/dev/null | tail -n 1)
+  # Since its last start: how a start before that one ended says nothing about this one.
+  ended=$(awk '/^--- .*: start of /{ended = ""} match($0, /ended with exit code [0-9]+/){ended = substr($0, RSTART, RLENGTH)}
+    END{print ended}' "$logs/$1.log" 2>/dev/null)
   echo "${ended:-does not run}"
   [ "$ended" = "ended with exit code 0" ]
 }
@@ -131,7 +135,7 @@ ask() { # HOST VERB NAME...
   {
     printf 'export ACTORLEARNER_TLS_DIR=%q\n' "$TLS_DIR"
     printf 'set --'
-    printf ' %q' "$verb" "$CHECKOUT" "$RUN_DIR" "$ACTORLEARNER" "$experiment" "$GIN_BINDINGS" "$SEED" "$PORT" "$REPLAY_ADDRESS" \
+    printf ' %q' "$verb" "$CHECKOUT" "$RUN_DIR" "$ACTORLEARNER" "$EXPERIMENT" "$GIN_BINDINGS" "$SEED" "$PORT" "$REPLAY_ADDRESS" \
       "$LEARNER_FLAGS" "$STOP_SECS" "$@"
     printf '\n'
     on_host
@@ -185,10 +189,12 @@ stop_all() {
   [ "$code" -eq 0 ] || fail "not everything was stopped, for the reason above. When the host is back, again: launch/ssh.sh stop"
 }
 
-verb=${1:-} experiment=${2:-sac_minitaur}
+verb=${1:-}
 case $verb in start | status | logs | stop) ;; *) sed -n '2,14s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 64 ;; esac
 [ -n "$LEARNER_HOST" ] || fail "LEARNER_HOST is not set: expected the host of replay server and learner, such as gpu1"
 [ -n "$ACTOR_HOSTS" ] || fail "ACTOR_HOSTS is not set: expected the hosts of the actors, such as \"cpu1 cpu2\""
+[ $# -eq 1 ] || [ "$verb" = logs ] ||
+  fail "$verb takes no argument: what runs is a setting, as in EXPERIMENT=${2:-} launch/ssh.sh $verb"
 # shellcheck disable=SC2086  # hosts are divided at spaces
 hosts=$(printf '%s\n' $LEARNER_HOST $ACTOR_HOSTS $EVAL_HOST | awk '!seen[$0]++')
 case $verb in

@@ -13,15 +13,16 @@ set -euo pipefail
 : "${COLLECT_ACTORS:=16}"
 : "${GIN_BINDINGS:=}"        # overrides, divided by ; or by new lines
 : "${SEED:=0}"               # every role's seeds derive from it
-: "${RUN_DIR:=runs/tpu}"     # the same again goes on with the run
+: "${RUN_DIR:=}"             # runs/tpu-EXPERIMENT if left out; the same again goes on with the run
 : "${PORT:=8008}"            # of the replay server
-: "${STOP_SECS:=60}"         # from SIGTERM to SIGKILL; saving takes some seconds
+: "${STOP_SECS:=120}"        # from SIGTERM to SIGKILL; saving takes seconds, a large replay half a minute
 : "${TPU_WHEEL:=$(echo /usr/share/tpu/tensorflow-2.15*.whl)}" # TensorFlow for TPUs; the image has it
 : "${TPU_LIBRARY:=/lib/libtpu.so}"
 
 # --- The environment ---------------------------------------------------------------------------------------------------
 
 experiment=${1:-sac_minitaur}
+RUN_DIR=${RUN_DIR:-runs/tpu-$(basename "$experiment" .gin)}
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/environment.sh
 . launch/keep_running.sh
@@ -31,14 +32,15 @@ for needed in "$TPU_WHEEL" "$TPU_LIBRARY"; do
     "Make one, or say where they are with TPU_WHEEL and TPU_LIBRARY."
 done
 PYTHON=${PYTHON:-python3.10} set_up_environment run # the wheel is for that one
-if ! cmp -s "$TPU_WHEEL" .setup/tpu-wheel; then # PyPI's TensorFlow knows no TPUs
+# PyPI's TensorFlow knows no TPUs. What says that it was replaced lies in .venv, and goes with it when that is made anew.
+if ! cmp -s "$TPU_WHEEL" "$venv/tpu-wheel"; then
   install pip --no-deps --force-reinstall "$TPU_WHEEL" || fail "could not install TPU_WHEEL = $TPU_WHEEL; the reason is above."
-  cp "$TPU_WHEEL" .setup/tpu-wheel
+  cp "$TPU_WHEEL" "$venv/tpu-wheel"
 fi
 
 # --- The roles ---------------------------------------------------------------------------------------------------------
 
-flags=("$experiment" "--gin_bindings=${GIN_BINDINGS//;/$'\n'}" "--seed=$SEED" "--root_dir=$RUN_DIR")
+flags=("$experiment" "--gin_bindings=$GIN_BINDINGS" "--seed=$SEED" "--root_dir=$RUN_DIR")
 server=("--replay_address=localhost:$PORT")
 actorlearner=$venv/bin/actorlearner
 

@@ -11,6 +11,9 @@ cd "$checkout"
 [ $# -gt 0 ] || tests/lint.sh
 if [ "${1:-}" = deploy ]; then
   shift
+  docker info >/dev/null 2>&1 || say "skipping what needs a Docker engine: \`docker info\` fails here"
+  [ -n "${SLURM_CLUSTER:-}" ] && [ -n "${LAB_HOSTS:-}" ] || say "skipping Slurm: SLURM_CLUSTER and LAB_HOSTS are not both set (README, Test)"
+  [ -n "${LAB_HOSTS:-}" ] || say "skipping ssh: LAB_HOSTS is not set (README, Test)"
   set -- -m deploy tests/deploy "$@"
 fi
 exec "$venv/bin/python" -m pytest "$@"

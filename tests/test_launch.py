@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import signal
@@ -90,9 +91,57 @@ def test_ssh_says_which_setting_is_missing():
     assert "LEARNER_HOST is not set: expected the host of replay server and learner" in said.stderr
 
 
+ROLE = """#!/usr/bin/env bash
+# Stands where actorlearner is; this test is about who is asked, and what is said of it.
+[ "$1" != --version ] || { echo 1; exit; }
+[ ! -e "$(dirname "$0")/goes-on" ] || exec sleep 300
+"""
+
+
+def test_ssh_tells_this_start_from_the_one_before_and_one_experiment_from_another(tmp_path: Path, eventually):
+    """A host that died in its second start must not be reported as the success of the first."""
+    for name, text in {"role": ROLE, "ssh": '#!/bin/sh\nshift\nexec "$@"\n'}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+
+    def ssh(verb: str, experiment: str = "dqn_cartpole") -> subprocess.CompletedProcess[str]:
+        settings = {
+            "LEARNER_HOST": "here", "ACTOR_HOSTS": "here", "ACTORS_PER_HOST": "1", "EXPERIMENT": experiment,
+            "CHECKOUT": str(tmp_path), "ACTORLEARNER": str(tmp_path / "role"), "SSH": str(tmp_path / "ssh"),
+        }  # fmt: skip
+        return subprocess.run(
+            [LAUNCH / "ssh.sh", verb], env={**os.environ, **settings}, capture_output=True, text=True, timeout=60
+        )
+
+    (tmp_path / "launch").symlink_to(LAUNCH)
+    try:
+        assert ssh("start").returncode == 0
+        eventually(lambda: ssh("status").stdout.count("ended with exit code 0") == 4)
+        assert ssh("status").returncode == 0
+        assert ssh("status", "sac_minitaur").stdout.count("does not run") == 4
+
+        (tmp_path / "goes-on").touch()
+        assert ssh("start").returncode == 0
+        status = ssh("status")
+        assert status.stdout.count("runs (process") == 4 and status.returncode == 0, status.stdout
+        for path in (tmp_path / "runs" / "ssh-dqn_cartpole" / "logs").glob("*.pid"):
+            os.killpg(int(path.read_text()), signal.SIGKILL)
+        eventually(lambda: ssh("status").stdout.count("does not run") == 4)
+        assert ssh("status").returncode == 1
+    finally:
+        ssh("stop")
+
+
 def test_learners_job_and_actors_job_agree():
     """They meet at a port that both work out from the job's number, and must load the same experiment."""
     learner, actors = ((LAUNCH / name).read_text() for name in ("slurm.sbatch", "slurm_actors.sbatch"))
     for setting in ("EXPERIMENT", "GIN_BINDINGS", "SEED", "CHECKOUT", "PORT", "RUN_DIR", "TLS_DIR"):
         (default,) = re.findall(rf'^: "\$\{{{setting}:=(.*)\}}"', learner, re.MULTILINE)
         assert f"{{{setting}:={default.replace('SLURM_JOB_ID', 'LEARNER_JOB')}}}" in actors, setting
+
+
+@pytest.mark.parametrize("script", NEW_STYLE, ids=lambda path: path.name)
+def test_bindings_are_handed_on_as_they_are(script: Path):
+    """One rule for what divides them, the command's own; docker/ and kubernetes/ cannot divide anything."""
+    used = re.findall(r"\$\{?GIN_BINDINGS[^\s\"]*", script.read_text())
+    assert set(used) <= {"$GIN_BINDINGS", "${GIN_BINDINGS:=}"}

@@ -8,7 +8,8 @@ import math
 import pytest
 
 from actorlearner import reports
-from actorlearner.reports import CollectReport, EvaluationResult, Reporter
+from actorlearner.reports import Attendance, CollectReport, EvaluationResult, LastWords, Reporter
+from actorlearner.runtime.lifecycle import ExitCode, RoleError
 from actorlearner.runtime.messages import Unreachable
 from actorlearner.variable_container import Purpose
 
@@ -70,3 +71,57 @@ def test_a_report_to_a_server_that_is_away_is_no_error_of_the_actor(unused_addre
     assert Reporter(unused_address).send(REPORT, timeout_secs=0.2) is False
     with pytest.raises(Unreachable):
         reports.take_collect_reports(unused_address, timeout_secs=1)
+
+
+WORDS = LastWords("collect-actor", 3, 65, "after 1,500 environment steps observation[2] = nan")
+
+
+def test_last_words_arrive_whole_or_cut_to_the_room_there_is(address):
+    """The reason for an end is worth nothing on another host's disk; a long one must not get lost either."""
+    long = dataclasses.replace(WORDS, message='\u00e4\n"' * 5_000)
+    assert reports.leave_last_words(address, WORDS, timeout_secs=30)
+    assert reports.leave_last_words(address, long, timeout_secs=30)
+    first, second = reports.take_last_words(address)
+    assert first == WORDS
+    assert len(second.message) > 100 and long.message.startswith(second.message)
+    assert not reports.take_last_words(address)
+
+
+def test_last_words_that_nobody_takes_hold_nobody_up(unused_address):
+    assert not reports.leave_last_words(unused_address, WORDS)
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_nobody_waits_for_actors_that_have_all_ended_for_good():
+    """A learner that starves after a NaN was started again for ever, on a machine that others wait for."""
+    clock = Clock()
+    attendance = Attendance(60.0, clock)
+    attendance.require_hope("collect-actor")
+    clock.now = 100.0
+    attendance.note_end(WORDS)
+    clock.now = 101.0
+    attendance.note_life("collect-actor")  # its own last report
+    clock.now = 161.0
+    attendance.require_hope("collect-actor")
+    attendance.require_hope("eval-actor")
+    clock.now = 162.0
+    with pytest.raises(RoleError, match=r"collect-actor 3 ended for good .* observation\[2\] = nan") as raised:
+        attendance.require_hope("collect-actor")
+    assert raised.value.exit_code == ExitCode.DATA
+
+
+def test_an_actor_that_ended_long_ago_does_not_end_a_run_whose_others_are_out_of_reach():
+    """Data that stops later has another cause, such as the network, and may come back."""
+    clock = Clock()
+    attendance = Attendance(60.0, clock)
+    attendance.note_end(WORDS)
+    clock.now = 3_600.0
+    attendance.note_life("collect-actor")
+    clock.now = 7_200.0
+    attendance.require_hope("collect-actor")

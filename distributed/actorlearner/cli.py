@@ -6,10 +6,11 @@ Nothing heavy is imported before a subcommand is chosen; `train` never imports T
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
@@ -148,7 +149,7 @@ def _experiment_flags() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="BINDING",
-        help="overrides the gin file, e.g. 'train.num_iterations = 100'; may be repeated",
+        help="overrides the gin file, e.g. 'train.num_iterations = 100'; may be repeated, or hold several divided by ;",
     )
     flags.add_argument(
         "--seed",
@@ -186,6 +187,11 @@ def _peer_flags() -> argparse.ArgumentParser:
     flags.add_argument(
         "--health_file", type=Path, metavar="FILE", help="touched while this role goes on: see actorlearner health"
     )
+    flags.add_argument(
+        "--final_code_file", type=Path, metavar="FILE",
+        help="where starting again cannot help, write the exit code there and end with 0: for supervisors that start "
+        "again whatever fails",
+    )  # fmt: skip
     return flags
 
 
@@ -371,7 +377,8 @@ def _collect_actor(arguments: argparse.Namespace) -> int:
         from actorlearner.roles.collect_actor import run_collect_actor
 
         _hold_to_one_thread()
-        return run_collect_actor(_load_experiment(arguments), cluster, arguments.root_dir, stop)
+        with _telling_why(arguments, cluster):
+            return run_collect_actor(_load_experiment(arguments), cluster, arguments.root_dir, stop)
 
     return _run_role(arguments, run)
 
@@ -381,9 +388,25 @@ def _eval_actor(arguments: argparse.Namespace) -> int:
         from actorlearner.roles.eval_actor import run_eval_actor
 
         _hold_to_one_thread()
-        return run_eval_actor(_load_experiment(arguments), cluster, stop)
+        with _telling_why(arguments, cluster):
+            return run_eval_actor(_load_experiment(arguments), cluster, stop)
 
     return _run_role(arguments, run)
+
+
+@contextlib.contextmanager
+def _telling_why(arguments: argparse.Namespace, cluster: Cluster) -> Iterator[None]:
+    """Leaves a word for the learner when an actor ends and starting it again cannot help."""
+    from actorlearner import reports
+    from actorlearner.runtime.lifecycle import FINAL_CODES, RoleError
+
+    try:
+        yield
+    except RoleError as error:
+        if error.exit_code in FINAL_CODES:
+            words = reports.LastWords(arguments.command, cluster.task, int(error.exit_code), error.message)
+            reports.leave_last_words(cluster.variables_address, words)
+        raise
 
 
 def _run_role(arguments: argparse.Namespace, run: Callable[[Cluster, Stop], ExitCode]) -> int:
@@ -416,7 +439,7 @@ def _run_role(arguments: argparse.Namespace, run: Callable[[Cluster, Stop], Exit
             return run(cluster, stop)
         return _run_with_peers(arguments, cluster, lambda: run(cluster, stop))
 
-    run_to_exit(run_in_cluster)
+    run_to_exit(run_in_cluster, arguments.final_code_file)
 
 
 def _open_to_peers(arguments: argparse.Namespace, port: int) -> int:

@@ -32,6 +32,7 @@ from actorlearner.runtime.configuration import (
     PositiveFloat,
     PositiveInt,
     parse_strictly,
+    split_bindings,
 )
 from actorlearner.runtime.lifecycle import ExitCode, RoleError
 
@@ -235,14 +236,14 @@ def load_experiment(name_or_path: str, gin_bindings: Sequence[str] = (), seed: i
 
     Args:
       name_or_path: A shipped experiment's name, or a path to a gin file.
-      gin_bindings: Lines such as "train.num_iterations = 100"; each may hold several, one per line.
+      gin_bindings: Lines such as "train.num_iterations = 100"; each may hold several, divided by ; or new lines.
       seed: Every role's seeds derive from it.
 
     Raises:
       RoleError: Something is wrong with it (USAGE), before anything has started.
     """
     path = find_experiment(name_or_path)
-    lines = [line for binding in gin_bindings for line in binding.splitlines() if line.strip()]
+    lines = [line for text in gin_bindings for line in split_bindings(text)]
     parse_strictly(path, lines, [shipped_experiments_folder()])
     try:
         # gin fills in what is not given here.

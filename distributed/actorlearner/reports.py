@@ -3,14 +3,17 @@
 eval actor --result--> [evaluations_done] --take--> learner
 eval actor --still at it--> [evaluations_progress] --take--> learner
 collect actor --counts--> [collect_reports] --take--> learner
+either --why it ended for good--> [last_words] --take--> learner
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,12 +21,14 @@ import reverb
 import tensorflow as tf
 
 from actorlearner.runtime import messages
+from actorlearner.runtime.lifecycle import ExitCode, RoleError
 from actorlearner.runtime.messages import Unreachable
 from actorlearner.variable_container import Purpose
 
 EVALUATIONS_DONE_TABLE = "evaluations_done"
 EVALUATIONS_PROGRESS_TABLE = "evaluations_progress"
 COLLECT_REPORTS_TABLE = "collect_reports"
+LAST_WORDS_TABLE = "last_words"
 
 _INT64 = tf.TensorSpec((), tf.int64)
 _FLOAT64 = tf.TensorSpec((), tf.float64)
@@ -78,6 +83,26 @@ class CollectReport:
     blocked_secs: float
 
 
+@dataclasses.dataclass(frozen=True)
+class LastWords:
+    """Why an actor ended that nobody need start again.
+
+    Attributes:
+      role: "collect-actor" or "eval-actor".
+      task: Which of them.
+      exit_code: Its own.
+      message: Its error; what is longer than the row has room for is cut off.
+    """
+
+    role: str
+    task: int
+    exit_code: int
+    message: str
+
+
+_WORDS_SIGNATURE = {"text": tf.TensorSpec((2_000,), tf.uint8)}  # JSON in UTF-8, then zeros
+
+
 def _signature(row: type) -> dict[str, Any]:
     # Annotations are strings here: `from __future__ import annotations`.
     return {field.name: _INT64 if field.type == "int" else _FLOAT64 for field in dataclasses.fields(row)}
@@ -89,6 +114,7 @@ def make_tables() -> list[reverb.Table]:
         messages.make_queue(EVALUATIONS_DONE_TABLE, 1_000, _signature(EvaluationResult)),
         messages.make_queue(EVALUATIONS_PROGRESS_TABLE, 1_000, _signature(EvaluationProgress)),
         messages.make_queue(COLLECT_REPORTS_TABLE, 10_000, _signature(CollectReport)),
+        messages.make_queue(LAST_WORDS_TABLE, 1_000, _WORDS_SIGNATURE),
     ]
 
 
@@ -160,3 +186,67 @@ def take_evaluation_progress(address: str, timeout_secs: float = 5.0) -> Sequenc
 def take_collect_reports(address: str, timeout_secs: float = 5.0) -> Sequence[CollectReport]:
     """Returns the reports that arrived since the last call. Blocks and raises as `messages.take`."""
     return _take(address, COLLECT_REPORTS_TABLE, CollectReport, timeout_secs)
+
+
+def leave_last_words(address: str, words: LastWords, timeout_secs: float = 2.0) -> bool:
+    """Returns whether the server took them; blocks at most about `timeout_secs` seconds."""
+    (length,) = _WORDS_SIGNATURE["text"].shape
+    message = words.message
+    while len(text := json.dumps(dataclasses.astuple(dataclasses.replace(words, message=message))).encode()) > length:
+        message = message[: len(message) - (len(text) - length + 5) // 6 - 1]  # a character takes at most 6 bytes
+    row = np.zeros(length, np.uint8)
+    row[: len(text)] = np.frombuffer(text, np.uint8)
+    try:
+        messages.Sender(address).put(LAST_WORDS_TABLE, {"text": row}, timeout_secs)
+    except Unreachable:
+        return False
+    return True
+
+
+def take_last_words(address: str, timeout_secs: float = 5.0) -> Sequence[LastWords]:
+    """Returns those that arrived since the last call. Blocks and raises as `messages.take`."""
+    rows = messages.take(address, LAST_WORDS_TABLE, _WORDS_SIGNATURE, max_rows=1_000, timeout_secs=timeout_secs)
+    return [LastWords(*json.loads(row["text"].tobytes().rstrip(b"\0"))) for row in rows]
+
+
+class Attendance:
+    """The learner's knowledge of whether it is worth waiting for the actors of a kind."""
+
+    def __init__(self, silent_secs: float = 60.0, clock: Callable[[], float] = time.monotonic):
+        """Args:
+        silent_secs: Who is alive is heard of more often than this, in seconds.
+        clock: In seconds.
+        """
+        self._silent_secs = silent_secs
+        self._clock = clock
+        self._heard_at: dict[str, float] = {}
+        self._ended: dict[str, tuple[float, LastWords]] = {}  # when the words came; the last ones of each role
+
+    def note_life(self, role: str) -> None:
+        """Says that an actor of this kind is at work."""
+        self._heard_at[role] = self._clock()
+
+    def note_end(self, words: LastWords) -> None:
+        logging.warning(
+            "%s %d ended for good (exit code %d): %s", words.role, words.task, words.exit_code, words.message
+        )
+        self._ended[words.role] = (self._clock(), words)
+
+    def require_hope(self, role: str) -> None:
+        """Returns while an actor of this kind may still come; for whoever waits for one.
+
+        Raises:
+          RoleError: The last that was heard of any, `silent_secs` ago, is why it ended for good; with its exit code.
+        """
+        if role not in self._ended:
+            return
+        ended_at, words = self._ended[role]
+        heard_at = self._heard_at.get(role, ended_at)
+        was_the_last = heard_at < ended_at + 10.0  # its own last report may come with its words
+        silent_secs = self._clock() - max(ended_at, heard_at)
+        if was_the_last and silent_secs > self._silent_secs:
+            raise RoleError(
+                f"nobody is left to wait for: {role} {words.task} ended for good (exit code {words.exit_code}), and no "
+                f"other {role} was heard of in the {silent_secs:.0f} s since. It said: {words.message}",
+                ExitCode(words.exit_code),
+            )

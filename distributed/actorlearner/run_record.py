@@ -45,6 +45,7 @@ class RunRecord:
         self._phase = "waiting"
         self._waiting_for: Optional[str] = None
         self._reports: dict[int, reports.CollectReport] = {}
+        self.attendance = reports.Attendance()
         self._train_rate, self._collect_rate = Rate(), Rate()
         self._rates_lock = threading.Lock()  # the loop and the thread both ask for the status
         self._train_events, self._eval_events = Events(directory.train_events), Events(directory.eval_events)
@@ -116,7 +117,10 @@ class RunRecord:
 
     def _take_reports(self) -> None:
         try:
+            for words in reports.take_last_words(self._cluster.variables_address):
+                self.attendance.note_end(words)
             for report in reports.take_collect_reports(self._cluster.variables_address):
+                self.attendance.note_life("collect-actor")
                 self._reports[report.actor] = report
                 key = str(report.actor)
                 self._collected[key] = max(report.environment_steps, self._collected.get(key, 0))
@@ -124,6 +128,7 @@ class RunRecord:
             for result in reports.take_evaluation_results(self._cluster.variables_address):
                 self._record_evaluation(result)
             for progress in reports.take_evaluation_progress(self._cluster.variables_address):
+                self.attendance.note_life("eval-actor")
                 self._ledger.note_progress(progress)
             self._ledger.send_lost(variable_container.count_evaluations_due(self._cluster.variables_address))
         except Unreachable as error:

@@ -1,9 +1,10 @@
 """What the deployment tests share: a way to await what happens on other hosts.
 
-They need real infrastructure and are chosen by `tests/run.sh deploy`. Environment variables say where it is:
+They need real infrastructure and are chosen by `tests/run.sh deploy`. A Docker engine is asked by `docker`; environment
+variables say where the rest is:
 
-SLURM_CLUSTER  a program: `ctl COMMAND...` runs it where sbatch and squeue work. Nodes: gpu1 in partition gpu, cpu1 and
-               cpu2 in partition cpu
+SLURM_CLUSTER  a program: `up` and `down`; `ctl COMMAND...` runs it where sbatch and squeue work; `start NODE` brings a
+               node's daemon back. Nodes: gpu1 in partition gpu, cpu1 and cpu2 in partition cpu, hosts of LAB_HOSTS
 LAB_HOSTS      a program: `up` and `down`, for the hosts that HOSTS names; `on HOST COMMAND...` runs it there; `cut
                HOST` and `join HOST` take its network away and give it back
 """
@@ -11,6 +12,8 @@ LAB_HOSTS      a program: `up` and `down`, for the hosts that HOSTS names; `on H
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -30,6 +33,40 @@ def needed_program(variable: str) -> str:
     return program
 
 
+def documented_commands(section: str) -> list[str]:
+    """Returns the commands of a section of docs/operations.md, without their comments."""
+    text = (CHECKOUT / "docs" / "operations.md").read_text()
+    (body,) = re.findall(rf"^## {section}$(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```bash\n(.*?)^```", body, re.MULTILINE | re.DOTALL)
+    lines = [re.sub(r"\s+# .*", "", line) for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+def documented(section: str, command: str, **replaced: str) -> list[str]:
+    """Returns the words of `command`, which docs/operations.md must have in this section, to be run by a test.
+
+    Args:
+      section: The section's heading.
+      command: The command as it stands there.
+      replaced: What a test needs other than it stands there, as `old=new`; each is in the command.
+    """
+    assert command in documented_commands(section), f"docs/operations.md, {section}, has no such command: {command}"
+    for old, new in replaced.items():
+        assert old in command
+        command = command.replace(old, new)
+    return shlex.split(command)
+
+
+def needed_engine() -> None:
+    """Skips the test when no Docker engine answers."""
+    try:
+        answered = subprocess.run(["docker", "info"], capture_output=True, timeout=60).returncode == 0
+    except OSError:
+        answered = False
+    if not answered:
+        pytest.skip("no Docker engine answers: `docker info` failed")
+
+
 def run(*command: object, environment: Optional[Mapping[str, str]] = None, deadline_secs: float = 60.0) -> str:
     """Returns what `command` wrote to stdout; fails the test with both streams unless it ends well in time."""
     ended = subprocess.run(
@@ -45,13 +82,17 @@ def run(*command: object, environment: Optional[Mapping[str, str]] = None, deadl
 
 
 def await_that(
-    condition: Callable[[], object], what: str, deadline_secs: float, evidence: Callable[[], str] = str
+    condition: Callable[[], object],
+    what: str,
+    deadline_secs: float,
+    evidence: Callable[[], str] = str,
+    every_secs: float = 0.3,
 ) -> None:
     """Returns when `condition()` holds; fails past the deadline with what was awaited and `evidence()`."""
     deadline = time.monotonic() + deadline_secs
     while not condition():
         assert time.monotonic() < deadline, f"not within {deadline_secs:g} s: {what}\n{evidence()}"
-        time.sleep(0.3)
+        time.sleep(every_secs)
 
 
 class Log:

@@ -12,7 +12,7 @@ import yaml
 CHECKOUT = Path(__file__).resolve().parents[2]
 DOCKER = CHECKOUT / "docker"
 ROLES = ("replay-server", "learner", "collect-actor", "eval-actor")
-ONE_SHOT = ("run-directory", "check", "report")
+ONE_SHOT = ("run-directory", "check", "outcome", "report")
 OPERATIONS = (CHECKOUT / "docs" / "operations.md").read_text()
 
 
@@ -55,6 +55,17 @@ def test_every_role_beats_where_its_health_check_looks():
     for role in ROLES:
         assert SERVICES[role]["healthcheck"]["test"][1:] == ["actorlearner", "health", "/tmp/alive"]
         assert "--health_file=/tmp/alive" in SERVICES[role]["command"]
+
+
+def test_a_final_exit_code_ends_a_role_and_reaches_the_outcome():
+    """Docker would start again what can only fail again, and the training would look alive for hours."""
+    (told,) = re.findall(r"cat (/run-directory/\S+)", SERVICES["outcome"]["command"][0])
+    for role in ROLES:
+        flags = [flag for flag in SERVICES[role]["command"] if flag.startswith("--final_code_file=")]
+        assert flags == [f"--final_code_file={told if role in ROLES[:2] else '/tmp/final-exit-code'}"]
+    assert f"rm -f {told}" in SERVICES["check"]["entrypoint"][2]  # the last run's says nothing about this one
+    assert SERVICES["outcome"]["depends_on"] == {"learner": {"condition": "service_completed_successfully"}}
+    assert SERVICES["report"]["depends_on"] == {"outcome": {"condition": "service_completed_successfully"}}
 
 
 def test_reverb_is_reached_from_the_roles_alone():

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from actorlearner.tools.certificates import make_certificates
-from tests.deploy.infrastructure import CHECKOUT, Log, await_that, needed_program, run
+from tests.deploy.infrastructure import CHECKOUT, Log, await_that, documented, needed_program, run
 
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(1200)]
 
+SECTION = "Several hosts over ssh"
 NAMES = ("gpu1", "cpu1", "cpu2")
 LAB = {"HOSTS": " ".join(NAMES), "P": "sshlab", "NET": "10.79.0"}
 START_SECS = 420.0  # importing and tracing TensorFlow, on a busy machine
@@ -57,13 +58,22 @@ class Hosts:
         for name in NAMES:
             Log(self._folder / f"sshd-{name}.log").await_text("listening", 20)
 
-    def launch(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def launch(self, verb: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Runs launch/ssh.sh on the controller's host."""
+        command = {
+            "start": documented(SECTION, "launch/ssh.sh start"),
+            "status": documented(SECTION, "launch/ssh.sh status"),
+            "logs": documented(SECTION, "launch/ssh.sh logs learner")[:2],
+            "stop": documented(SECTION, "launch/ssh.sh stop"),
+        }[verb]
+        command_of_settings = (
+            'export LEARNER_HOST=gpu1 ACTOR_HOSTS="cpu1 cpu2" ACTORS_PER_HOST=4 EXPERIMENT=dqn_cartpole'
+        )
         settings = {
+            **dict(setting.split("=", 1) for setting in documented(SECTION, command_of_settings)[1:]),
             "LEARNER_HOST": "root@gpu1",
-            "ACTOR_HOSTS": "cpu1 cpu2",
             "ACTORS_PER_HOST": "1",
-            "GIN_BINDINGS": "train.num_iterations = 40_000; train.eval_interval = 20_000; "
+            "GIN_BINDINGS": "train.num_iterations = 30_000; train.eval_interval = 15_000; "
             "learner.checkpoint_interval_secs = 5.0",
             "LEARNER_FLAGS": "--num_video_episodes=0",
             "RUN_DIR": str(self._root_dir),
@@ -73,7 +83,7 @@ class Hosts:
             "SSH": f"ssh -F {self._folder}/client -o BatchMode=yes -o ConnectTimeout=5",
         }
         return subprocess.run(
-            [self._program, "on", "ctl", "launch/ssh.sh", *arguments],
+            [self._program, "on", "ctl", *command, *arguments],
             cwd=CHECKOUT,
             env={**os.environ, **LAB, **settings},
             stdout=subprocess.PIPE,
@@ -118,14 +128,14 @@ def hosts(tmp_path: Path) -> Iterator[Hosts]:
 
 def test_training_over_ssh_outlives_a_partition_resumes_after_stop_and_ends_by_itself(hosts: Hosts):
     """Without a scheduler nobody else starts a role again, and a host that is away must not hold up the others."""
-    started = hosts.launch("start", "dqn_cartpole")
+    started = hosts.launch("start")
     assert started.returncode == 0, started.stdout
     await_that(lambda: hosts.train_step() > 0, "the first train steps", START_SECS, lambda: hosts.log("learner"))
     assert "port 8008 is for who shows a certificate of the CA" in hosts.log("replay-server")
     status = hosts.launch("status")
     assert status.returncode == 0
     assert len(re.findall(r"^\S+: \S+ +runs \(process \d+\)", status.stdout, re.MULTILINE)) == 5, status.stdout
-    assert "runs already" in hosts.launch("start", "dqn_cartpole").stdout
+    assert "runs already" in hosts.launch("start").stdout
 
     hosts.cut("cpu2")
     status = hosts.launch("status")
@@ -137,7 +147,7 @@ def test_training_over_ssh_outlives_a_partition_resumes_after_stop_and_ends_by_i
     assert re.search("gpu1: learner +stopped", cut_stop.stdout), cut_stop.stdout
 
     hosts.join("cpu2")
-    assert hosts.launch("start", "dqn_cartpole").returncode == 0  # cpu2's actor runs on, and finds the new server
+    assert hosts.launch("start").returncode == 0  # cpu2's actor runs on, and finds the new server
     await_that(lambda: "restored" in hosts.log("learner"), "the second life", START_SECS, lambda: hosts.log("learner"))
     await_that(
         lambda: "ended with exit code 0" in hosts.log("learner"),
@@ -157,7 +167,7 @@ def test_training_over_ssh_outlives_a_partition_resumes_after_stop_and_ends_by_i
 def test_a_host_that_is_not_ready_is_named_before_anything_starts(hosts: Hosts):
     """Half a start leaves processes behind on hosts that nobody looks at."""
     hosts.cut("cpu1")
-    refused = hosts.launch("start", "dqn_cartpole")
+    refused = hosts.launch("start")
     assert refused.returncode == 1
     assert "cpu1: out of reach" in refused.stdout and "nothing was started" in refused.stdout
     hosts.join("cpu1")

@@ -89,3 +89,19 @@ def test_each_role_writes_below_its_own_root_dir_only(roles):
     for name in NAMES:
         assert written[name] <= {f"run-{name}"}, name
     assert (folder / "collect-actor-1" / "run-collect-actor-1" / "collect" / "1").is_dir()
+
+
+def test_a_run_that_has_ended_ends_again_though_its_replay_server_comes_last(roles, processes):
+    """A learner that tells of the end once, to nobody, leaves its replay server behind for ever."""
+    folder, _, _ = roles
+    address = f"localhost:{find_free_port()}"
+    learner = processes.start(
+        "learner", "dqn_cartpole", f"--replay_address={address}", "--num_video_episodes=0", *bind(*TINY),
+        f"--root_dir={folder / 'learner-0' / 'run-learner-0'}",
+    )  # fmt: skip
+    learner.await_line("this run has ended at train step 200")
+    port = address.partition(":")[2]
+    server = processes.start("replay-server", "dqn_cartpole", f"--port={port}", *bind(*TINY))
+    assert server.wait(RUN_SECS) == 0, server.output
+    assert learner.wait(RUN_SECS) == 0, learner.output
+    assert "nobody is left to be told" not in learner.output

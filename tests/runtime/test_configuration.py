@@ -6,7 +6,7 @@ import gin
 import pytest
 
 from actorlearner.experiment import shipped_experiments_folder
-from actorlearner.runtime.configuration import parse_strictly
+from actorlearner.runtime.configuration import parse_strictly, split_bindings
 from actorlearner.runtime.lifecycle import ExitCode, RoleError
 
 GOOD = "include 'dqn_cartpole.gin'\n"
@@ -111,6 +111,14 @@ def test_a_wrong_binding_on_the_command_line_says_where_it_came_from(tmp_path):
     """A line number would send the user to a file that is right."""
     assert refusal(tmp_path, GOOD, "train.batch_sise = 1").startswith("--gin_bindings: 'train' has no parameter")
     assert refusal(tmp_path, GOOD, "train.batch_size = 0").startswith("--gin_bindings: train.batch_size = 0: expected")
+
+
+def test_bindings_are_divided_alike_by_semicolons_and_new_lines():
+    """Every launcher hands GIN_BINDINGS on as it is: what works in one must work in all."""
+    text = " a.b = 1; c.d = 'x; y'\n\n;e.f = (1,\t2) ;"
+    assert split_bindings(text) == ["a.b = 1", "c.d = 'x; y'", "e.f = (1,\t2)"]
+    assert split_bindings(" ; \n") == []
+    assert split_bindings("a.b = \"it's; fine\"; c.d = '") == ['a.b = "it\'s; fine"', "c.d = '"]
 
 
 def test_a_later_binding_overrides_an_earlier_one(tmp_path):

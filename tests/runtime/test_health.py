@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 
 import pytest
 
@@ -57,3 +59,26 @@ def test_a_wait_beats(beats):
     health.beat_into(beats)
     assert wait_until(lambda: True, lambda: "nothing", stop=Stop(), deadline_secs=1, setting="none")
     assert beats.exists()
+
+
+def await_beat(path, is_beat):
+    """As `eventually`, which is of no use here: it beats by itself."""
+    deadline = time.monotonic() + 30
+    while not (path.exists() and is_beat(path.stat().st_mtime)):
+        assert time.monotonic() < deadline, "no beat within 30 s"
+        time.sleep(0.02)
+
+
+def test_one_long_call_beats_until_its_time_is_up(beats):
+    """A server that saves a large table answers no request meanwhile; one that hangs must still be found."""
+    health.beat_into(beats)
+    with health.beat_meanwhile(secs=30.0):
+        await_beat(beats, lambda beaten_at: True)
+        os.utime(beats, (1, 1))
+        await_beat(beats, lambda beaten_at: beaten_at > 1)
+    health.beat_into(beats)
+    with health.beat_meanwhile(secs=-1.0):
+        for thread in threading.enumerate():
+            if thread.name == "heartbeat":
+                thread.join(10)
+        assert not beats.exists()

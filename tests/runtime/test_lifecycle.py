@@ -76,6 +76,31 @@ def test_stop_without_a_signal_counts_as_terminated():
     assert stop.exit_code == ExitCode.TERMINATED == 143
 
 
+@pytest.mark.parametrize(
+    ("code", "exit_code", "written"),
+    [(ExitCode.DATA, 0, "65\n"), (ExitCode.UNAVAILABLE, 69, None), (ExitCode.DONE, 0, None)],
+)
+def test_a_final_code_goes_into_a_file_for_who_would_start_again(tmp_path, code, exit_code, written):
+    """Docker knows two endings: what ends with 0, and what is started again, for hours, with wrong settings."""
+    path = tmp_path / "code"
+    script = (
+        "import sys; from pathlib import Path; from actorlearner.runtime.lifecycle import *\n"
+        "def run(stop): raise RoleError('no such thing', ExitCode(int(sys.argv[1])))\n"
+        "run_to_exit(run if int(sys.argv[1]) else lambda stop: ExitCode.DONE, Path(sys.argv[2]))"
+    )
+    for file, expected in ((path, exit_code), (tmp_path / "missing" / "code", int(code))):
+        ended = subprocess.run(
+            [sys.executable, "-c", script, str(int(code)), str(file)],
+            env={**os.environ, "PYTHONPATH": str(SOURCE_ROOT)},
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=50,
+        )
+        assert ended.returncode == expected, ended.stderr
+        assert ("error: no such thing" in ended.stderr) == (code != ExitCode.DONE)
+    assert (path.read_text() if path.exists() else None) == written
+
+
 _ENDINGS = {
     "return ExitCode.DONE": (0, ""),
     "raise RoleError('no such thing', ExitCode.USAGE)": (64, "error: no such thing\n"),

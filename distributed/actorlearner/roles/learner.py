@@ -90,7 +90,7 @@ def run_learner(
     variables = agent.collect_policy.variables()
     directory.check_identity(_identity(experiment, agent))
     if _has_ended(directory, schedule.num_iterations):
-        _say_it_is_over(cluster, schedule.num_iterations)
+        _say_it_is_over(cluster, schedule.num_iterations, stop)
         return ExitCode.DONE
 
     patience_secs = cluster.peer_patience_secs
@@ -156,9 +156,9 @@ def run_learner(
         return stop.exit_code
     finally:
         record.close()
-        publisher.close()
         replay_checkpoints.close()
         source.close()
+    # The publisher goes on until this process ends: a replay server that is started again by then must hear of the end.
     return ExitCode.DONE
 
 
@@ -194,11 +194,34 @@ def _has_ended(directory: RunDirectory, num_iterations: int) -> bool:
     return bool(summary and summary.get("has_ended") and summary["train_steps"] == num_iterations)
 
 
-def _say_it_is_over(cluster: Cluster, num_iterations: int) -> None:
-    """Tells whoever still listens; the others have heard it from the learner before this one."""
+def _say_it_is_over(cluster: Cluster, num_iterations: int, stop: Stop, patience_secs: float = 60.0) -> None:
+    """Returns when whoever listens has been told.
+
+    All roles may just have been started again, and the replay server be on its way; or nobody is left, as the others
+    heard it from the learner before this one. So it is looked for for at most `patience_secs` seconds.
+
+    Raises:
+      Stopped: `stop` was set.
+    """
     logging.info("this run has ended at train step %d", num_iterations)
-    with contextlib.suppress(Unreachable):
-        variable_container.announce_end(cluster.variables_address, num_iterations, secrets.randbits(62))
+
+    def announce() -> bool:
+        try:
+            variable_container.announce_end(cluster.variables_address, num_iterations, secrets.randbits(62))
+        except Unreachable:
+            return False
+        return True
+
+    try:
+        wait_until(
+            announce,
+            lambda: f"the variable container at {cluster.variables_address} to take the news that training is over",
+            stop=stop,
+            deadline_secs=min(patience_secs, cluster.peer_patience_secs),
+            setting="--peer_patience_secs",
+        )
+    except RoleError:
+        logging.info("nobody answers at %s: nobody is left to be told", cluster.variables_address)
 
 
 def _restore_replay(source: BatchSource, counts: dict[str, Any], cluster: Cluster, stop: Stop) -> None:
@@ -454,6 +477,7 @@ class TrainingLoop:
             nonlocal described
             described = self._source.describe()
             self._record.note_waiting(described)
+            self._record.attendance.require_hope("collect-actor")
             is_ready = self._source.is_ready()
             if not is_ready:
                 self._answer_chunk(int(self._train_step.numpy()))
@@ -538,6 +562,7 @@ class TrainingLoop:
 
     def _say_starved(self, since: float, described: str) -> None:
         beat()  # watched: it ends below
+        self._record.attendance.require_hope("collect-actor")
         now = time.monotonic()
         what = f"collect actors: no data from the replay at {self._cluster.replay_address} ({described})"
         self._record.note_waiting(what)
@@ -664,6 +689,7 @@ def _await_result(
     poll: Callable[[], bool], what: str, record: RunRecord, ledger: EvaluationLedger, stop: Stop, patience_secs: float
 ) -> None:
     def poll_and_send() -> bool:
+        record.attendance.require_hope("eval-actor")
         ledger.send_unsent()
         return poll()
 

@@ -26,12 +26,15 @@ from actorlearner.replay import persistence
 from actorlearner.replay.persistence import DUE_TABLE, Answers, Due, TableCheckpoints, read_due
 from actorlearner.run_directory import RunDirectory
 from actorlearner.runtime.configuration import NonNegativeFloat
-from actorlearner.runtime.health import beat
+from actorlearner.runtime.health import beat, beat_meanwhile
 from actorlearner.runtime.lifecycle import ExitCode, RoleError, Stop
 from actorlearner.runtime.loopback_only import close_to_other_machines
 from actorlearner.runtime.messages import Unreachable, read_server_info
 from actorlearner.runtime.tls_tunnel import reach
 from actorlearner.variable_container import Phase
+
+CHECKPOINT_SECS = 600.0
+"""A checkpoint that takes longer to write or to read, in seconds, looks like a hanging process to a health check."""
 
 VERSION_EVERY_SECS = 1.5
 """Time between two looks at how far training is; each costs some milliseconds and a line of Reverb's in the log."""
@@ -74,7 +77,9 @@ def run_replay_server(
     checkpoints = TableCheckpoints(RunDirectory(root_dir).replay_checkpoints, replay_tables) if root_dir else None
     if not checkpoints:
         logging.warning("without --root_dir the replay is not saved: it ends with this process")
-    server = _serve([*replay_tables, *other_tables], port, checkpoints.make_checkpointer() if checkpoints else None)
+    with beat_meanwhile(CHECKPOINT_SECS):  # the tables are read before the port opens
+        checkpointer = checkpoints.make_checkpointer() if checkpoints else None
+        server = _serve([*replay_tables, *other_tables], port, checkpointer)
     is_closed = (local_only or tunnel_only) and _close_to_other_machines(port)
     if tunnel_only and not is_closed:
         server.stop()
@@ -153,7 +158,8 @@ class Keeper:
         self._train_step = train_step
         inserts = self._count_inserts()
         try:
-            self._checkpoints.save(self._client, train_step)
+            with beat_meanwhile(CHECKPOINT_SECS):
+                self._checkpoints.save(self._client, train_step)
         except RoleError as error:
             logging.warning("%s", error.message)
             return False

@@ -14,6 +14,7 @@ import inspect
 import logging
 import operator
 import os
+import re
 import tokenize
 import typing
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,6 +28,7 @@ from gin import config_parser
 from actorlearner.runtime.lifecycle import ExitCode, RoleError
 
 COMMAND_LINE = "--gin_bindings"
+_UNDIVIDED = re.compile(r"""(?:'[^'\n]*'|"[^"\n]*"|[^;\n])+""")
 
 PositiveInt = Annotated[int, annotated_types.Ge(1)]
 NonNegativeInt = Annotated[int, annotated_types.Ge(0)]
@@ -102,6 +104,11 @@ def parse_strictly(config_file: Path, bindings: Sequence[str], search_path: Sequ
         raise RoleError(f"{config_file}: {error}", ExitCode.USAGE) from error
     finally:
         logging.disable(logging.NOTSET)
+
+
+def split_bindings(text: str) -> list[str]:
+    """Returns the bindings in `text`, which are divided by new lines or by semicolons outside quotes."""
+    return [part.strip() for part in _UNDIVIDED.findall(text) if part.strip()]
 
 
 def operative_config() -> str:

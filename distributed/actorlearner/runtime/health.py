@@ -10,8 +10,9 @@ process hangs or is stopped; deadlines see to the rest.
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Optional
 
@@ -40,6 +41,28 @@ _heartbeat = Heartbeat()
 def beat() -> None:
     """Says that this process goes on."""
     _heartbeat.beat()
+
+
+@contextlib.contextmanager
+def beat_meanwhile(secs: float) -> Iterator[None]:
+    """Beats from a thread while the `with` lasts, but for no more than `secs` seconds: for one long call.
+
+    A call that hangs is found after that time; a process that is stopped, as ever.
+    """
+    has_ended = threading.Event()
+    deadline = time.monotonic() + secs
+
+    def go_on() -> None:
+        while time.monotonic() < deadline:
+            beat()
+            if has_ended.wait(_EVERY_SECS):
+                return
+
+    threading.Thread(target=go_on, name="heartbeat", daemon=True).start()
+    try:
+        yield
+    finally:
+        has_ended.set()
 
 
 def beat_into(path: Path) -> None:

@@ -5,6 +5,7 @@ Every wait in the system goes through `wait_until`, so every wait has a deadline
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import errno
 import functools
@@ -18,6 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn, Optional, TypeVar
 
 from actorlearner.runtime.health import beat
@@ -41,6 +43,10 @@ class ExitCode(enum.IntEnum):
     REFUSED = 77  # TLS: a peer refused this role's certificate or this role the peer's, or it has expired
     INTERRUPTED = 130  # stopped by SIGINT
     TERMINATED = 143  # stopped by SIGTERM
+
+
+FINAL_CODES = frozenset({ExitCode.USAGE, ExitCode.DATA, ExitCode.CANNOT_CREATE, ExitCode.OCCUPIED})
+"""To start again what ended with one of these cannot help."""
 
 
 class RoleError(Exception):
@@ -169,11 +175,16 @@ def _is_disk_full(error: BaseException) -> bool:
     return any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
 
 
-def run_to_exit(run: Callable[[Stop], ExitCode]) -> NoReturn:
+def run_to_exit(run: Callable[[Stop], ExitCode], final_code_file: Optional[Path] = None) -> NoReturn:
     """Runs a role's body under stop signals and ends the process with its exit code.
 
     A `RoleError` becomes one `error: ...` line on stderr. The process ends through `os._exit`: threads may be blocked
     inside Reverb's clients, which no interpreter shutdown can interrupt.
+
+    Args:
+      run: The body.
+      final_code_file: A code of `FINAL_CODES` is written there and the process ends with 0, for a supervisor that
+        starts again whatever ends otherwise. Where it cannot be written, the process ends with the code.
     """
     # TensorFlow leaves generated code behind where temporary files go, and counts on an ending that `os._exit` is not.
     temporary_folder = tempfile.tempdir = tempfile.mkdtemp(prefix="actorlearner-")
@@ -201,6 +212,10 @@ def run_to_exit(run: Callable[[Stop], ExitCode]) -> NoReturn:
         else:
             logging.exception("crashed")
             code = ExitCode.CRASH
+    if final_code_file and code in FINAL_CODES:
+        with contextlib.suppress(OSError):
+            final_code_file.write_text(f"{int(code)}\n")
+            code = ExitCode.DONE
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

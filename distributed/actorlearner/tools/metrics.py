@@ -7,48 +7,33 @@ Nothing is kept here, so it can be started, killed and left out at will, and tra
 
 from __future__ import annotations
 
-import http.server
 import json
 import logging
 import math
 import os
 import re
-import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
+
+import prometheus_client
+from prometheus_client.core import GaugeMetricFamily
 
 from actorlearner.run_directory import RunDirectory
 from actorlearner.runtime.lifecycle import ExitCode, RoleError, Stop
 
-_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _TAIL_BYTES = 65_536
 
 
 def serve_metrics(root_dir: Path, host: str, port: int, stop: Stop) -> ExitCode:
-    """Answers GET /metrics until `stop` is set.
+    """Answers Prometheus until `stop` is set.
 
     Raises:
       RoleError: The port is taken (UNAVAILABLE).
     """
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            if self.path.split("?")[0] != "/metrics":
-                self.send_error(404, "the numbers are at /metrics")
-                return
-            body = format_metrics(RunDirectory(root_dir)).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", _CONTENT_TYPE)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, format: str, *args: Any) -> None:
-            logging.debug(format, *args)
-
     try:
-        server = http.server.ThreadingHTTPServer((host, port), Handler)
+        server, _ = prometheus_client.start_http_server(port, host, make_registry(RunDirectory(root_dir)))
     except OSError as error:
         raise RoleError(
             f"--host = {host}, --port = {port}: cannot listen there: {error.strerror}. "
@@ -56,8 +41,6 @@ def serve_metrics(root_dir: Path, host: str, port: int, stop: Stop) -> ExitCode:
             ExitCode.UNAVAILABLE,
         ) from error
     with server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
         logging.info("serving metrics of %s on port %d", root_dir, server.server_port)
         while not stop.wait(3600.0):
             pass
@@ -65,37 +48,50 @@ def serve_metrics(root_dir: Path, host: str, port: int, stop: Stop) -> ExitCode:
     return stop.exit_code
 
 
-def format_metrics(directory: RunDirectory, now: Optional[float] = None) -> str:
-    """Returns Prometheus' text format: the status, the newest training point and the newest evaluation, as gauges.
+def make_registry(directory: RunDirectory) -> prometheus_client.CollectorRegistry:
+    """Returns a registry of one run's numbers, which reads them anew whenever it is asked."""
+    registry = prometheus_client.CollectorRegistry()
+    registry.register(RunCollector(directory))
+    return registry
+
+
+class RunCollector:
+    """The status, the newest training point and the newest evaluation of a run, as gauges.
 
     A number that is missing or not finite yet is left out. `actorlearner_status_age_seconds` grows when the learner is
     gone, and is what to alert on.
     """
-    status = directory.read_json(directory.status)
-    lines: list[str] = []
-    if isinstance(status, dict):
-        now = time.time() if now is None else now
-        _add(lines, "status_age_seconds", max(0.0, now - status.get("time", 0.0)), "since the learner's last word")
-        phase = str(status.get("phase")).replace("\\", "").replace('"', "")
-        _add(lines, "phase", 1, "what the learner is at", f'{{phase="{phase}"}}')
-        for name, value in status.items():
-            if name not in ("time", "process"):
-                _add(lines, name, value, f"{name} of status.json")
-        for name, value in (status.get("replay") or {}).items():
-            _add(lines, f"replay_{name}", value, f"the replay's {name}")
-    for kind, values in _newest_points(directory.metrics).items():
-        for name, value in values.items():
-            if name not in ("kind", "time"):
-                _add(lines, f"{kind}_{name}", value, f"{name} of the newest {kind} point in metrics.jsonl")
-    return "\n".join(lines) + "\n" if lines else ""
+
+    def __init__(self, directory: RunDirectory):
+        self._directory = directory
+
+    def describe(self) -> list[GaugeMetricFamily]:
+        return []  # what there is depends on the run, which may not have begun
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        status = self._directory.read_json(self._directory.status)
+        if isinstance(status, dict):
+            age_secs = max(0.0, time.time() - status.get("time", 0.0))
+            yield from _gauge("status_age_seconds", age_secs, "since the learner's last word")
+            phase = GaugeMetricFamily("actorlearner_phase", "what the learner is at", labels=["phase"])
+            phase.add_metric([str(status.get("phase"))], 1)
+            yield phase
+            for name, value in status.items():
+                if name not in ("time", "process"):
+                    yield from _gauge(name, value, f"{name} of status.json")
+            for name, value in (status.get("replay") or {}).items():
+                yield from _gauge(f"replay_{name}", value, f"the replay's {name}")
+        for kind, values in _newest_points(self._directory.metrics).items():
+            for name, value in values.items():
+                if name not in ("kind", "time"):
+                    yield from _gauge(f"{kind}_{name}", value, f"{name} of the newest {kind} point in metrics.jsonl")
 
 
-def _add(lines: list[str], name: str, value: Any, text: str, labels: str = "") -> None:
+def _gauge(name: str, value: Any, text: str) -> Iterator[GaugeMetricFamily]:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return
     spelt_out = re.sub(r"_sec(s?)$", r"_second\1", name)  # as Prometheus' own linter wants units
-    name = "actorlearner_" + re.sub(r"[^a-zA-Z0-9_]", "_", spelt_out)
-    lines += [f"# HELP {name} {text}", f"# TYPE {name} gauge", f"{name}{labels} {value:.17g}"]
+    yield GaugeMetricFamily("actorlearner_" + re.sub(r"[^a-zA-Z0-9_]", "_", spelt_out), text, value=value)
 
 
 def _newest_points(path: Path) -> dict[str, dict[str, Any]]:
