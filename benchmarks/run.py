@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import collecting, endurance, learner, minitaur, scaling, weights
+from benchmarks import collecting, endurance, learner, minitaur, replay_servers, scaling, weights
 from benchmarks.machine import describe_date, describe_machine
 from benchmarks.measuring import Settings, SideFailed
 from benchmarks.results import Row, make_markdown, make_table
@@ -28,9 +28,10 @@ SUBJECTS: Mapping[str, Callable[[Settings], Sequence[Row]]] = {
     "collect-cartpole": collecting.compare_cartpole,
     "weights": weights.compare,
     "scaling": scaling.compare,
+    "replay-servers": replay_servers.compare,
     "endurance": endurance.compare,
 }
-DEFAULT = tuple(name for name in SUBJECTS if name != "endurance")
+DEFAULT = tuple(name for name in SUBJECTS if name not in ("replay-servers", "endurance"))
 
 USAGE, FAILED = 64, 1
 

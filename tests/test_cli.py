@@ -84,6 +84,7 @@ def test_a_command_is_needed(capsys):
     [
         ("--replay_address=nowhere", "error: --replay_address = 'nowhere': expected HOST:PORT"),
         ("--task=-1", "error: --task = -1: expected 0 for the first of its kind"),
+        ("--replay_address=a:1,b", "error: --replay_address = 'a:1,b': 'b': expected HOST:PORT"),
     ],
 )
 def test_a_role_with_a_wrong_address_ends_before_tensorflow_is_imported(flag, message):
@@ -94,6 +95,20 @@ def test_a_role_with_a_wrong_address_ends_before_tensorflow_is_imported(flag, me
     assert message in ended.stderr
     assert "Traceback" not in ended.stderr
     assert time.monotonic() - start < 30
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--replay_address=a:1,b:2", "--task=2"], "error: --task = 2: --replay_address lists 2 replay servers, the "),
+        (["--advertise=here"], "error: --advertise = 'here': expected HOST:PORT"),
+    ],
+)
+def test_a_replay_server_that_is_none_of_the_list_is_told_how_to_join(flags, message):
+    """It would hold its part of the replay where nobody looks for it."""
+    ended = run("replay-server", "sac_minitaur", *flags)
+    assert ended.returncode == 64
+    assert message in ended.stderr
 
 
 @pytest.mark.parametrize("command", ["report", "video"])

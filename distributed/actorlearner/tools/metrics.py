@@ -15,6 +15,7 @@ import os
 import re
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
 
@@ -83,6 +84,7 @@ def format_metrics(directory: RunDirectory, now: Optional[float] = None) -> str:
                 _add(lines, name, value, f"{name} of status.json")
         for name, value in (status.get("replay") or {}).items():
             _add(lines, f"replay_{name}", value, f"the replay's {name}")
+        _add_servers(lines, (status.get("replay") or {}).get("servers") or {})
     for kind, values in _newest_points(directory.metrics).items():
         for name, value in values.items():
             if name not in ("kind", "time"):
@@ -96,6 +98,13 @@ def _add(lines: list[str], name: str, value: Any, text: str, labels: str = "") -
     spelt_out = re.sub(r"_sec(s?)$", r"_second\1", name)  # as Prometheus' own linter wants units
     name = "actorlearner_" + re.sub(r"[^a-zA-Z0-9_]", "_", spelt_out)
     lines += [f"# HELP {name} {text}", f"# TYPE {name} gauge", f"{name}{labels} {value:.17g}"]
+
+
+def _add_servers(lines: list[str], servers: Mapping[str, bool]) -> None:
+    if servers:
+        name = "actorlearner_replay_server_answers"
+        lines += [f"# HELP {name} 1 while the replay server answers the learner, 0 else", f"# TYPE {name} gauge"]
+        lines += [f'{name}{{address="{address}"}} {answers:d}' for address, answers in servers.items()]
 
 
 def _newest_points(path: Path) -> dict[str, dict[str, Any]]:
