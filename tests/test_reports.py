@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 
+import portpicker
 import pytest
 
 from actorlearner import reports
-from actorlearner.reports import CollectReport, EvaluationResult, Reporter
+from actorlearner.reports import CollectReport, EvaluationResult, NewestReport, Reporter
 from actorlearner.runtime.messages import Unreachable
 from actorlearner.variable_container import Purpose
 
@@ -70,3 +72,17 @@ def test_a_report_to_a_server_that_is_away_is_no_error_of_the_actor(unused_addre
     assert Reporter(unused_address).send(REPORT, timeout_secs=0.2) is False
     with pytest.raises(Unreachable):
         reports.take_collect_reports(unused_address, timeout_secs=1)
+
+
+def test_reports_of_a_time_without_a_server_become_one_and_nobody_waits_for_it(serve):
+    """An actor that waited five seconds for each would collect nothing while the variable container is away."""
+    port = portpicker.pick_unused_port()
+    newest = NewestReport(f"localhost:{port}")
+    started_at = time.monotonic()
+    for number in range(1, 4):
+        newest.put(dataclasses.replace(REPORT, environment_steps=number))
+    assert time.monotonic() - started_at < 1.0
+    assert not newest.await_sent(timeout_secs=0.1)
+    serve(reports.make_tables(), port)
+    assert newest.await_sent(timeout_secs=60)
+    assert [report.environment_steps for report in reports.take_collect_reports(f"localhost:{port}")][-1] == 3

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import threading
+
 import numpy as np
 import portpicker
 import pytest
@@ -14,7 +17,7 @@ from actorlearner.replay.servers import Announcement, ReplayServers, make_tables
 from actorlearner.replay.uniform import UniformReplay
 from actorlearner.runtime.lifecycle import ExitCode, RoleError, Stop
 from actorlearner.runtime.messages import read_server_info
-from tests.replay.test_resident import columns, episode, flush, sample, spec  # noqa: F401
+from tests.replay.test_resident import as_chunk, columns, episode, flush, sample, spec  # noqa: F401
 
 PLAN = {"samples_per_insert": 1.0, "num_updates_per_call": 1_000}
 REPLAY = ResidentReplay(replay_buffer_capacity=1_000, chunk_length=8, stream_length=4)
@@ -76,25 +79,30 @@ def test_without_any_server_the_wait_ends_and_names_them(quick, unused_address):
     assert raised.value.exit_code == ExitCode.UNAVAILABLE
 
 
-def test_servers_that_join_at_once_are_all_heard_of(quick, addresses, eventually):
-    """Two that write the board at the same moment must not push one another off it for good."""
-    servers = ReplayServers(addresses[:1], task=1)
-    heard: list[str] = []
-    servers.for_each(heard.append)
-    servers.watch(addresses[0])
-    assert servers.mine() == addresses[0]
-    joining = [Announcement(addresses[0], address) for address in (addresses[1], "localhost:2")]
+def test_all_that_join_are_heard_of_and_again_after_the_board_was_lost(quick, serve, unused_address, eventually):
+    """Whoever pushed another off the board, or lost it with its server, would leave a part of the replay unread."""
+    port = portpicker.pick_unused_port()
+    first, second = f"localhost:{port}", f"localhost:{serve(make_tables()).port}"
+    board = reverb.Server(make_tables(), port=port)
+    joining = [Announcement(first, address) for address in (second, unused_address)]
 
-    def all_are_heard_of():
+    def hear_of_all():
+        servers = ReplayServers([first], task=1)
+        heard: list[str] = []
+        servers.for_each(heard.append)
+        servers.watch(first)
+        assert servers.mine() == first or len(heard) > 1
         for announcement in joining:
             announcement.renew()
-        return len(servers.all()) == 3
+        eventually(lambda: heard == [first, second, unused_address])
+        eventually(lambda: list(servers.away()) == [unused_address] and servers.mine() == second)
+        servers.close()
 
-    eventually(all_are_heard_of)
-    assert heard == list(servers.all())
-    assert sorted(heard) == sorted([*addresses, "localhost:2"])
-    eventually(lambda: list(servers.away()) == ["localhost:2"] and servers.mine() == addresses[1])
-    servers.close()
+    hear_of_all()
+    board.stop()
+    board = reverb.Server(make_tables(), port=port)
+    hear_of_all()
+    board.stop()
 
 
 def test_a_sampled_replay_refuses_several_servers():
@@ -155,6 +163,24 @@ def test_a_chunk_that_two_servers_hold_counts_once(quick, addresses, spec, event
     eventually(lambda: [num_items(address, STREAM_TABLE) for address in addresses] == [0, 0])
     assert source.is_ready()
     assert source.account()["inserts"] == source.account()["held"] == expected
+    source.close()
+
+
+def test_two_readers_that_have_the_same_chunk_in_hand_count_it_once(addresses, spec, eventually):  # noqa: F811
+    """Both have seen that it is new; it would be drawn, and paid for with samples, twice."""
+    source = make_source(ReplayServers(addresses), spec, **PLAN)
+    source.restore({})
+    chunk = {**as_chunk(episode(0, 12)), "chunk": np.int64(1)}
+    stage = functools.partial(source._stage, chunk, make_room=source._await_reveal)
+    threads = [threading.Thread(target=stage) for _ in range(2)]
+    with source._writing:
+        for thread in threads:
+            thread.start()
+        eventually(lambda: repr(source._turns) == "count(2)")
+    for thread in threads:
+        thread.join(10)
+    assert source.is_ready()
+    assert source.account()["inserts"] == source.account()["held"] == 12
     source.close()
 
 
