@@ -94,13 +94,13 @@ def ours(steps_per_sec: str) -> Iterator[Measure]:
         roles.start(local.REPLAY_SERVER)
         roles.start(local.LEARNER)
         from actorlearner.experiment import load_experiment
-        from actorlearner.replay.base import await_tables
+        from actorlearner.replay.servers import ReplayServers
         from actorlearner.runtime.devices import hold_to_one_thread
         from actorlearner.runtime.lifecycle import Stop
 
         hold_to_one_thread()
         experiment = load_experiment("sac_minitaur", roles.bindings)
-        await_tables(roles.address, {}, stop=Stop(), deadline_secs=240)
+        ReplayServers([roles.address]).await_tables({}, stop=Stop(), deadline_secs=240)
         with Feeder(experiment, roles.address) as feeder:
             feeder.fill(CAPACITY + experiment.schedule.initial_collect_steps)
             if float(steps_per_sec):

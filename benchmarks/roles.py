@@ -66,7 +66,7 @@ class Roles:
             experiment=self.experiment, root_dir=self.root_dir, seed=1, gin_bindings=self.bindings
         )
         self.processes[f"{kind} {task}"] = subprocess.Popen(
-            local.role_command(options, kind, task, self.port),
+            local.role_command(options, kind, task, [self.port]),
             env=local.role_environment(kind, os.environ),
             stdin=subprocess.DEVNULL,
             stdout=sys.stderr,
@@ -133,7 +133,7 @@ def standing_in_for_learner(experiment: Experiment, address: str, zero_weights: 
     from tf_agents.specs import tensor_spec
 
     from actorlearner import variable_container
-    from actorlearner.replay.base import await_tables
+    from actorlearner.replay.servers import ReplayServers
     from actorlearner.runtime.lifecycle import Stop
     from actorlearner.variable_container import Phase, Publisher
 
@@ -143,10 +143,11 @@ def standing_in_for_learner(experiment: Experiment, address: str, zero_weights: 
         for variable in variables:
             variable.assign(tf.zeros_like(variable))
     signatures = experiment.replay.table_signatures(agent.collect_data_spec)
-    await_tables(address, signatures, stop=Stop(), deadline_secs=START_SECS)
+    servers = ReplayServers([address])
+    servers.await_tables(signatures, stop=Stop(), deadline_secs=START_SECS)
     variable_container.await_container(address, variables, stop=Stop(), deadline_secs=START_SECS)
     source = experiment.replay.make_source(
-        address,
+        servers,
         tensor_spec.from_spec(agent.collect_data_spec),
         experiment.sampling(agent.train_sequence_length),
         tf.distribute.get_strategy(),
@@ -210,13 +211,15 @@ class Feeder:
         import numpy as np
         import tensorflow as tf
 
+        from actorlearner.replay.servers import ReplayServers
+
         agent, _ = experiment.make_agent()
         self._episode = [
             tf.nest.map_structure(lambda leaf: np.asarray(leaf)[None], step)  # a batch of one environment
             for step in make_noise_episode(agent.collect_data_spec)
         ]
         sampling = dataclasses.replace(experiment.sampling(agent.train_sequence_length), num_environments=1)
-        self._sink = experiment.replay.make_sink(address, sampling)
+        self._sink = experiment.replay.make_sink(ReplayServers([address]), sampling)
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         self.num_steps = 0

@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import collecting, endurance, learner, minitaur, scaling, tls, weights
+from benchmarks import collecting, endurance, learner, minitaur, replay_servers, scaling, tls, weights
 from benchmarks.machine import describe_date, describe_machine
 from benchmarks.measuring import Settings, SideFailed
 from benchmarks.results import Row, make_markdown, make_table
@@ -29,9 +29,10 @@ SUBJECTS: Mapping[str, Callable[[Settings], Sequence[Row]]] = {
     "weights": weights.compare,
     "scaling": scaling.compare,
     "tls": tls.compare,
+    "replay-servers": replay_servers.compare,
     "endurance": endurance.compare,
 }
-DEFAULT = tuple(name for name in SUBJECTS if name != "endurance")
+DEFAULT = tuple(name for name in SUBJECTS if name not in ("replay-servers", "endurance"))
 
 USAGE, FAILED = 64, 1
 

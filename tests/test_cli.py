@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -12,6 +14,7 @@ import pytest
 
 import actorlearner
 from actorlearner import cli
+from actorlearner.cluster import Cluster
 
 ROLES = ["replay-server", "learner", "collect-actor", "eval-actor"]
 TOOLS = ["video", "report", "check", "health", "await-end", "metrics", "certs", "drill", "bench"]
@@ -63,6 +66,18 @@ def test_every_role_takes_the_same_flags(command):
     assert (arguments.replay_address, arguments.variables_address, arguments.task) == ("a:1", "b:2", 3)
 
 
+def test_the_documented_commands_for_several_replay_servers_are_understood():
+    """A flag that was renamed stays in the manual."""
+    operations = (SOURCE_ROOT.parent / "docs" / "operations.md").read_text()
+    section = operations.partition("## When one replay server is not enough\n")[2].partition("\n## ")[0]
+    commands = re.findall(r"^\.venv/bin/actorlearner (.*)$", section, re.MULTILINE)
+    assert len(commands) == 7
+    for command in commands:
+        arguments = cli.make_parser().parse_args(shlex.split(command))
+        if "replay_address" in arguments:
+            Cluster(arguments.replay_address, "a:1", arguments.task)
+
+
 def test_the_version_is_the_packages(capsys):
     """A bug report needs it."""
     with pytest.raises(SystemExit) as raised:
@@ -84,6 +99,7 @@ def test_a_command_is_needed(capsys):
     [
         ("--replay_address=nowhere", "error: --replay_address = 'nowhere': expected HOST:PORT"),
         ("--task=-1", "error: --task = -1: expected 0 for the first of its kind"),
+        ("--replay_address=a:1,b", "error: --replay_address = 'a:1,b': 'b': expected HOST:PORT"),
     ],
 )
 def test_a_role_with_a_wrong_address_ends_before_tensorflow_is_imported(flag, message):
@@ -94,6 +110,20 @@ def test_a_role_with_a_wrong_address_ends_before_tensorflow_is_imported(flag, me
     assert message in ended.stderr
     assert "Traceback" not in ended.stderr
     assert time.monotonic() - start < 30
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--replay_address=a:1,b:2", "--task=2"], "error: --task = 2: --replay_address lists 2 replay servers, the "),
+        (["--advertise=here"], "error: --advertise = 'here': expected HOST:PORT"),
+    ],
+)
+def test_a_replay_server_that_is_none_of_the_list_is_told_how_to_join(flags, message):
+    """It would hold its part of the replay where nobody looks for it."""
+    ended = run("replay-server", "sac_minitaur", *flags)
+    assert ended.returncode == 64
+    assert message in ended.stderr
 
 
 @pytest.mark.parametrize("command", ["report", "video"])

@@ -230,7 +230,7 @@ def test_every_role_gets_its_own_flags_and_no_other():
         "dqn_cartpole",
         "--replay_address=127.0.0.1:4321",
         "--variables_address=127.0.0.1:4321",
-        "--task=2",
+        "--task=0",
         "--root_dir=runs/x",
         "--seed=7",
         "--gin_bindings=train.gamma = 0.9",
@@ -242,8 +242,16 @@ def test_every_role_gets_its_own_flags_and_no_other():
         ("eval-actor", []),
         ("collect-actor", []),
     ):
-        assert local.role_command(options, kind, task=2, port=4321) == ["actorlearner", kind, *common, *own]
-    assert "--seed=" not in " ".join(local.role_command(dataclasses.replace(options, seed=None), "learner", 0, 1))
+        assert local.role_command(options, kind, task=0, ports=[4321]) == ["actorlearner", kind, *common, *own]
+    assert "--seed=" not in " ".join(local.role_command(dataclasses.replace(options, seed=None), "learner", 0, [1]))
+
+
+def test_of_several_replay_servers_each_listens_on_its_own_port_and_the_first_has_the_variables():
+    options = local.LocalOptions("dqn_cartpole", Path("runs/x"), command=("actorlearner",))
+    second = local.role_command(options, "replay-server", task=1, ports=[1, 2])
+    assert {"--replay_address=127.0.0.1:1,127.0.0.1:2", "--task=1", "--port=2"} < set(second)
+    assert "--variables_address=127.0.0.1:1" in second
+    assert len(set(local.find_free_ports(20))) == 20
 
 
 def test_only_the_learner_sees_the_gpus():
@@ -258,7 +266,7 @@ def test_only_the_learner_sees_the_gpus():
         assert environment["SDL_VIDEODRIVER"] == "dummy"
 
 
-@pytest.mark.parametrize("counts", [{"num_collect_actors": 0}, {"num_eval_actors": -1}])
+@pytest.mark.parametrize("counts", [{"num_collect_actors": 0}, {"num_eval_actors": -1}, {"num_replay_servers": 0}])
 def test_impossible_counts_are_refused(counts):
     with pytest.raises(ValueError, match=next(iter(counts))):
         local.LocalOptions(experiment="x", root_dir=Path("x"), **counts)
@@ -286,6 +294,19 @@ def test_a_taken_port_moves_all_roles_to_another(launch):
         wait_until(lambda role=role: f"{role} 0 address 127.0.0.1:{second}" in launch.events(), f"{role} on {second}")
     launch.process.terminate()
     assert launch.finish() == 143
+
+
+def test_each_of_several_replay_servers_is_started_again_by_itself_and_all_are_stopped_last(launch):
+    """The other holds half of the replay, and must not be touched."""
+    launch.start(num_replay_servers=2)
+    launch.wait_for_all(5)
+    os.kill(launch.pids("replay-server-1")[0], signal.SIGKILL)
+    launch.pids("replay-server-1", num_starts=2)
+    launch.wait_for_output("replay-server-1 was killed by SIGKILL; starting it again")
+    assert len(launch.words("started")) == 6
+    launch.process.terminate()
+    assert launch.finish() == 143
+    assert sorted(launch.words("stopped")[3:]) == ["replay-server-0", "replay-server-1"]
 
 
 # --- The end ----------------------------------------------------------------------------------------------------------

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 
+import portpicker
 import pytest
 
 from actorlearner import reports
-from actorlearner.reports import Attendance, CollectReport, EvaluationResult, LastWords, Reporter
+from actorlearner.reports import Attendance, CollectReport, EvaluationResult, LastWords, NewestReport, Reporter
 from actorlearner.runtime.lifecycle import ExitCode, RoleError
 from actorlearner.runtime.messages import Unreachable
 from actorlearner.variable_container import Purpose
@@ -125,3 +127,17 @@ def test_an_actor_that_ended_long_ago_does_not_end_a_run_whose_others_are_out_of
     attendance.note_life("collect-actor")
     clock.now = 7_200.0
     attendance.require_hope("collect-actor")
+
+
+def test_reports_of_a_time_without_a_server_become_one_and_nobody_waits_for_it(serve):
+    """An actor that waited five seconds for each would collect nothing while the variable container is away."""
+    port = portpicker.pick_unused_port()
+    newest = NewestReport(f"localhost:{port}")
+    started_at = time.monotonic()
+    for number in range(1, 4):
+        newest.put(dataclasses.replace(REPORT, environment_steps=number))
+    assert time.monotonic() - started_at < 1.0
+    assert not newest.await_sent(timeout_secs=0.1)
+    serve(reports.make_tables(), port)
+    assert newest.await_sent(timeout_secs=60)
+    assert [report.environment_steps for report in reports.take_collect_reports(f"localhost:{port}")][-1] == 3

@@ -50,13 +50,21 @@ def make_parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--num_collect_actors", type=int, default=1, metavar="N", help="collect actors (default: 1)")
     train.add_argument("--num_eval_actors", type=int, default=1, metavar="N", help="eval actors (default: 1)")
+    train.add_argument("--num_replay_servers", type=int, default=1, metavar="N", help="replay servers (default: 1)")
     _add_learner_flags(train)
 
     server = _add(commands, "replay-server", _replay_server, "serve replay and variables", [experiment, peers])
     server.add_argument(
         "--root_dir", type=Path, help="where the replay is saved and begins again from (default: it is not saved)"
     )
-    server.add_argument("--port", type=int, default=None, help="port to listen on (default: that of --replay_address)")
+    server.add_argument(
+        "--port", type=int, default=None,
+        help="port to listen on (default: that of --advertise, or of this task's --replay_address)",
+    )  # fmt: skip
+    server.add_argument(
+        "--advertise", metavar="HOST:PORT",
+        help="join the run under way at --variables_address: the other roles find this server here",
+    )  # fmt: skip
     server.add_argument(
         "--local_only", action="store_true", help="let nobody but this machine reach the port, as `train` does"
     )
@@ -169,11 +177,13 @@ def _peer_flags() -> argparse.ArgumentParser:
     flags.add_argument(
         "--replay_address",
         default="localhost:8008",
-        metavar="HOST:PORT",
-        help="of the replay server (default: localhost:8008)",
+        metavar="HOST:PORT[,...]",
+        help="of the replay server, or of several, by their task numbers (default: localhost:8008)",
     )
     flags.add_argument(
-        "--variables_address", metavar="HOST:PORT", help="of the variable container (default: the replay server's)"
+        "--variables_address",
+        metavar="HOST:PORT",
+        help="of the variable container (default: the first replay server's)",
     )
     flags.add_argument(
         "--task", type=_task, default=0, metavar="N",
@@ -225,8 +235,8 @@ def _add_learner_flags(parser: argparse.ArgumentParser) -> None:
 def _add_bench_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only", nargs="+", metavar="NAME",
-        help="learner, learner-gpu, minitaur, collect-minitaur, collect-cartpole, weights, scaling, tls, endurance "
-        "(default: all but endurance)",
+        help="learner, learner-gpu, minitaur, collect-minitaur, collect-cartpole, weights, scaling, tls, "
+        "replay-servers, endurance (default: all but the last two)",
     )  # fmt: skip
     parser.add_argument("--repeats", type=_positive, default=5, metavar="N", help="turns of each side (default: 5)")
     parser.add_argument(
@@ -301,6 +311,7 @@ def _train(arguments: argparse.Namespace) -> int:
             root_dir=root_dir,
             num_collect_actors=arguments.num_collect_actors,
             num_eval_actors=arguments.num_eval_actors,
+            num_replay_servers=arguments.num_replay_servers,
             seed=int.from_bytes(os.urandom(3), "big") if arguments.seed is None else arguments.seed,
             gin_bindings=tuple(bindings),
             learner_flags=tuple(learner_flags),
@@ -314,10 +325,27 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _replay_server(arguments: argparse.Namespace) -> int:
     def run(cluster: Cluster, stop: Stop) -> ExitCode:
+        from actorlearner.cluster import check_address
+        from actorlearner.runtime.lifecycle import ExitCode, RoleError
+
+        addresses = cluster.replay_addresses
+        try:
+            if arguments.advertise:
+                check_address("advertise", arguments.advertise)
+            elif cluster.task >= len(addresses) > 1:
+                raise ValueError(
+                    f"--task = {cluster.task}: --replay_address lists {len(addresses)} replay servers, the last of "
+                    f"them task {len(addresses) - 1}. To join the run as one more, give --advertise=HOST:PORT."
+                )
+        except ValueError as error:
+            raise RoleError(str(error), ExitCode.USAGE) from error
+        own = arguments.advertise or addresses[cluster.task if len(addresses) > 1 else 0]
+        is_alone = not arguments.advertise and len(addresses) == 1 and not arguments.variables_address
+        is_first = is_alone or cluster.variables_address == own
         from actorlearner.roles.replay_server import run_replay_server
 
         _hold_to_one_thread()
-        port = arguments.port or int(cluster.replay_address.rpartition(":")[2])
+        port = arguments.port or int(own.rpartition(":")[2])
         if arguments.tls_dir:
             port = _open_to_peers(arguments, port)
         return run_replay_server(
@@ -325,6 +353,9 @@ def _replay_server(arguments: argparse.Namespace) -> int:
             port,
             arguments.root_dir,
             stop,
+            task=cluster.task,
+            variables_address=None if is_first else cluster.variables_address,
+            advertise=arguments.advertise,
             local_only=arguments.local_only,
             tunnel_only=bool(arguments.tls_dir),
         )
@@ -425,13 +456,13 @@ def _run_role(arguments: argparse.Namespace, run: Callable[[Cluster, Stop], Exit
         try:
             cluster = Cluster(
                 replay_address=arguments.replay_address,
-                variables_address=arguments.variables_address or arguments.replay_address,
+                variables_address=arguments.variables_address or arguments.replay_address.split(",")[0],
                 task=_claim_task(arguments) if arguments.task is None else arguments.task,
                 peer_patience_secs=arguments.peer_patience_secs,
             )
         except ValueError as error:
             raise RoleError(str(error), ExitCode.USAGE) from error
-        ports = {int(address.rpartition(":")[2]) for address in (cluster.replay_address, cluster.variables_address)}
+        ports = {int(address.rpartition(":")[2]) for address in (*cluster.replay_addresses, cluster.variables_address)}
         if getattr(arguments, "port", None):  # the replay server's own
             ports.add(arguments.port)
         notice_dead_peers(ports)

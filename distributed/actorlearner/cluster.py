@@ -12,8 +12,8 @@ class Cluster:
     """What one role knows of the others.
 
     Attributes:
-      replay_address: "host:port" of the replay server.
-      variables_address: "host:port" of the variable container; the replay server serves both.
+      replay_address: "host:port" of the replay server, or of several, with commas between them.
+      variables_address: "host:port" of the variable container; the first replay server serves both.
       task: Which of its kind this process is, from 0.
       peer_patience_secs: How long an unreachable peer is waited for before the role gives up, in seconds.
     """
@@ -24,13 +24,27 @@ class Cluster:
     peer_patience_secs: float = 300.0
 
     def __post_init__(self) -> None:
-        for flag, address in (("replay_address", self.replay_address), ("variables_address", self.variables_address)):
-            _check_address(flag, address)
+        for address in self.replay_addresses:
+            check_address("replay_address", address, self.replay_address)
+            if self.replay_addresses.count(address) > 1:
+                raise ValueError(f"--replay_address = '{self.replay_address}': '{address}' is there twice")
+        check_address("variables_address", self.variables_address)
         if self.task < 0:
             raise ValueError(f"--task = {self.task}: expected 0 for the first of its kind, 1 for the second, ...")
 
+    @property
+    def replay_addresses(self) -> tuple[str, ...]:
+        """The replay servers, by their task numbers."""
+        return tuple(self.replay_address.split(","))
 
-def _check_address(flag: str, address: str) -> None:
+
+def check_address(flag: str, address: str, value: str = "") -> None:
+    """Returns when `address`, which may be a part of the flag's `value`, is one. Raises `ValueError`."""
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise ValueError(f"--{flag} = '{address}': expected HOST:PORT, such as localhost:{DEFAULT_PORT}")
+    if not host or set(host) & set(" ;\t\n") or not port.isdigit() or not 0 < int(port) < 65536:
+        value = value or address
+        part = f": '{address}'" if value != address else ""
+        several = f", or several with commas between them: a:{DEFAULT_PORT},b:{DEFAULT_PORT}" if part else ""
+        raise ValueError(
+            f"--{flag} = '{value}'{part}: expected HOST:PORT, such as localhost:{DEFAULT_PORT}{several}"
+        )

@@ -1,6 +1,6 @@
 """Local launcher: runs every role of one experiment on this machine until training ends.
 
-                     +--> replay server     each role: a process in a session of its own,
+                     +--> replay servers    each role: a process in a session of its own,
   [local launcher] --+--> learner           one log file, one colour in the merged stream;
                      +--> eval actors       started again, with back-off, when it dies;
                      +--> collect actors    never outliving the launcher, not even after kill -9
@@ -108,6 +108,7 @@ class LocalOptions:
       root_dir: The run directory; made if missing, continued if it holds this run's checkpoints.
       num_collect_actors: At least 1.
       num_eval_actors: At least 0.
+      num_replay_servers: At least 1; the first serves the variables too.
       seed: Root of every role's seeds; None leaves it to the roles.
       gin_bindings: Handed to every role, in this order.
       learner_flags: Further flags of the learner alone, such as `--strategy=mirrored`.
@@ -120,6 +121,7 @@ class LocalOptions:
     root_dir: Path
     num_collect_actors: int = 1
     num_eval_actors: int = 1
+    num_replay_servers: int = 1
     seed: int | None = None
     gin_bindings: tuple[str, ...] = ()
     learner_flags: tuple[str, ...] = ()
@@ -132,17 +134,19 @@ class LocalOptions:
             raise ValueError(f"num_collect_actors is {self.num_collect_actors}; training needs at least 1")
         if self.num_eval_actors < 0:
             raise ValueError(f"num_eval_actors is {self.num_eval_actors}; it must be 0 or more")
+        if self.num_replay_servers < 1:
+            raise ValueError(f"num_replay_servers is {self.num_replay_servers}; training needs at least 1")
 
 
-def role_command(options: LocalOptions, kind: str, task: int, port: int) -> list[str]:
-    """Returns the command line of one role. The replay server listens on `port`; the others find it there."""
-    address = f"127.0.0.1:{port}"
+def role_command(options: LocalOptions, kind: str, task: int, ports: Sequence[int]) -> list[str]:
+    """Returns the command line of one role. Each replay server listens on one of `ports`; the others find it there."""
+    addresses = [f"127.0.0.1:{port}" for port in ports]
     command = [
         *options.command,
         kind,
         options.experiment,
-        f"--replay_address={address}",
-        f"--variables_address={address}",
+        f"--replay_address={','.join(addresses)}",
+        f"--variables_address={addresses[0]}",
         f"--task={task}",
         f"--root_dir={options.root_dir}",
     ]
@@ -151,7 +155,7 @@ def role_command(options: LocalOptions, kind: str, task: int, port: int) -> list
     command += [f"--gin_bindings={binding}" for binding in options.gin_bindings]
     command += options.role_flags
     if kind == REPLAY_SERVER:
-        command += [f"--port={port}", "--local_only"]
+        command += [f"--port={ports[task]}", "--local_only"]
     if kind == LEARNER:
         command += options.learner_flags
     return command
@@ -168,9 +172,18 @@ def role_environment(kind: str, environ: Mapping[str, str]) -> dict[str, str]:
 
 def find_free_port() -> int:
     """Returns a TCP port nobody listens on now. Somebody may take it before the replay server does."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+    return find_free_ports(1)[0]
+
+
+def find_free_ports(number: int) -> list[int]:
+    """Returns as many different ones."""
+    probes = [socket.socket(socket.AF_INET, socket.SOCK_STREAM) for _ in range(number)]
+    for probe in probes:
         probe.bind(("", 0))
-        return int(probe.getsockname()[1])
+    ports = [int(probe.getsockname()[1]) for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
 
 
 # --- When to start a role again ---------------------------------------------------------------------------------------
@@ -660,7 +673,7 @@ class _Launcher:
         self._options = options
         self._timing = options.timing
         self._launched_at = time.time()
-        self._port = 0
+        self._ports: list[int] = []
         self._num_ports_tried = 0
         self._signals: list[int] = []
         self._last_signal_time = -math.inf
@@ -669,11 +682,11 @@ class _Launcher:
         self._status_read_at = -math.inf
         self._mute_errors = False
 
-        self._replay_server = self._make_role(REPLAY_SERVER, 0)
+        self._replay_servers = [self._make_role(REPLAY_SERVER, task) for task in range(options.num_replay_servers)]
         self._learner = self._make_role(LEARNER, 0)
         self._actors = [self._make_role(EVAL_ACTOR, task) for task in range(options.num_eval_actors)]
         self._actors += [self._make_role(COLLECT_ACTOR, task) for task in range(options.num_collect_actors)]
-        self._roles = [self._replay_server, self._learner, *self._actors]
+        self._roles = [*self._replay_servers, self._learner, *self._actors]
         self._terminal = Terminal([role.name for role in self._roles], self._timing)
 
     def run(self) -> int:
@@ -727,8 +740,8 @@ class _Launcher:
             return _Ending(returncode, message, is_failure=True)
         if returncode == 0 and self._is_done(role):
             return None
-        if returncode == UNREACHABLE and role is self._replay_server and self._may_change_port(role, lived_secs):
-            self._say(f"port {self._port} was taken; starting all roles on another")
+        if returncode == UNREACHABLE and role in self._replay_servers and self._may_change_port(role, lived_secs):
+            self._say(f"port {self._ports[role.task]} was taken; starting all roles on another")
             self._stop_in_order()
             self._start_all()
             return None
@@ -773,17 +786,18 @@ class _Launcher:
     # Starting and stopping
 
     def _make_role(self, kind: str, task: int) -> _Role:
+        is_numbered = kind in ACTORS or (kind == REPLAY_SERVER and self._options.num_replay_servers > 1)
         return _Role(
             kind=kind,
             task=task,
-            name=f"{kind}-{task}" if kind in ACTORS else kind,
+            name=f"{kind}-{task}" if is_numbered else kind,
             log_path=self._options.root_dir / "logs" / f"{kind}-{task}.log",
             restarts=Restarts(self._timing),
         )
 
     def _start_all(self) -> None:
         """Starts every role on a new port, with a clean record."""
-        self._port = find_free_port()
+        self._ports = find_free_ports(self._options.num_replay_servers)
         self._num_ports_tried += 1
         for role in self._roles:
             role.num_starts = 0
@@ -796,7 +810,7 @@ class _Launcher:
         role.num_starts += 1
         role.process = _Process(
             role.name,
-            role_command(self._options, role.kind, role.task, self._port),
+            role_command(self._options, role.kind, role.task, self._ports),
             {**role_environment(role.kind, os.environ), "TMPDIR": self._guard.temporary_folder},
             role.log_path,
             self._shown_lines,
@@ -809,7 +823,7 @@ class _Launcher:
         for roles, secs in (
             (self._actors, timing.stop_actors_secs),
             ([self._learner], timing.stop_learner_secs),
-            ([self._replay_server], timing.stop_replay_server_secs),
+            (self._replay_servers, timing.stop_replay_server_secs),
         ):
             for role in roles:
                 role.restart_at = None

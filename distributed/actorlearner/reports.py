@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import reverb
@@ -171,6 +171,46 @@ class Reporter:
             logging.info("report not delivered: %s", error)
             return False
         return True
+
+
+class NewestReport:
+    """Sends a collect actor's reports from a thread: no environment waits while the server is away.
+
+    Totals make all but the newest needless, so a report that could not be sent yet is replaced by the next.
+    """
+
+    def __init__(self, address: str):
+        self._reporter = Reporter(address)
+        self._news = threading.Condition()
+        self._newest: Optional[CollectReport] = None
+        self._is_sending = False
+        threading.Thread(target=self._send, name="reports", daemon=True).start()
+
+    def put(self, report: CollectReport) -> None:
+        """Takes the report in place of the one before; never blocks."""
+        with self._news:
+            self._newest = report
+            self._news.notify_all()
+
+    def await_sent(self, timeout_secs: float) -> bool:
+        """Returns whether the server has taken the newest report; blocks at most `timeout_secs` seconds."""
+        with self._news:
+            return self._news.wait_for(lambda: self._newest is None and not self._is_sending, timeout_secs)
+
+    def _send(self) -> None:
+        while True:
+            with self._news:
+                self._news.wait_for(lambda: self._newest is not None)
+                report, self._newest, self._is_sending = self._newest, None, True
+            assert report is not None
+            is_sent = self._reporter.send(report)
+            with self._news:
+                self._is_sending = False
+                if not is_sent and self._newest is None:
+                    self._newest = report
+                self._news.notify_all()
+            if not is_sent:
+                time.sleep(0.5)
 
 
 def take_evaluation_results(address: str, timeout_secs: float = 5.0) -> Sequence[EvaluationResult]:

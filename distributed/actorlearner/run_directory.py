@@ -28,7 +28,6 @@ class RunDirectory:
         self.root = Path(root_dir)
         self.checkpoints = self.root / "checkpoints"
         self.evaluated = self.checkpoints / "evaluated"
-        self.replay_checkpoints = self.checkpoints / "replay"
         self.policies = self.root / "policies"
         self.train_events = self.root / "train"
         self.eval_events = self.root / "eval"
@@ -38,6 +37,10 @@ class RunDirectory:
         self.operative_config = self.root / "operative_config.gin"
         self.identity = self.root / "run.json"
         self._lock: Optional[Any] = None
+
+    def replay_checkpoints(self, task: int) -> Path:
+        """Returns the folder of a replay server's checkpoints; it may be missing."""
+        return self.checkpoints / (f"replay-{task}" if task else "replay")
 
     def make_collect_events(self, task: int) -> Path:
         """Returns the folder of a collect actor's events, made if missing.

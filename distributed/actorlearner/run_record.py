@@ -29,7 +29,7 @@ class RunRecord:
         ledger: EvaluationLedger,
         versions: dict[str, str],
         counts: dict[str, Any],
-        account: Callable[[], dict[str, float]] = dict,
+        account: Callable[[], dict[str, Any]] = dict,
     ):
         self._experiment = experiment
         self._cluster = cluster

@@ -22,7 +22,7 @@ import tensorflow as tf
 from actorlearner import variable_container
 from actorlearner.cluster import Cluster
 from actorlearner.experiment import load_experiment
-from actorlearner.replay.base import await_tables
+from actorlearner.replay.servers import ReplayServers
 from actorlearner.roles import replay_server
 from actorlearner.run_directory import RunDirectory
 from actorlearner.runtime.checkpoints import Checkpoints
@@ -308,8 +308,8 @@ def test_every_role_refuses_the_servers_of_another_experiment(cartpole_server, f
     other_signatures = minitaur.replay.table_signatures(other.collect_data_spec)
     address, _ = cartpole_server
     for refuse in (
-        lambda: await_tables(address, other_signatures, stop=Stop(), deadline_secs=10),
-        lambda: await_tables(foreign_server, signatures, stop=Stop(), deadline_secs=10),
+        lambda: ReplayServers([address]).await_tables(other_signatures, stop=Stop(), deadline_secs=10),
+        lambda: ReplayServers([foreign_server]).await_tables(signatures, stop=Stop(), deadline_secs=10),
         # The environment is the same; only the network differs.
         lambda: variable_container.await_container(
             address, agent.collect_policy.variables(), stop=Stop(), deadline_secs=10

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 
@@ -66,12 +68,13 @@ print("RESULT " + json.dumps(result))
 """
 
 
-def test_two_replicas_train_to_the_end_with_the_same_global_batch(
+def test_two_replicas_with_two_replay_servers_train_to_the_end_with_the_same_global_batch(
     processes: Processes, finished_run: FinishedRun, tmp_path
 ):
     """Elsewhere the batch is per replica whatever the manual says, so two devices train a different experiment.
 
-    The experiment is the configuration that another run saved: that it can be given back is shown here too.
+    Each server has an actor and checkpoints of its own; each replica's mirror gets chunks of both. The experiment is
+    the configuration that another run saved: that it can be given back is shown here too.
     """
     train = processes.start(
         "train",
@@ -80,6 +83,8 @@ def test_two_replicas_train_to_the_end_with_the_same_global_batch(
         "--seed=3",
         "--strategy=mirrored",
         "--num_logical_cpus=2",
+        "--num_replay_servers=2",
+        "--num_collect_actors=2",
         "--num_video_episodes=0",
         *bind("train.num_iterations = 100"),
     )
@@ -88,6 +93,16 @@ def test_two_replicas_train_to_the_end_with_the_same_global_batch(
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["train_steps"] == 100
     assert [evaluation["train_step"] for evaluation in summary["evaluations"]] == [0, 100]
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["replay"]["servers"].keys() == {
+        f"127.0.0.1:{port}" for port in re.findall(r"--port=(\d+)", train_logs(tmp_path, "replay-server-*"))
+    }
+    # Which of the actors is the first to fill its server depends on the machine.
+    saved = [next((tmp_path / "run" / "checkpoints").glob(f"{name}/*-*/about.json")) for name in ("replay", "replay-1")]
+    assert sum(json.loads(about.read_text())["num_items"] for about in saved) > 0
+
+
+def train_logs(folder: Path, pattern: str) -> str:
+    return "".join(path.read_text() for path in (folder / "run" / "logs").glob(f"{pattern}.log"))
 
 
 def test_one_update_by_two_replicas_is_the_update_by_one_on_the_same_global_batch(processes: Processes):

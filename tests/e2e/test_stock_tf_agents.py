@@ -25,6 +25,7 @@ from tf_agents.trajectories import trajectory
 
 from actorlearner.experiment import load_experiment
 from actorlearner.local import find_free_port
+from actorlearner.replay.servers import ReplayServers
 from actorlearner.replay.uniform import UniformReplay
 from tests.e2e.processes import START_SECS, TINY, Process, Processes, bind
 
@@ -197,7 +198,7 @@ def test_our_writer_makes_item_for_item_what_the_stock_observer_makes(num_steps:
     observer.close()
     replay = UniformReplay(chunk_length=4, max_pending_items=16)
     sampling = dataclasses.replace(load_experiment("dqn_cartpole").sampling(num_steps), num_environments=1)
-    sink = replay.make_sink(ours.server_address, sampling)
+    sink = replay.make_sink(ReplayServers([ours.server_address]), sampling)
     for step in steps:
         sink.append(tree.map_structure(lambda leaf: np.asarray(leaf)[None], step), 0, np.array([False]))
         assert not sink.is_blocked()

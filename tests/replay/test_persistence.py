@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from actorlearner.replay import persistence
 from actorlearner.replay.persistence import MAX_TO_KEEP, Requests, TableCheckpoints
+from actorlearner.replay.servers import ReplayServers
 from actorlearner.runtime import messages
 from actorlearner.runtime.lifecycle import ExitCode, RoleError
 
@@ -135,7 +136,7 @@ def test_a_second_replay_server_is_kept_out_of_the_folder(start, tmp_path):
 def test_the_learner_hears_when_the_replay_is_saved(serve):
     """A pair of which one half is missing is no checkpoint; the learner must be able to say so."""
     address = f"localhost:{serve(persistence.make_tables()).port}"
-    requests = Requests(address, learner=5)
+    requests = Requests(ReplayServers([address]), learner=5)
     requests.ask(100)
     assert not requests.wait(secs=0.1)
     due = None

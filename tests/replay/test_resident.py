@@ -17,6 +17,7 @@ from tf_agents.trajectories import StepType, time_step, trajectory
 
 from actorlearner.replay.base import Sampling
 from actorlearner.replay.resident import EXPERIENCE_TABLE, STREAM_TABLE, Mirror, ResidentReplay
+from actorlearner.replay.servers import ReplayServers
 from actorlearner.runtime.lifecycle import RoleError
 
 RANDOM = -1
@@ -123,7 +124,7 @@ def address(serve, replay, spec):
 
 
 def make_source(replay, address, spec, **changes):
-    return replay.make_source(address, spec, sample(**changes), tf.distribute.get_strategy())
+    return replay.make_source(ReplayServers([address]), spec, sample(**changes), tf.distribute.get_strategy())
 
 
 @pytest.mark.parametrize("num_steps", [2, 4])
@@ -134,7 +135,7 @@ def test_the_mirror_holds_the_windows_that_a_stock_table_holds_as_items(
     # Two environments: a long episode beside short ones.
     lanes = [episode(100, 3), episode(200, 25), episode(300, 1), episode(400, 8)], [episode(500, 40)]
     plan = {"num_steps": num_steps, "num_environments": 2, "initial_collect_steps": 1, "num_updates_per_call": 1_000}
-    sink = replay.make_sink(address, sample(**plan))
+    sink = replay.make_sink(ReplayServers([address]), sample(**plan))
     source = make_source(replay, address, spec, **plan)
     source.restore({})
     table = reverb.Table(
@@ -275,7 +276,9 @@ def test_a_compiled_call_draws_whole_windows_while_chunks_are_written(spec):
 def test_a_chunk_that_no_mirror_can_hold_ends_training_with_a_word(replay, address, spec, eventually):
     """It is found by a thread; a thread's error alone would leave the learner waiting for data."""
     sampling = sample(num_environments=1)
-    sink = dataclasses.replace(replay, replay_buffer_capacity=2_000, chunk_length=2_000).make_sink(address, sampling)
+    sink = dataclasses.replace(replay, replay_buffer_capacity=2_000, chunk_length=2_000).make_sink(
+        ReplayServers([address]), sampling
+    )
     source = make_source(replay, address, spec)
     source.restore({})
     write(sink, episode(0, 1_900))
@@ -294,7 +297,7 @@ def test_a_chunk_that_no_mirror_can_hold_ends_training_with_a_word(replay, addre
 
 def test_the_learner_waits_for_actors_when_it_is_ahead(replay, address, spec, eventually):
     """With too many updates per step a replay is overfitted; ml-agents and sheeprl both had the ratio wrong."""
-    sink = replay.make_sink(address, sample())
+    sink = replay.make_sink(ReplayServers([address]), sample())
     source = make_source(replay, address, spec)
     source.restore({})
     assert source.allow(50) == 0
@@ -312,7 +315,7 @@ def test_the_learner_waits_for_actors_when_it_is_ahead(replay, address, spec, ev
 
 def test_actors_wait_for_the_learner_when_they_are_ahead(replay, address, spec, eventually):
     """Without back-pressure actors flood the server, and samples per insert means nothing."""
-    sink = replay.make_sink(address, sample())
+    sink = replay.make_sink(ReplayServers([address]), sample())
     source = make_source(replay, address, spec)
     source.restore({})
     num_steps = None
@@ -331,7 +334,7 @@ def test_actors_wait_for_the_learner_when_they_are_ahead(replay, address, spec, 
 
 def test_whoever_is_faster_the_ratio_is_kept_to_within_one_call(replay, address, spec):
     """A ratio that is only aimed at drifts with the machine's load, and a run cannot be compared with another."""
-    sink = replay.make_sink(address, sample())
+    sink = replay.make_sink(ReplayServers([address]), sample())
     source = make_source(replay, address, spec)
     source.restore({})
     steps = (step for number in range(200) for step in episode(1_000 * number, 9))
@@ -352,7 +355,7 @@ def test_whoever_is_faster_the_ratio_is_kept_to_within_one_call(replay, address,
 
 def test_a_restarted_learner_gets_its_replay_back_from_the_server(replay, address, spec, eventually):
     """Others lose their replay on resume (tensorflow/agents#475, open since 2020)."""
-    sink = replay.make_sink(address, sample())
+    sink = replay.make_sink(ReplayServers([address]), sample())
     first = make_source(replay, address, spec, samples_per_insert=1.0, num_updates_per_call=100)
     first.restore({})
     for number in range(20):
@@ -377,7 +380,7 @@ def test_a_restarted_learner_gets_its_replay_back_from_the_server(replay, addres
 def test_what_came_after_the_checkpoint_is_an_insert_too(replay, address, spec, eventually):
     """Counted by the checkpoint alone, each restart would let the learner sample less for ever (ml-agents PR#4038)."""
     plan = {"samples_per_insert": 1.0, "num_updates_per_call": 100}
-    sink = replay.make_sink(address, sample())
+    sink = replay.make_sink(ReplayServers([address]), sample())
     first = make_source(replay, address, spec, **plan)
     first.restore({})
     write(sink, episode(0, 12))
@@ -388,7 +391,7 @@ def test_what_came_after_the_checkpoint_is_an_insert_too(replay, address, spec, 
     flush(sink)
     eventually(lambda: first.is_ready() and first.account()["held"] == 24)
     first.close()
-    sink_of_another = replay.make_sink(address, sample())
+    sink_of_another = replay.make_sink(ReplayServers([address]), sample())
     write(sink_of_another, episode(200, 12))  # in the queue, taken in by nobody
     flush(sink_of_another)
 
@@ -403,7 +406,7 @@ def test_what_came_after_the_checkpoint_is_an_insert_too(replay, address, spec, 
 
 def test_several_replicas_each_hold_a_share(replay, address, spec, eventually):
     """Two whole copies would halve what fits; a share that stays empty would train on nothing."""
-    sink = replay.make_sink(address, sample())
+    sink = replay.make_sink(ReplayServers([address]), sample())
     source = make_source(replay, address, spec, num_updates_per_call=100)
     source._mirrors = [Mirror(spec, 2, 500) for _ in range(2)]
     source.restore({})
@@ -443,7 +446,7 @@ def test_a_replay_larger_than_the_memory_is_refused_with_the_numbers(address, sp
 
 def test_both_tables_hold_each_chunk(replay, address, spec):
     """What reached the learner alone could not come back from the server."""
-    sink = replay.make_sink(address, sample())
+    sink = replay.make_sink(ReplayServers([address]), sample())
     write(sink, episode(0, 20))
     flush(sink)
     info = reverb.Client(address).server_info(timeout=5)
@@ -453,7 +456,7 @@ def test_both_tables_hold_each_chunk(replay, address, spec):
 def test_a_crashed_episode_gives_no_window_over_the_crash(replay, address, spec, eventually):
     """A step from before the crash followed by one of the fresh environment is a transition that never was."""
     plan = {"num_environments": 2, "initial_collect_steps": 1, "num_updates_per_call": 100}
-    sink = replay.make_sink(address, sample(**plan))
+    sink = replay.make_sink(ReplayServers([address]), sample(**plan))
     source = make_source(replay, address, spec, **plan)
     source.restore({})
     junk = episode(-1, 0)
@@ -477,7 +480,7 @@ def test_a_capacity_below_the_warm_up_is_refused():
 def test_a_strangers_item_is_left_out_and_harms_nobody(replay, address, spec, eventually):
     """Reverb's server takes any item; sampled from the durable table, one would end every restarted learner."""
     plan = {"samples_per_insert": 1.0, "num_updates_per_call": 100}
-    sink = replay.make_sink(address, sample())
+    sink = replay.make_sink(ReplayServers([address]), sample())
     source = make_source(replay, address, spec, **plan)
     source.restore({})
     write(sink, episode(0, 12))

@@ -9,6 +9,7 @@ from tf_agents.specs import tensor_spec
 
 from actorlearner.experiment import load_experiment
 from actorlearner.replay.resident import Mirror, ResidentSource
+from actorlearner.replay.servers import ReplayServers
 from actorlearner.roles.learner import TimeShares, make_train_function
 
 NUM_UPDATES = 7
@@ -47,7 +48,12 @@ def train(jit_compile, initial=None):
     mirror = Mirror(spec, agent.train_sequence_length, 10)
     mirror.add(mirror.make_block(one_window(spec, agent.train_sequence_length)))
     source = ResidentSource(
-        "localhost:1", [mirror], batch_size=8, initial_collect_steps=0, samples_per_insert=1.0, error_buffer=1.0
+        ReplayServers(["localhost:1"]),
+        [mirror],
+        batch_size=8,
+        initial_collect_steps=0,
+        samples_per_insert=1.0,
+        error_buffer=1.0,
     )
     function = make_train_function(agent, train_step, source, strategy, jit_compile=jit_compile)
     scalars = function(source.handle, tf.constant(NUM_UPDATES))

@@ -21,7 +21,8 @@ from tests.e2e.processes import Processes
 def directory(tmp_path):
     directory = RunDirectory(tmp_path)
     numbers = {"train_step": 7, "train_steps_per_sec": 9.5, "seconds_left": None}
-    status = {"phase": "training", **numbers, "replay": {"held": 3}, "time": 100.0}
+    replay = {"held": 3, "servers": {"a:1": True, "b:2": False}}
+    status = {"phase": "training", **numbers, "replay": replay, "time": 100.0}
     directory.write_json(directory.status, status)
     directory.add_metrics("train", {"train_step": 5, "loss": 1.5})
     directory.add_metrics("train", {"train_step": 7, "loss": 0.5})
@@ -47,6 +48,8 @@ def test_the_newest_numbers_are_told_and_what_is_no_number_is_left_out(directory
         "actorlearner_train_step": 7,
         "actorlearner_train_steps_per_second": 9.5,
         "actorlearner_replay_held": 3,
+        "actorlearner_replay_server_answers{'address': 'a:1'}": 1,
+        "actorlearner_replay_server_answers{'address': 'b:2'}": 0,
         "actorlearner_train_train_step": 7,
         "actorlearner_train_loss": 0.5,
         "actorlearner_evaluation_train_step": 6,

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Optional, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Optional, Protocol
 
 import numpy as np
 import reverb
 import tensorflow as tf
 
-from actorlearner.runtime.lifecycle import ExitCode, RoleError, Stop
-from actorlearner.runtime.messages import await_server, check_signature
+from actorlearner.runtime.lifecycle import ExitCode, RoleError
+from actorlearner.runtime.messages import check_signature
+
+if TYPE_CHECKING:
+    from actorlearner.replay.servers import ReplayServers
 
 RANDOM_POLICY = -1
 """Stands for "no weights acted" where the train step of the acting weights is asked for."""
@@ -120,10 +123,11 @@ class BatchSource(Protocol):
         """Returns whether there is enough to train on; blocks at most some seconds."""
         ...
 
-    def account(self) -> dict[str, float]:
+    def account(self) -> dict[str, Any]:
         """Returns `held`, `inserts`, `samples` and `ahead`, the samples allowed less those made; for people and tools.
 
-        Empty when the server, asked for at most a second, does not answer.
+        Of several servers also `servers`: whether each, by its address, answers. Empty when the server, asked for at
+        most a second, does not answer.
         """
         ...
 
@@ -141,6 +145,9 @@ class Replay(Protocol):
     can_lock_step: ClassVar[bool]
     """Whether actor and learner can take turns, with samples that are the same in every run of one seed."""
 
+    can_spread: ClassVar[bool]
+    """Whether several servers can hold it between them."""
+
     def check(self, *, initial_collect_steps: int) -> None:
         """Raises `ValueError` when its settings do not fit the schedule's."""
 
@@ -152,22 +159,22 @@ class Replay(Protocol):
         """Returns the server's tables. Raises `ValueError` when their settings contradict each other."""
         ...
 
-    def is_warm(self, address: str, initial_collect_steps: int) -> Optional[bool]:
-        """Returns whether the table as a whole holds `initial_collect_steps`; None when only the learner can tell.
+    def is_warm(self, servers: ReplayServers, initial_collect_steps: int) -> Optional[bool]:
+        """Returns whether the replay as a whole holds `initial_collect_steps`; None when only the learner can tell.
 
         Raises:
           Unreachable: The server does not answer.
         """
         ...
 
-    def make_sink(self, address: str, sampling: Sampling) -> TrajectorySink:
-        """Returns a writer for the steps of one actor's environments."""
+    def make_sink(self, servers: ReplayServers, sampling: Sampling) -> TrajectorySink:
+        """Returns a writer for the steps of one actor's environments, to `servers.mine()`."""
         ...
 
     def make_source(
-        self, address: str, step_spec: Any, sampling: Sampling, strategy: tf.distribute.Strategy
+        self, servers: ReplayServers, step_spec: Any, sampling: Sampling, strategy: tf.distribute.Strategy
     ) -> BatchSource:
-        """Returns the learner's side.
+        """Returns the learner's side, which reads all servers.
 
         Raises:
           RoleError: It does not fit into the memory there is (USAGE).
@@ -175,14 +182,17 @@ class Replay(Protocol):
         ...
 
 
-def await_tables(address: str, signatures: Mapping[str, Any], *, stop: Stop, deadline_secs: float) -> None:
-    """Returns once the replay server answers and its tables hold what `signatures` says.
+def check_tables(address: str, tables: Mapping[str, Any], signatures: Mapping[str, Any]) -> None:
+    """Returns when a replay server's tables hold what `signatures` says.
+
+    Args:
+      address: The server's.
+      tables: Reverb's `TableInfo` by table name.
+      signatures: Of the tables this experiment needs.
 
     Raises:
-      RoleError: It did not answer within `deadline_secs` seconds (UNAVAILABLE), or has no such tables (DATA).
-      Stopped: `stop` was set.
+      RoleError: It has no such tables, or they hold something else (DATA).
     """
-    tables = await_server("the replay server", address, stop=stop, deadline_secs=deadline_secs)
     for name, signature in signatures.items():
         if name not in tables:
             raise RoleError(

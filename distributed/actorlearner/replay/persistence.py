@@ -30,6 +30,7 @@ import tensorflow as tf
 from reverb.cc import schema_pb2
 from reverb.cc.checkpointing import checkpoint_pb2
 
+from actorlearner.replay.servers import ReplayServers
 from actorlearner.runtime import messages
 from actorlearner.runtime.lifecycle import ExitCode, RoleError
 from actorlearner.runtime.messages import Unreachable
@@ -83,15 +84,50 @@ class Answers:
 
 
 class Requests:
-    """The learner's side: asks for a checkpoint of the replay and says when it is whole, from a thread of its own."""
+    """The learner's side: asks every replay server for a checkpoint; those that are away have their last one."""
 
-    def __init__(self, address: str, learner: int, *, patience_secs: float = 120.0):
+    def __init__(self, servers: ReplayServers, learner: int, *, patience_secs: float = 120.0):
         """Args:
-        address: The replay server's.
+        servers: Whom to ask.
         learner: A number no other learner has.
         patience_secs: A request without an answer is given up, with a warning, after this time.
         """
+        self._servers = servers
+        self._by_address: dict[str, _Requests] = {}
+
+        def add(address: str) -> None:
+            where = f" at {address}" if len(servers.all()) > 1 else ""
+            self._by_address[address] = _Requests(address, learner, patience_secs, where)
+
+        servers.for_each(add)
+
+    def ask(self, train_step: int) -> None:
+        """Asks for a checkpoint beside the learner's own of this train step; never blocks."""
+        for requests in tuple(self._by_address.values()):
+            requests.ask(train_step)
+
+    def wait(self, secs: float) -> bool:
+        """Returns whether each server that is there has answered the last request; blocks at most `secs` seconds."""
+        deadline = time.monotonic() + secs
+        away = self._servers.away()
+        return all(
+            requests.wait(deadline - time.monotonic())
+            for address, requests in tuple(self._by_address.items())
+            if address not in away
+        )
+
+    def close(self) -> None:
+        """Stops asking; never blocks."""
+        for requests in tuple(self._by_address.values()):
+            requests.close()
+
+
+class _Requests:
+    """Asks one server, and says when its checkpoint is whole, from a thread of its own."""
+
+    def __init__(self, address: str, learner: int, patience_secs: float, where: str):
         self._address = address
+        self._where = where
         self._learner = learner
         self._patience_secs = patience_secs
         self._sender = messages.Sender(address)
@@ -105,19 +141,16 @@ class Requests:
         self._thread.start()
 
     def ask(self, train_step: int) -> None:
-        """Asks for a checkpoint beside the learner's own of this train step; never blocks."""
         with self._news:
             self._number += 1
             self._wanted = Due(train_step, self._learner, self._number)
             self._news.notify_all()
 
     def wait(self, secs: float) -> bool:
-        """Returns whether the last checkpoint asked for was answered; blocks at most `secs` seconds."""
         with self._news:
             return self._news.wait_for(lambda: self._answered >= self._number, timeout=secs)
 
     def close(self) -> None:
-        """Stops asking; never blocks."""
         with self._news:
             self._closing = True
             self._news.notify_all()
@@ -152,13 +185,14 @@ class Requests:
                         self._answered = due.number
                         self._news.notify_all()
                     if int(row["is_saved"]):
-                        logging.info("train step %d is saved: learner and replay", due.train_step)
+                        logging.info("train step %d is saved: learner and replay%s", due.train_step, self._where)
                     else:
                         logging.log(
                             logging.DEBUG if self._has_warned else logging.WARNING,
-                            "train step %d is saved without its replay, which the replay server could not write: its "
+                            "train step %d is saved without its replay, which the replay server%s could not write: its "
                             "log says why. A resumed run goes on with the replay's last checkpoint, if there is one.",
                             due.train_step,
+                            self._where,
                         )
                     self._has_warned = not int(row["is_saved"])
                     return
@@ -223,7 +257,8 @@ class TableCheckpoints:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise RoleError(
-                f"another replay server keeps its checkpoints in '{folder}'. Stop it, or give another --root_dir.",
+                f"another replay server keeps its checkpoints in '{folder}'. Stop it, or give another --root_dir or "
+                "--task.",
                 ExitCode.OCCUPIED,
             ) from error
         except OSError as error:

@@ -3,6 +3,8 @@
 collect actors --chunks--> [stream, a queue] --> learner's mirror --windows--> agent.train
                \\--chunks--> [experience, durable] --> refills the mirror of a restarted learner
 
+Of several replay servers each has both tables. An actor writes to one, the learner reads all.
+
 A chunk is what one actor's environments did in a row of steps: [num_environments, length, ...]. It needs no other: the
 last `num_steps - 1` steps of one open the next, so each window of an episode lies in exactly one chunk, as each is
 exactly one item in a stock TF-Agents table.
@@ -31,10 +33,11 @@ from tf_agents.specs import tensor_spec
 from tf_agents.trajectories import StepType
 
 from actorlearner.replay.base import Sampling, describe_account
+from actorlearner.replay.servers import ReplayServers
 from actorlearner.runtime.configuration import PositiveFloat, PositiveInt
 from actorlearner.runtime.devices import compute_devices, free_host_bytes
 from actorlearner.runtime.lifecycle import ExitCode, RoleError
-from actorlearner.runtime.messages import each_within, read_server_info
+from actorlearner.runtime.messages import Unreachable, each_within, read_server_info
 from actorlearner.runtime.tls_tunnel import reach
 
 EXPERIENCE_TABLE = "experience"
@@ -70,6 +73,7 @@ class ResidentReplay:
     stream_length: PositiveInt = 4
 
     can_lock_step: ClassVar[bool] = True
+    can_spread: ClassVar[bool] = True
 
     def check(self, *, initial_collect_steps: int) -> None:
         """Raises `ValueError` when the mirror could never hold what training waits for."""
@@ -115,15 +119,15 @@ class ResidentReplay:
         windows_per_chunk = sampling.num_environments * (self._num_rows(sampling) - sampling.num_steps + 1)
         return math.ceil(2 * self.replay_buffer_capacity / windows_per_chunk)
 
-    def is_warm(self, address: str, initial_collect_steps: int) -> Optional[bool]:
+    def is_warm(self, servers: ReplayServers, initial_collect_steps: int) -> Optional[bool]:
         """Returns None: only the learner knows how many windows it was sent."""
-        del address, initial_collect_steps
+        del servers, initial_collect_steps
         return None
 
-    def make_sink(self, address: str, sampling: Sampling) -> ChunkSink:
+    def make_sink(self, servers: ReplayServers, sampling: Sampling) -> ChunkSink:
         """Returns a writer of chunks. See `Replay.make_sink`."""
         return ChunkSink(
-            reverb.Client(reach(address)),
+            servers,
             sampling.num_steps,
             sampling.num_environments,
             self._num_rows(sampling),
@@ -131,9 +135,9 @@ class ResidentReplay:
         )
 
     def make_source(
-        self, address: str, step_spec: Any, sampling: Sampling, strategy: tf.distribute.Strategy
+        self, servers: ReplayServers, step_spec: Any, sampling: Sampling, strategy: tf.distribute.Strategy
     ) -> ResidentSource:
-        """Returns the mirror, a share of it on each replica's device, with a thread that reads the queue.
+        """Returns the mirror, a share of it on each replica's device, with a thread that reads each server's queue.
 
         Raises:
           RoleError: It does not fit (USAGE).
@@ -157,7 +161,7 @@ class ResidentReplay:
             raise AssertionError from error
         ratio = self.samples_per_insert or sampling.samples_per_insert
         return ResidentSource(
-            address,
+            servers,
             mirrors,
             batch_size=sampling.batch_size,
             initial_collect_steps=sampling.initial_collect_steps,
@@ -178,25 +182,31 @@ class ResidentReplay:
 
 
 class ChunkSink:
-    """Writes what one actor's environments do as chunks. See `TrajectorySink`."""
+    """Writes what one actor's environments do as chunks. See `TrajectorySink`.
 
-    def __init__(self, client: reverb.Client, num_steps: int, num_environments: int, num_rows: int, chunk_secs: float):
+    Each chunk goes to the server that is the actor's own at that moment. If that is another before the chunk is
+    confirmed, it goes there as well, under its number: the learner leaves out what it has had.
+    """
+
+    def __init__(self, servers: ReplayServers, num_steps: int, num_environments: int, num_rows: int, chunk_secs: float):
         self.num_chunks = 0
         self._num_steps = num_steps
         self._num_environments = num_environments
         self._num_rows = num_rows
         self._chunk_secs = chunk_secs
-        self._writer = client.trajectory_writer(num_keep_alive_refs=1, validate_items=False)
+        self._servers = servers
+        self._address = servers.mine()
+        self._writer = _make_writer(self._address)
         self._columns: Any = None  # leaves of a chunk, [num_rows, num_environments, ...]
         self._acted_at = np.zeros(num_rows, np.int64)
         self._ends_run = np.zeros((num_rows, num_environments), bool)
         self._length = 0  # rows filled; a new chunk begins with the last ones of the chunk before
         self._opened_at = 0.0
-        self._is_sending = False
+        self._sending: Any = None  # the chunk that is not confirmed yet
 
     def append(self, steps: Any, acted_at: int, crashed: np.ndarray) -> None:
         """Adds one step per environment and hands the chunk to the writer when it is full or old."""
-        assert not self._is_sending, "append while blocked: ask is_blocked first"
+        assert self._sending is None, "append while blocked: ask is_blocked first"
         now = time.monotonic()
         leaves = tree.flatten(steps)
         if self._columns is None:
@@ -224,47 +234,60 @@ class ChunkSink:
         # Always whole arrays, though only `length` rows count: a writer's columns must keep their shapes.
         columns = [np.ascontiguousarray(np.swapaxes(column, 0, 1)) for column in self._columns]
         # Ordered by time, so that a restarted learner knows which are the oldest; the last bits tell actors apart.
-        chunk = (time.time_ns() & ~0xFFFF) | secrets.randbits(16)
-        self._writer.append(
-            {
-                "acted_at": self._acted_at.copy(),
-                "chunk": np.int64(chunk),
-                "ends_run": np.ascontiguousarray(self._ends_run.T),
-                "length": np.int64(length),
-                "step": tree.unflatten_as(self._structure, columns),
-            }
-        )
+        number = (time.time_ns() & ~0xFFFF) | secrets.randbits(16)
+        self._sending = {
+            "acted_at": self._acted_at.copy(),
+            "chunk": np.int64(number),
+            "ends_run": np.ascontiguousarray(self._ends_run.T),
+            "length": np.int64(length),
+            "step": tree.unflatten_as(self._structure, columns),
+        }
+        self._write()
+        for array in (*self._columns, self._acted_at, self._ends_run):
+            array[:kept] = array[length - kept : length].copy()
+        self._length = kept
+        self.num_chunks += 1
+
+    def _write(self) -> None:
+        address = self._servers.mine()
+        if address != self._address:
+            logging.info("writing to the replay server at %s from here on", address)
+            # With its server away it takes about a second to close, and what it still holds need not arrive.
+            threading.Thread(target=self._writer.close, name="closing writer", daemon=True).start()
+            self._address, self._writer = address, _make_writer(address)
+        self._writer.append(self._sending)
         trajectory = tree.map_structure(lambda column: column[-1], self._writer.history)
         # First the durable table: what reaches the learner must be there to come back from.
         for table in (EXPERIENCE_TABLE, STREAM_TABLE):
             self._writer.create_item(table, priority=1.0, trajectory=trajectory)
-        for array in (*self._columns, self._acted_at, self._ends_run):
-            array[:kept] = array[length - kept : length].copy()
-        self._length = kept
-        self._is_sending = True
-        self.num_chunks += 1
 
     def is_blocked(self) -> bool:
         """Returns whether the queue has not taken the last chunk. See `TrajectorySink.is_blocked`."""
-        if not self._is_sending:
+        if self._sending is None:
             return False
         try:
             self._writer.flush(timeout_ms=500)
         except reverb.errors.DeadlineExceededError:
+            if self._servers.mine() != self._address:
+                self._write()
             return True
-        self._is_sending = False
+        self._sending = None
         return False
 
     def close(self, timeout_secs: float) -> None:
         """Sends the chunk under way if the one before was taken; blocks at most `timeout_secs` seconds."""
-        if not self._is_sending and self._length >= self._num_steps:
+        if self._sending is None and self._length >= self._num_steps:
             self._send()
-        if self._is_sending:
+        if self._sending is not None:
             try:
                 self._writer.flush(timeout_ms=int(timeout_secs * 1000))
-                self._is_sending = False
+                self._sending = None
             except (reverb.errors.ReverbError, RuntimeError):
                 logging.debug("the last chunk was not confirmed")
+
+
+def _make_writer(address: str) -> reverb.TrajectoryWriter:
+    return reverb.Client(reach(address)).trajectory_writer(num_keep_alive_refs=1, validate_items=False)
 
 
 class Mirror:
@@ -471,20 +494,21 @@ def _unpack_ids(text: str) -> list[int]:
 
 
 class ResidentSource:
-    """Feeds the mirrors from the queue and keeps samples per insert, in both directions. See `BatchSource`.
+    """Feeds the mirrors from the queues and keeps samples per insert, in both directions. See `BatchSource`.
 
     ahead = (inserts - initial_collect_steps) * samples_per_insert - samples stays within the error buffer: beyond it
-    the queue is not read, fills, and holds the actors back; below it no update is allowed.
+    no queue is read, they fill, and hold the actors back; below it no update is allowed.
 
-    A thread reads the queue and writes each chunk into its mirror while the compiled loop runs; between two calls it is
-    only revealed.
+    A thread for each server reads its queue and writes each chunk into its mirror while the compiled loop runs; between
+    two calls it is only revealed. A server that was away when this process began, or that joined since, is first read
+    whole, as the others were at the beginning.
     """
 
     can_fuse = True
 
     def __init__(
         self,
-        address: str,
+        servers: ReplayServers,
         mirrors: Sequence[Mirror],
         *,
         batch_size: int,
@@ -494,16 +518,16 @@ class ResidentSource:
         num_durable_chunks: int = MAX_KNOWN_CHUNKS,
     ):
         """Args:
-        address: The replay server's.
+        servers: To read.
         mirrors: One for each replica, which draws its part of a batch from it; chunks go to them in turn.
         batch_size: Windows in one update, over all replicas together.
         initial_collect_steps: Windows inserted before training begins.
         samples_per_insert: The ratio to keep.
         error_buffer: How many samples it may be off.
-        num_durable_chunks: Chunks that the server holds at most.
+        num_durable_chunks: Chunks that a server holds at most.
         """
         self.handle = tf.constant(0)  # nothing to pass: the mirrors are captured
-        self._address = address
+        self._servers = servers
         self._mirrors = mirrors
         self._batch_size = batch_size
         self._initial_collect_steps = initial_collect_steps
@@ -512,48 +536,53 @@ class ResidentSource:
         self._num_durable_chunks = num_durable_chunks
         self._inserts = self._samples = 0
         self.num_chunks = 0  # those the mirrors hold or held
-        self._num_chunks = 0
+        self._turns = itertools.count()  # of the mirrors
         self._num_staged = 0  # windows written to the mirrors and not revealed yet
         self._misfit: Optional[ValueError] = None  # a chunk that no mirror can hold
-        self._known_chunks: dict[int, None] = {}  # a set that remembers its order
+        self._known_chunks: dict[int, bool] = {}  # counted as inserts, oldest first: whether they were written too
         self._changed = threading.Condition()  # guards all of the above but the mirrors
+        self._writing = threading.Lock()  # mirrors have one writer at a time, and what it took counts for the next
         self._closing = False
-        self._reader: Optional[threading.Thread] = None
 
     def restore(self, counts: Mapping[str, Any]) -> None:
-        """Goes on from a checkpoint's counts; the mirror is filled from the durable table.
+        """Goes on from a checkpoint's counts; the mirror is filled from the durable tables.
 
-        What the server holds but the checkpoint did not count is counted now, so the samples-per-insert account is
-        exact whichever of the two was saved later. May be called again after it raised.
+        What the servers hold but the checkpoint did not count is counted now, so the samples-per-insert account is
+        exact whichever of them was saved later. A server that is away is read when it is back. May be called again
+        after it raised.
 
         Raises:
-          Unreachable, tf.errors.OpError: The server is away; nothing was changed.
+          Unreachable, tf.errors.OpError: All servers are away; nothing was changed.
         """
-        chunks = self._read_experience()
-        # The checkpoint counts the chunks it knew; those that came to the server later are inserts as well. Without a
+        chunks, were_read = self._read_all_experience()
+        # The checkpoint counts the chunks it knew; those that came to a server later are inserts as well. Without a
         # checkpoint all are: what a learner before this one was sent still counts for the warm-up.
-        counted = set(_unpack_ids(counts.get("chunks", "")))
+        self._known_chunks = dict.fromkeys(reversed(_unpack_ids(counts.get("chunks", ""))), False)
+        self._inserts = counts.get("inserts", 0)
+        self._samples = counts.get("samples", 0)
         num_new = 0
         for number in sorted(chunks):  # in the order they were sent: the oldest leave first
-            num_windows = self._stage(chunks[number], make_room=self._ingest)
-            num_new += 0 if number in counted else num_windows
+            num_new += self._stage(chunks[number], make_room=self._ingest)
             self._ingest()
         if chunks:
             logging.info(
-                "%d windows came back from the replay server, %d of them inserted after the checkpoint",
+                "%d windows came back from the replay server%s, %d of them inserted after the checkpoint",
                 self._num_windows(),
+                "s" if len(self._servers.all()) > 1 else "",
                 num_new,
             )
-        self._inserts = counts.get("inserts", 0) + num_new
-        self._samples = counts.get("samples", 0)
-        self._reader = threading.Thread(target=self._read_stream, name="ingest", daemon=True)
-        self._reader.start()
+
+        def start_reading(address: str) -> None:
+            arguments = (address, address in were_read)
+            threading.Thread(target=self._read, args=arguments, name=f"ingest {address}", daemon=True).start()
+
+        self._servers.for_each(start_reading)
 
     def counts(self) -> dict[str, Any]:
         """Returns what a checkpoint keeps."""
         with self._changed:
-            # The newest known are those that the server may still hold.
-            known = list(itertools.islice(reversed(self._known_chunks), self._num_durable_chunks))
+            # The newest known are those that the servers may still hold.
+            known = list(itertools.islice(reversed(self._known_chunks), self._max_durable_chunks()))
             inserts = self._inserts + self._num_staged
         return {"inserts": inserts, "samples": self._samples, "chunks": _pack_ids(known)}
 
@@ -594,19 +623,22 @@ class ResidentSource:
             return False
         return self._samples > 0 or self._inserts >= self._initial_collect_steps
 
-    def account(self) -> dict[str, float]:
+    def account(self) -> dict[str, Any]:
         """Returns how the replay stands, in figures. See `BatchSource.account`."""
+        servers, away = self._servers.all(), self._servers.away()
+        several = {"servers": {address: address not in away for address in servers}} if len(servers) > 1 else {}
         return {
             "held": self._num_windows(),
             "inserts": self._inserts + self._num_staged,
             "samples": self._samples,
             "ahead": self._ahead(),
             "error_buffer": self._error_buffer,
+            **several,
         }
 
     def describe(self) -> str:
         """Returns how the replay stands, in words; never blocks."""
-        return describe_account(
+        account = describe_account(
             self._num_windows(),
             self._inserts,
             self._samples,
@@ -615,12 +647,13 @@ class ResidentSource:
             least=self._batch_size - self._error_buffer,
             most=self._error_buffer,
         )
+        return account + self._servers.describe()
 
     def renew(self) -> None:
-        """Nothing to renew: the reader thread looks after itself."""
+        """Nothing to renew: the readers look after themselves."""
 
     def close(self) -> None:
-        """Stops the reader; never blocks."""
+        """Stops the readers; never blocks."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -645,85 +678,134 @@ class ResidentSource:
                 self._num_staged -= num_windows
                 self._changed.notify_all()
 
-    def _read_stream(self) -> None:
+    def _read(self, address: str, was_read: bool) -> None:
+        """Takes in what the server at `address` holds, unless that `was_read`, and from then on what it is sent."""
         while not self._closing:
             try:
-                for sample in self._dataset(STREAM_TABLE, rate_limiter_timeout_ms=1_000):
+                if not was_read:
+                    self._take_in_late(address)
+                    was_read = True
+                for sample in self._read_queue(address):
                     chunk = tree.map_structure(lambda tensor: tensor.numpy(), sample.data)
                     if _fits(tree.flatten(chunk), sample.data):
-                        self._stage(chunk, make_room=self._await_reveal)
+                        self._stage(chunk, make_room=self._await_reveal, is_held_back=True)
                     else:
-                        self._warn_of_stranger("its parts do not belong together")
-                    with self._changed:
-                        self._changed.wait_for(lambda: self._closing or self._ahead() <= self._error_buffer)
+                        self._warn_of_stranger(address, "its parts do not belong together")
                     if self._closing:
                         return
             except ValueError as error:
                 self._misfit = error
                 return
             except tf.errors.InvalidArgumentError as error:
-                self._warn_of_stranger(error.message.splitlines()[0])
-            except tf.errors.OpError as error:
-                logging.debug("reading '%s' at %s: %s", STREAM_TABLE, self._address, error.message)
+                self._warn_of_stranger(address, error.message.splitlines()[0])
+            except (tf.errors.OpError, reverb.errors.ReverbError, Unreachable, RuntimeError) as error:
+                logging.debug("reading from the replay server at %s: %s", address, error)
                 with self._changed:
                     self._changed.wait_for(lambda: self._closing, timeout=0.5)
 
-    def _warn_of_stranger(self, why: str) -> None:
+    def _take_in_late(self, address: str) -> None:
+        chunks = self._read_experience(address)
+        num_new = sum(self._stage(chunks[number], make_room=self._await_reveal) for number in sorted(chunks))
+        if chunks and not self._closing:
+            logging.info(
+                "%d chunks came back from the replay server at %s, with %d windows inserted after the checkpoint",
+                len(chunks),
+                address,
+                num_new,
+            )
+
+    def _warn_of_stranger(self, address: str, why: str) -> None:
         logging.warning(
             "an item in the table '%s' at %s is not this experiment's and is left out: %s. Some other client inserts "
             "there; keep its port on a network you trust.",
             STREAM_TABLE,
-            self._address,
+            address,
             why,
         )
 
-    def _stage(self, chunk: Mapping[str, Any], make_room: Callable[[], None]) -> int:
-        """Writes a chunk to its mirror and returns its windows; 0 when it was had before, or when closing.
+    def _stage(self, chunk: Mapping[str, Any], make_room: Callable[[], None], is_held_back: bool = False) -> int:
+        """Writes a chunk to its mirror and returns how many inserts it adds; 0 if it was counted before, or closing.
 
-        A restored server hands some out twice.
+        A restored server hands some out twice, and what a server did not confirm before it went away was sent to
+        another too.
 
         Args:
           chunk: As it was sent.
           make_room: Called, again and again, while the mirror has no room.
+          is_held_back: Whether it waits while the actors are too far ahead.
         """
         number = int(chunk["chunk"])
-        if number in self._known_chunks:
+        if self._known_chunks.get(number):
             return 0
-        mirror = self._mirrors[self._num_chunks % len(self._mirrors)]
+        mirror = self._mirrors[next(self._turns) % len(self._mirrors)]
         block = mirror.make_block(chunk)
-        while not mirror.has_room(block):
-            if self._closing:
+        with self._writing:
+            if is_held_back:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._closing or self._ahead() <= self._error_buffer)
+            if self._closing or self._known_chunks.get(number):
                 return 0
-            make_room()
-        mirror.write(block)
-        with self._changed:
-            self._num_chunks += 1
-            self._known_chunks[number] = None
-            if len(self._known_chunks) > MAX_KNOWN_CHUNKS:
-                del self._known_chunks[next(iter(self._known_chunks))]
-            self._num_staged += len(block.starts)
-            self._changed.notify_all()
-        return len(block.starts)
+            while not mirror.has_room(block):
+                if self._closing:
+                    return 0
+                make_room()
+            mirror.write(block)
+            with self._changed:
+                is_new = number not in self._known_chunks
+                self._known_chunks[number] = True
+                if len(self._known_chunks) > max(MAX_KNOWN_CHUNKS, self._max_durable_chunks()):
+                    del self._known_chunks[next(iter(self._known_chunks))]
+                self._num_staged += len(block.starts)
+                if not is_new:  # the checkpoint counts it: together these two stay what they were
+                    self._inserts -= len(block.starts)
+                self._changed.notify_all()
+        return len(block.starts) if is_new else 0
+
+    def _max_durable_chunks(self) -> int:
+        return self._num_durable_chunks * len(self._servers.all())
 
     def _await_reveal(self) -> None:
         with self._changed:
             self._changed.wait(timeout=0.05)
 
-    def _read_experience(self) -> dict[int, Any]:
-        """Returns every chunk of the durable table by its number, in no order; sampled, as Reverb lists none."""
-        client = reverb.Client(reach(self._address))
+    def _read_all_experience(self) -> tuple[dict[int, Any], Sequence[str]]:
+        """Returns the chunks of all durable tables by number, and the servers they are from; others are away.
+
+        Raises:
+          Unreachable, tf.errors.OpError: All are away.
+        """
+        chunks: dict[int, Any] = {}
+        addresses, away = self._servers.all(), self._servers.away()
+        were_read: list[str] = []
+        for address in addresses:
+            try:
+                if address in away:
+                    raise Unreachable(f"no Reverb server answers at {address}")
+                chunks.update(self._read_experience(address))
+                were_read.append(address)
+            except (Unreachable, tf.errors.OpError) as error:
+                if address == addresses[-1] and not were_read:
+                    raise
+                logging.warning("%s; what it holds is read when it is back", error)
+        return chunks, were_read
+
+    def _read_experience(self, address: str) -> dict[int, Any]:
+        """Returns every chunk of a durable table by its number, in no order; sampled, as Reverb lists none."""
+        client = reverb.Client(reach(address))
         chunks: dict[int, Any] = {}
         misfits: set[int] = set()  # of strangers: Reverb's server takes what its client did not check
         num_draws, size = 0, 1
         # Drawing n of n with replacement takes about n ln n draws; the bound leaves room and ends if others write. The
         # client's own sampler is ten times as fast as a dataset here.
         while len(chunks) < size and num_draws < size * (np.log(size) + 8):
-            table = read_server_info(self._address, timeout_secs=5)[EXPERIENCE_TABLE]
+            table = read_server_info(address, timeout_secs=5).get(EXPERIENCE_TABLE)
+            if table is None:
+                raise Unreachable(f"the server at {address} has no table '{EXPERIENCE_TABLE}'")
             size = table.current_size - len(misfits)
             if size <= 0:
                 break
             samples = client.sample(EXPERIENCE_TABLE, num_samples=size, emit_timesteps=False)
-            for sample in each_within(RESTORE_SILENT_SECS, samples, f"table '{EXPERIENCE_TABLE}' at {self._address}"):
+            for sample in each_within(RESTORE_SILENT_SECS, samples, f"table '{EXPERIENCE_TABLE}' at {address}"):
                 if not _fits(sample.data, table.signature):
                     misfits.add(sample.info.key)
                     continue
@@ -736,16 +818,17 @@ class ResidentSource:
                 "inserts there. Keep its port on a network you trust.",
                 len(misfits),
                 EXPERIENCE_TABLE,
-                self._address,
+                address,
             )
         return chunks
 
-    def _dataset(self, table: str, *, rate_limiter_timeout_ms: int, in_flight: int = 2) -> reverb.TrajectoryDataset:
+    def _read_queue(self, address: str) -> reverb.TrajectoryDataset:
+        """Returns what the queue hands out, one chunk after another; ends when nothing came for a second."""
         return reverb.TrajectoryDataset.from_table_signature(
-            reach(self._address),
-            table,
-            max_in_flight_samples_per_worker=in_flight,
+            reach(address),
+            STREAM_TABLE,
+            max_in_flight_samples_per_worker=2,
             num_workers_per_iterator=1,
-            rate_limiter_timeout_ms=rate_limiter_timeout_ms,
+            rate_limiter_timeout_ms=1_000,
             get_signature_timeout_secs=5,
         )

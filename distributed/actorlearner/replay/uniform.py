@@ -17,6 +17,7 @@ from tf_agents.specs import tensor_spec
 from tf_agents.trajectories import StepType
 
 from actorlearner.replay.base import Sampling, describe_account
+from actorlearner.replay.servers import ReplayServers
 from actorlearner.runtime.configuration import PositiveFloat, PositiveInt
 from actorlearner.runtime.messages import Unreachable, read_server_info
 from actorlearner.runtime.tls_tunnel import reach
@@ -67,6 +68,7 @@ class UniformReplay:
     max_pending_items: PositiveInt = 64
 
     can_lock_step: ClassVar[bool] = False  # Reverb's selectors cannot be seeded
+    can_spread: ClassVar[bool] = False  # its rate limiter knows of one table
 
     def check(self, *, initial_collect_steps: int) -> None:
         """Raises `ValueError` when the table could never hold what training waits for."""
@@ -101,9 +103,9 @@ class UniformReplay:
             )
         ]
 
-    def is_warm(self, address: str, initial_collect_steps: int) -> Optional[bool]:
+    def is_warm(self, servers: ReplayServers, initial_collect_steps: int) -> Optional[bool]:
         """Returns whether the table holds `initial_collect_steps` items. See `Replay.is_warm`."""
-        table = read_server_info(address, timeout_secs=5)[REPLAY_TABLE]
+        table = read_server_info(servers.mine(), timeout_secs=5)[REPLAY_TABLE]
         # A queue is emptied as it fills.
         held = table.rate_limiter_info.insert_stats.completed if self.rate_limiter == "queue" else table.current_size
         return held >= initial_collect_steps
@@ -123,9 +125,9 @@ class UniformReplay:
             samples_per_insert=ratio, min_size_to_sample=min_size, error_buffer=error_buffer
         )
 
-    def make_sink(self, address: str, sampling: Sampling) -> WindowSink:
+    def make_sink(self, servers: ReplayServers, sampling: Sampling) -> WindowSink:
         """Returns a writer of overlapping `num_steps`-step items. See `Replay.make_sink`."""
-        client = reverb.Client(reach(address))
+        client = reverb.Client(reach(servers.mine()))
         return WindowSink(
             [
                 _EpisodeWriter(client, sampling.num_steps, self.chunk_length, self.max_pending_items)
@@ -134,9 +136,10 @@ class UniformReplay:
         )
 
     def make_source(
-        self, address: str, step_spec: Any, sampling: Sampling, strategy: tf.distribute.Strategy
+        self, servers: ReplayServers, step_spec: Any, sampling: Sampling, strategy: tf.distribute.Strategy
     ) -> ServerSampledSource:
-        """Returns batches sampled by the server at `address`, which keeps the ratio. See `Replay.make_source`."""
+        """Returns batches sampled by the one server, which keeps the ratio. See `Replay.make_source`."""
+        address = servers.mine()
         num_steps, batch_size = sampling.num_steps, sampling.batch_size
 
         def make_dataset(context: tf.distribute.InputContext) -> tf.data.Dataset:

@@ -23,8 +23,9 @@ from actorlearner import variable_container
 from actorlearner.cluster import Cluster
 from actorlearner.environments.batch import NotFinite
 from actorlearner.experiment import Experiment
-from actorlearner.replay.base import RANDOM_POLICY, Sampling, await_tables
-from actorlearner.reports import CollectReport, Reporter
+from actorlearner.replay.base import RANDOM_POLICY, Sampling
+from actorlearner.replay.servers import ReplayServers, refuse_several
+from actorlearner.reports import CollectReport, NewestReport
 from actorlearner.run_directory import RunDirectory
 from actorlearner.runtime.configuration import PositiveFloat
 from actorlearner.runtime.health import beat
@@ -60,6 +61,7 @@ def run_collect_actor(
       RoleError: A peer is unreachable past the deadline (UNAVAILABLE), the server's tables are those of another
         experiment (DATA), or `root_dir` cannot be written (CANNOT_CREATE).
     """
+    refuse_several(experiment.replay, cluster.replay_addresses)
     lock_step = experiment.schedule.lock_step
     if lock_step and cluster.task:
         raise RoleError(
@@ -73,15 +75,14 @@ def run_collect_actor(
     events = Events(events_folder)
     agent, train_step = experiment.make_agent()
     policy = agent.collect_policy
-    await_tables(
-        cluster.replay_address,
-        experiment.replay.table_signatures(agent.collect_data_spec),
-        stop=stop,
-        deadline_secs=cluster.peer_patience_secs,
+    servers = ReplayServers(cluster.replay_addresses, cluster.task)
+    servers.await_tables(
+        experiment.replay.table_signatures(agent.collect_data_spec), stop=stop, deadline_secs=cluster.peer_patience_secs
     )
     variable_container.await_container(
         cluster.variables_address, policy.variables(), stop=stop, deadline_secs=cluster.peer_patience_secs
     )
+    servers.watch(cluster.variables_address)
     weights = Subscriber(cluster.variables_address, policy.variables(), refresh_interval_secs=refresh_interval_secs)
     wait_until(  # a restarted actor must know that training is under way, or it acts at random
         weights.has_looked,
@@ -91,8 +92,8 @@ def run_collect_actor(
         setting="--peer_patience_secs",
         every_secs=0.05,
     )
-    collector = Collector(experiment, cluster, experiment.sampling(agent.train_sequence_length), life)
-    progress = Progress(cluster, Reporter(cluster.variables_address), events)
+    collector = Collector(experiment, cluster, servers, experiment.sampling(agent.train_sequence_length), life)
+    progress = Progress(cluster, NewestReport(cluster.variables_address), events)
     acting: Any = experiment.make_random_acting(
         policy, experiment.schedule.num_environments, "collect-actor", cluster.task, "random-actions"
     )
@@ -121,8 +122,10 @@ def run_collect_actor(
             progress.report(collector, int(train_step), events_interval_secs)
 
     progress.report(collector, int(train_step), events_interval_secs=0.0)
+    progress.await_sent(timeout_secs=5.0)
     collector.close()
     weights.close()
+    servers.close()
     logging.info("collected %d steps in %d episodes", collector.environment_steps, collector.episodes)
     return stop.exit_code if stop.is_set() else ExitCode.DONE
 
@@ -145,9 +148,12 @@ def _await_trained_policy(
 class Collector:
     """Steps a batch of environments and hands what they do to replay."""
 
-    def __init__(self, experiment: Experiment, cluster: Cluster, sampling: Sampling, life: int):
+    def __init__(
+        self, experiment: Experiment, cluster: Cluster, servers: ReplayServers, sampling: Sampling, life: int
+    ):
         num_environments = sampling.num_environments
         self._cluster = cluster
+        self._servers = servers
         self._replay = experiment.replay
         self._quota = sampling.initial_collect_steps
         self._lock_step = sampling.lock_step
@@ -155,7 +161,7 @@ class Collector:
         """Whether the last step was the last of a chunk."""
         # A restarted actor must not repeat the episodes of the process before it.
         self._environments = experiment.make_environments(num_environments, "collect-actor", cluster.task, life)
-        self._sink = experiment.replay.make_sink(cluster.replay_address, sampling)
+        self._sink = experiment.replay.make_sink(servers, sampling)
         self.environment_steps = self.episodes = 0
         with self._refusing_not_finite():
             self._time_step = self._environments.reset()
@@ -174,7 +180,7 @@ class Collector:
             return False
         self._asked_at = time.monotonic()
         try:
-            is_warm = self._replay.is_warm(self._cluster.replay_address, self._quota)
+            is_warm = self._replay.is_warm(self._servers, self._quota)
         except Unreachable:
             return False
         return phase >= Phase.TRAINING if is_warm is None else is_warm
@@ -290,7 +296,7 @@ class Collector:
 class Progress:
     """Tells the learner and TensorBoard how collecting goes."""
 
-    def __init__(self, cluster: Cluster, reporter: Reporter, events: Events):
+    def __init__(self, cluster: Cluster, reporter: NewestReport, events: Events):
         self._actor = secrets.randbits(62)
         self._task = cluster.task
         self._reporter = reporter
@@ -301,12 +307,16 @@ class Progress:
     def is_due(self, interval_secs: float) -> bool:
         return time.monotonic() - self._reported_at >= interval_secs
 
+    def await_sent(self, timeout_secs: float) -> None:
+        """Returns when the learner's queue has the last report, or after `timeout_secs` seconds."""
+        self._reporter.await_sent(timeout_secs)
+
     def report(self, collector: Collector, train_step: int, events_interval_secs: float) -> None:
-        """Sends the counts so far; blocks at most five seconds when the server is away."""
+        """Hands the counts so far to the thread that sends them."""
         self._reported_at = time.monotonic()
         rate = self._rate.update(collector.environment_steps)
         average_return = float(np.mean(collector.recent_returns)) if collector.recent_returns else float("nan")
-        self._reporter.send(
+        self._reporter.put(
             CollectReport(
                 actor=self._actor,
                 task=self._task,
@@ -315,8 +325,7 @@ class Progress:
                 environment_crashes=collector.environment_crashes,
                 average_return=average_return,
                 blocked_secs=collector.blocked_secs,
-            ),
-            timeout_secs=5.0,
+            )
         )
         if self._reported_at - self._shown_at >= events_interval_secs:
             self._shown_at = self._reported_at

@@ -29,7 +29,8 @@ from actorlearner.evaluations import EvaluationLedger
 from actorlearner.experiment import Experiment
 from actorlearner.policy_export import PolicyExport
 from actorlearner.replay import persistence
-from actorlearner.replay.base import BatchSource, await_tables
+from actorlearner.replay.base import BatchSource
+from actorlearner.replay.servers import ReplayServers, refuse_several
 from actorlearner.run_directory import RunDirectory
 from actorlearner.run_record import RunRecord
 from actorlearner.runtime.checkpoints import Checkpoints
@@ -80,6 +81,7 @@ def run_learner(
       RoleError: The run directory is unfit or occupied, a peer is unreachable past the deadline, the tables are another
         experiment's, or evaluations do not come back.
     """
+    refuse_several(experiment.replay, cluster.replay_addresses)
     experiment.seed_process("learner")
     directory = RunDirectory(root_dir)
     directory.hold()
@@ -95,12 +97,14 @@ def run_learner(
 
     patience_secs = cluster.peer_patience_secs
     signatures = experiment.replay.table_signatures(agent.collect_data_spec)
-    await_tables(cluster.replay_address, signatures, stop=stop, deadline_secs=patience_secs)
+    servers = ReplayServers(cluster.replay_addresses)
+    servers.await_tables(signatures, stop=stop, deadline_secs=patience_secs)
     variable_container.await_container(cluster.variables_address, variables, stop=stop, deadline_secs=patience_secs)
+    servers.watch(cluster.variables_address)
     published = _refuse_second_learner(cluster, directory.past_learners(), stop)
 
     source = experiment.replay.make_source(
-        cluster.replay_address,
+        servers,
         tensor_spec.from_spec(agent.collect_data_spec),
         experiment.sampling(agent.train_sequence_length),
         strategy,
@@ -115,7 +119,7 @@ def run_learner(
     publisher = Publisher(
         cluster.variables_address, learner, first_version=counts.get("version", 0), published=published
     )
-    replay_checkpoints = persistence.Requests(cluster.replay_address, learner)
+    replay_checkpoints = persistence.Requests(servers, learner)
     ledger = EvaluationLedger(
         EvaluationRequests(cluster.variables_address),
         directory.evaluated,
@@ -156,6 +160,7 @@ def run_learner(
         return stop.exit_code
     finally:
         record.close()
+        servers.close()
         replay_checkpoints.close()
         source.close()
     # The publisher goes on until this process ends: a replay server that is started again by then must hear of the end.

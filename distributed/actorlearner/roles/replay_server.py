@@ -4,16 +4,20 @@ collect actors --> [replay server] --> learner
                         ^ weights, evaluations, reports
                         |
                         +--> its own checkpoints, from which it begins again
+
+Of several the first is the variable container as well; the others hold their part of the replay, and look there how far
+training is.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import gin
 import reverb
@@ -22,8 +26,10 @@ from tf_agents.specs import tensor_spec
 
 from actorlearner import reports, variable_container
 from actorlearner.experiment import Experiment
-from actorlearner.replay import persistence
+from actorlearner.replay import persistence, servers
+from actorlearner.replay.base import check_tables
 from actorlearner.replay.persistence import DUE_TABLE, Answers, Due, TableCheckpoints, read_due
+from actorlearner.replay.servers import Announcement
 from actorlearner.run_directory import RunDirectory
 from actorlearner.runtime.configuration import NonNegativeFloat
 from actorlearner.runtime.health import beat, beat_meanwhile
@@ -31,7 +37,7 @@ from actorlearner.runtime.lifecycle import ExitCode, RoleError, Stop
 from actorlearner.runtime.loopback_only import close_to_other_machines
 from actorlearner.runtime.messages import Unreachable, read_server_info
 from actorlearner.runtime.tls_tunnel import reach
-from actorlearner.variable_container import Phase
+from actorlearner.variable_container import Phase, Version
 
 CHECKPOINT_SECS = 600.0
 """A checkpoint that takes longer to write or to read, in seconds, looks like a hanging process to a health check."""
@@ -43,7 +49,17 @@ VERSION_EVERY_SECS = 1.5
 @gin.configurable(
     "replay_server",
     module="actorlearner",
-    denylist=["experiment", "port", "root_dir", "stop", "local_only", "tunnel_only"],
+    denylist=[
+        "experiment",
+        "port",
+        "root_dir",
+        "stop",
+        "task",
+        "variables_address",
+        "advertise",
+        "local_only",
+        "tunnel_only",
+    ],
 )
 def run_replay_server(
     experiment: Experiment,
@@ -51,6 +67,9 @@ def run_replay_server(
     root_dir: Optional[Path],
     stop: Stop,
     *,
+    task: int = 0,
+    variables_address: Optional[str] = None,
+    advertise: Optional[str] = None,
     local_only: bool = False,
     tunnel_only: bool = False,
     linger_secs: NonNegativeFloat = 10.0,
@@ -62,19 +81,22 @@ def run_replay_server(
     Args:
       experiment: What to run; read only.
       port: To listen on, on every interface.
-      root_dir: Where the replay's checkpoints are, under checkpoints/replay; None saves nothing.
+      root_dir: Where the replay's checkpoints are, under checkpoints/replay, or replay-<task>; None saves nothing.
       stop: Set on SIGTERM; looked at several times a second.
+      task: Which of several replay servers.
+      variables_address: Of the variable container, where another replay server is that; None: this one is.
+      advertise: Joins the run under way at `variables_address`: the others find this server at this address.
       local_only: Lets nobody but this machine reach the port; where the system does not allow that, warns.
       tunnel_only: Likewise; where the system does not allow that, does not serve.
       linger_secs: How long it answers after the end of training, in seconds, so that every role hears of it.
 
     Raises:
       RoleError: The port is taken (UNAVAILABLE), the tables' settings contradict each other or the port cannot be
-        closed (USAGE), the checkpoint's tables have other settings (DATA), or `root_dir` cannot be written
-        (CANNOT_CREATE) or is held by another replay server (OCCUPIED).
+        closed (USAGE), the checkpoint or the first replay server has tables with other settings (DATA), or `root_dir`
+        cannot be written (CANNOT_CREATE) or is held by another replay server (OCCUPIED).
     """
     replay_tables, other_tables = _make_tables(experiment)
-    checkpoints = TableCheckpoints(RunDirectory(root_dir).replay_checkpoints, replay_tables) if root_dir else None
+    checkpoints = TableCheckpoints(RunDirectory(root_dir).replay_checkpoints(task), replay_tables) if root_dir else None
     if not checkpoints:
         logging.warning("without --root_dir the replay is not saved: it ends with this process")
     with beat_meanwhile(CHECKPOINT_SECS):  # the tables are read before the port opens
@@ -90,14 +112,16 @@ def run_replay_server(
         )
     logging.info("serving replay and variables on port %d%s", port, ", to this machine only" if is_closed else "")
     address = f"localhost:{port}"
-    keeper = Keeper(address, checkpoints, [table.name for table in replay_tables])
+    keeper = Keeper(address, variables_address or address, checkpoints, [table.name for table in replay_tables])
+    first = _First(variables_address, replay_tables, advertise) if variables_address else None
     over_since = None
     version, looked_at = None, 0.0
     while not stop.wait(0.25):
         try:
             keeper.serve_request()
             if time.monotonic() - looked_at > VERSION_EVERY_SECS:
-                version, looked_at = variable_container.read_version(address), time.monotonic()
+                version = first.look() if first else variable_container.read_version(address)
+                looked_at = time.monotonic()
         except Unreachable as error:
             logging.warning("%s", error)
             continue
@@ -114,11 +138,46 @@ def run_replay_server(
     return stop.exit_code if stop.is_set() else ExitCode.DONE
 
 
+class _First:
+    """The run's first replay server, as the others see it: the variable container, where a joined one is announced."""
+
+    def __init__(self, address: str, tables: Sequence[reverb.Table], advertise: Optional[str]):
+        self._address = address
+        self._signatures: Optional[Mapping[str, Any]] = {table.name: table.info.signature for table in tables}
+        self._announcement = Announcement(address, advertise) if advertise else None
+        self._version: Optional[Version] = None
+        self._is_away = False
+
+    def look(self) -> Optional[Version]:
+        """Returns how far training is, as of the last time that was heard of; blocks some seconds at most.
+
+        Raises:
+          RoleError: Its tables are another experiment's (DATA).
+        """
+        try:
+            if self._signatures is not None:
+                check_tables(self._address, read_server_info(self._address, timeout_secs=2), self._signatures)
+                self._signatures = None
+            if self._announcement:
+                self._announcement.renew()
+            self._version = variable_container.read_version(self._address, timeout_secs=2)
+        except Unreachable as error:
+            if not self._is_away:
+                logging.warning("%s; going on without the variable container until it does", error)
+            self._is_away = True
+        else:
+            self._is_away = False
+        return self._version
+
+
 class Keeper:
     """Saves the tables when the learner asks, and at the end what has come since."""
 
-    def __init__(self, address: str, checkpoints: Optional[TableCheckpoints], tables: Sequence[str]):
+    def __init__(
+        self, address: str, variables_address: str, checkpoints: Optional[TableCheckpoints], tables: Sequence[str]
+    ):
         self._address = address
+        self._variables_address = variables_address
         self._checkpoints = checkpoints
         self._tables = tables
         self._client = reverb.Client(reach(address))
@@ -143,8 +202,10 @@ class Keeper:
 
     def save_what_is_new(self) -> None:
         """Saves what was inserted since the last checkpoint, under the train step of the last request."""
+        version = None
+        with contextlib.suppress(Unreachable):
+            version = variable_container.read_version(self._variables_address, timeout_secs=1)
         try:
-            version = variable_container.read_version(self._address, timeout_secs=1)
             due = read_due(self._address, timeout_secs=1)
             if self._count_inserts() != self._saved_inserts or (due and due != self._served):
                 train_step = max(self._train_step, due.train_step if due else 0, version.train_step if version else 0)
@@ -181,7 +242,8 @@ def _make_tables(experiment: Experiment) -> tuple[list[reverb.Table], list[rever
     except ValueError as error:
         raise RoleError(str(error), ExitCode.USAGE) from error
     other_tables = variable_container.make_tables(agent.collect_policy.variables())
-    return replay_tables, [*other_tables, *reports.make_tables(), *persistence.make_tables()]
+    other_tables += [*reports.make_tables(), *persistence.make_tables(), *servers.make_tables()]
+    return replay_tables, other_tables
 
 
 def _step_signature(collect_data_spec: object) -> object:

@@ -60,6 +60,11 @@ def read_server_info(address: str, timeout_secs: float) -> Mapping[str, Any]:
         raise Unreachable(f"no Reverb server answers at {address} within {timeout_secs:g} s") from error
 
 
+def ask_for_life(address: str, timeout_secs: float) -> None:
+    """Returns when a Reverb server answers; blocks at most `timeout_secs`, at least 1. Raises `Unreachable`."""
+    _ask_server_info(reverb.Client(address), address, timeout_secs)
+
+
 def await_server(what: str, address: str, *, stop: Stop, deadline_secs: float) -> Mapping[str, Any]:
     """Returns Reverb's `TableInfo` by table name once the server at `address` answers. Raises as `wait_until`."""
 
@@ -218,15 +223,19 @@ def read(address: str, table: str, signature: Signature, *, timeout_secs: float 
 
 
 def _read_size(client: reverb.Client, address: str, table: str, timeout_secs: float) -> int:
-    try:
-        # `Client.server_info` would decode the signatures of all tables as well, for ten times the work.
-        answers = client._client.ServerInfo(max(1, int(timeout_secs)))
-    except RuntimeError as error:
-        raise Unreachable(f"no Reverb server answers at {address} within {timeout_secs:g} s") from error
+    answers = _ask_server_info(client, address, timeout_secs)
     sizes = {info.name: info.current_size for info in map(schema_pb2.TableInfo.FromString, answers)}
     if table not in sizes:
         raise Unreachable(f"{address} has no table '{table}'; it has {', '.join(sorted(sizes)) or 'none'}")
     return sizes[table]
+
+
+def _ask_server_info(client: reverb.Client, address: str, timeout_secs: float) -> Sequence[bytes]:
+    try:
+        # `Client.server_info` would decode the signatures of all tables as well, for ten times the work.
+        return client._client.ServerInfo(max(1, int(timeout_secs)))
+    except RuntimeError as error:
+        raise Unreachable(f"no Reverb server answers at {address} within {timeout_secs:g} s") from error
 
 
 def each_within(secs: float, samples: Iterable[T], where: str) -> Iterator[T]:

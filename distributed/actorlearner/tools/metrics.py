@@ -13,7 +13,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,7 @@ class RunCollector:
                     yield from _gauge(name, value, f"{name} of status.json")
             for name, value in (status.get("replay") or {}).items():
                 yield from _gauge(f"replay_{name}", value, f"the replay's {name}")
+            yield from _servers((status.get("replay") or {}).get("servers") or {})
         for kind, values in _newest_points(self._directory.metrics).items():
             for name, value in values.items():
                 if name not in ("kind", "time"):
@@ -92,6 +93,18 @@ def _gauge(name: str, value: Any, text: str) -> Iterator[GaugeMetricFamily]:
         return
     spelt_out = re.sub(r"_sec(s?)$", r"_second\1", name)  # as Prometheus' own linter wants units
     yield GaugeMetricFamily("actorlearner_" + re.sub(r"[^a-zA-Z0-9_]", "_", spelt_out), text, value=value)
+
+
+def _servers(servers: Mapping[str, bool]) -> Iterator[GaugeMetricFamily]:
+    if servers:
+        family = GaugeMetricFamily(
+            "actorlearner_replay_server_answers",
+            "1 while the replay server answers the learner, 0 else",
+            labels=["address"],
+        )
+        for address, answers in servers.items():
+            family.add_metric([address], float(answers))
+        yield family
 
 
 def _newest_points(path: Path) -> dict[str, dict[str, Any]]:
