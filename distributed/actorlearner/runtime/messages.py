@@ -62,7 +62,7 @@ def read_server_info(address: str, timeout_secs: float) -> Mapping[str, Any]:
 
 def ask_for_life(address: str, timeout_secs: float) -> None:
     """Returns when a Reverb server answers; blocks at most `timeout_secs`, at least 1. Raises `Unreachable`."""
-    _ask_server_info(reverb.Client(address), address, timeout_secs)
+    _ask_server_info(reverb.Client(reach(address)), address, timeout_secs)
 
 
 def await_server(what: str, address: str, *, stop: Stop, deadline_secs: float) -> Mapping[str, Any]:
