@@ -131,6 +131,8 @@ def cluster() -> Iterator[str]:
     try:
         yield program
     finally:
+        for node in ("gpu1", "cpu1", "cpu2"):  # what a failed test's job left behind would go on for ever
+            run(needed_program("LAB_HOSTS"), "on", node, "sh", "-c", KILL_ALL_HERE)
         run(program, "down")
 
 
