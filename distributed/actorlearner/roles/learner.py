@@ -528,7 +528,7 @@ class TrainingLoop:
 
         Raises:
           Stopped: `stop` was set and the call did not return; it is left behind, with the train steps it made.
-          RoleError: No update was made for longer than the deadline (UNAVAILABLE).
+          RoleError: No update was made for longer than the deadline (UNAVAILABLE), or the actors ended for good.
         """
         future = self._caller.submit(self._train, self._source.handle, tf.constant(num_updates))
         reached, moved_at = int(self._train_step.numpy()), time.monotonic()
@@ -541,7 +541,11 @@ class TrainingLoop:
                 reached, moved_at = now, time.monotonic()
                 beat()
             elif time.monotonic() - moved_at > 5.0:  # far longer than an update
-                self._say_starved(moved_at, self._source.describe())
+                if self._source.can_fuse:  # then drawing never waits: actors are not the reason
+                    what = "an update of the compiled call: its device is busy with something else, or compiles"
+                    self._say_waiting(moved_at, what, "Leave it more of the machine, or raise it.")
+                else:
+                    self._say_starved(moved_at, self._source.describe())
             if stop.is_set() and time.monotonic() - moved_at > 2.0:
                 raise Stopped("stopped while a batch was awaited")
 
@@ -566,10 +570,13 @@ class TrainingLoop:
             self._source.renew()
 
     def _say_starved(self, since: float, described: str) -> None:
-        beat()  # watched: it ends below
         self._record.attendance.require_hope("collect-actor")
-        now = time.monotonic()
         what = f"collect actors: no data from the replay at {self._cluster.replay_address} ({described})"
+        self._say_waiting(since, what, "Start collect actors, or raise it.")
+
+    def _say_waiting(self, since: float, what: str, remedy: str) -> None:
+        beat()  # watched: it ends below
+        now = time.monotonic()
         self._record.note_waiting(what)
         if now - self._said_at > SAY_EVERY_SECS:
             self._said_at = now
@@ -577,7 +584,7 @@ class TrainingLoop:
         if now - since > self._cluster.peer_patience_secs:
             raise RoleError(
                 f"waited {now - since:.0f} s for {what}, longer than --peer_patience_secs = "
-                f"{self._cluster.peer_patience_secs:g}. Start collect actors, or raise it.",
+                f"{self._cluster.peer_patience_secs:g}. {remedy}",
                 ExitCode.UNAVAILABLE,
             )
 
