@@ -236,7 +236,7 @@ def _add_bench_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only", nargs="+", metavar="NAME",
         help="learner, learner-gpu, minitaur, collect-minitaur, collect-cartpole, weights, scaling, tls, "
-        "replay-servers, endurance (default: all but the last two)",
+        "replay-servers and endurance (default: all but the last two)",
     )  # fmt: skip
     parser.add_argument("--repeats", type=_positive, default=5, metavar="N", help="turns of each side (default: 5)")
     parser.add_argument(

@@ -178,8 +178,11 @@ def await_(condition: Callable[[], Any], what: str, secs: float = PATIENCE_SECS)
 
 
 def _await_steps(run: Run, num_steps: int) -> None:
-    step = run.status().get("train_step", 0)
-    await_(lambda: run.status().get("train_step", 0) > step + num_steps, f"{num_steps:,} more train steps")
+    _await_step(run, run.status().get("train_step", 0) + num_steps + 1)
+
+
+def _await_step(run: Run, step: int) -> None:
+    await_(lambda: run.status().get("train_step", 0) >= step, f"train step {step:,}")
 
 
 # --- Faults -----------------------------------------------------------------------------------------------------------
@@ -196,7 +199,9 @@ def _compare(run: Run, outcome: Outcome, before: dict[str, Any], after: dict[str
     held = [status.get("replay", {}).get("held") for status in (before, after)]
     if None not in held:
         outcome.transitions_lost = max(0, held[0] - held[1])
-    account = after.get("replay", {})
+    # What was collected for train steps that were lost counts already: the account fits once they are made again.
+    _await_step(run, before.get("train_step", 0))
+    account = run.status().get("replay", {})
     if account.get("samples"):
         excess = max(0.0, abs(account["ahead"]) - account["error_buffer"])
         ratio_error: float = excess / account["samples"]
