@@ -6,11 +6,13 @@ import dataclasses
 import math
 import time
 
+import numpy as np
 import portpicker
 import pytest
 
 from actorlearner import reports
 from actorlearner.reports import Attendance, CollectReport, EvaluationResult, LastWords, NewestReport, Reporter
+from actorlearner.runtime import messages
 from actorlearner.runtime.lifecycle import ExitCode, RoleError
 from actorlearner.runtime.messages import Unreachable
 from actorlearner.variable_container import Purpose
@@ -87,6 +89,15 @@ def test_last_words_arrive_whole_or_cut_to_the_room_there_is(address):
     assert first == WORDS
     assert len(second.message) > 100 and long.message.startswith(second.message)
     assert not reports.take_last_words(address)
+
+
+@pytest.mark.parametrize("text", [b"{", b"7", b'["collect-actor", 0, 999, "no such code"]', b"\xff"])
+def test_a_strangers_last_words_are_left_out(address, text):
+    """Whoever reaches the port could end the run with one row, or hide the reason that an actor gives."""
+    row = np.frombuffer(text.ljust(2_000, b"\0"), np.uint8)
+    messages.Sender(address).put(reports.LAST_WORDS_TABLE, {"text": row}, 30)
+    assert reports.leave_last_words(address, WORDS, timeout_secs=30)
+    assert reports.take_last_words(address) == [WORDS]
 
 
 def test_last_words_that_nobody_takes_hold_nobody_up(unused_address):

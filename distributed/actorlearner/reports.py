@@ -244,9 +244,18 @@ def leave_last_words(address: str, words: LastWords, timeout_secs: float = 2.0) 
 
 
 def take_last_words(address: str, timeout_secs: float = 5.0) -> Sequence[LastWords]:
-    """Returns those that arrived since the last call. Blocks and raises as `messages.take`."""
+    """Returns those that arrived since the last call, without strangers' rows. Blocks and raises as `messages.take`."""
     rows = messages.take(address, LAST_WORDS_TABLE, _WORDS_SIGNATURE, max_rows=1_000, timeout_secs=timeout_secs)
-    return [LastWords(*json.loads(row["text"].tobytes().rstrip(b"\0"))) for row in rows]
+    found = []
+    for row in rows:
+        try:
+            role, task, exit_code, message = json.loads(row["text"].tobytes().rstrip(b"\0"))
+            found.append(LastWords(str(role), int(task), ExitCode(exit_code), str(message)))
+        except (ValueError, TypeError) as error:  # one row must not hide the others, nor end the run
+            logging.warning(
+                "a row in the table '%s' at %s is no actor's and is left out: %s", LAST_WORDS_TABLE, address, error
+            )
+    return found
 
 
 class Attendance:
