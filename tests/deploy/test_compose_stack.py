@@ -21,7 +21,7 @@ from tests.deploy.compose_stack import BUILD_SECS, END_SECS, RECOVERY_SECS, STAR
 from tests.deploy.infrastructure import await_that, documented, needed_engine
 
 RUNNING_ROLES = ("replay-server", "learner", "collect-actor", "eval-actor")
-FULL = 60_000  # train steps of dqn_cartpole
+FULL = 92_000  # train steps of dqn_cartpole
 
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(3600)]
 

@@ -30,6 +30,7 @@ ROLES = ("learner-0", "replay-server-0", "collect-actor-0", "eval-actor-0")
 PATIENCE_SECS = 300.0  # for anything to happen at all; then the drill has found a hang
 RECOVERY_SECS = 30.0  # promised
 STOP_SECS = 20.0  # promised
+MAX_RATIO_ERROR = 0.01  # promised
 END_SECS = 1_200.0
 
 # Small enough to be over soon, often enough saved to lose little.
@@ -199,15 +200,25 @@ def _compare(run: Run, outcome: Outcome, before: dict[str, Any], after: dict[str
     held = [status.get("replay", {}).get("held") for status in (before, after)]
     if None not in held:
         outcome.transitions_lost = max(0, held[0] - held[1])
-    # What was collected for train steps that were lost counts already: the account fits once they are made again.
+    # What was collected for train steps that were lost counts already: the account fits once they are made again. How
+    # many they were nobody knows: the killed learner was further than its last account says.
     _await_step(run, before.get("train_step", 0))
-    account = run.status().get("replay", {})
-    if account.get("samples"):
-        excess = max(0.0, abs(account["ahead"]) - account["error_buffer"])
-        ratio_error: float = excess / account["samples"]
-        outcome.ratio_error = ratio_error
-        if ratio_error > 0.01:
-            outcome.broken.append(f"samples per insert off by {ratio_error:.1%}")
+    with contextlib.suppress(Hang):
+        await_(lambda: _ratio_error(run.status()) <= MAX_RATIO_ERROR, "samples per insert that fit", RECOVERY_SECS)
+    account = run.status()
+    if account.get("replay", {}).get("samples"):
+        outcome.ratio_error = _ratio_error(account)
+        if outcome.ratio_error > MAX_RATIO_ERROR:
+            outcome.broken.append(f"samples per insert off by {outcome.ratio_error:.1%}")
+
+
+def _ratio_error(status: dict[str, Any]) -> float:
+    """Returns by what share of all samples the account is off, beyond the error buffer; 0 where there is none."""
+    account = status.get("replay", {})
+    if not account.get("samples"):
+        return 0.0
+    excess: float = max(0.0, abs(account["ahead"]) - account["error_buffer"])
+    return excess / account["samples"]
 
 
 def _judge_recovery(outcome: Outcome, since: float) -> None:
@@ -561,9 +572,7 @@ def _end(run: Run, num_iterations: int) -> Outcome:
             outcome.broken.append(f"evaluations of {sorted(due - set(evaluated))} are missing")
     if outcome.train_step_after != num_iterations:
         outcome.broken.append(f"no summary of {num_iterations} train steps")
-    account = run.status().get("replay", {})
-    if account.get("samples"):
-        outcome.ratio_error = max(0.0, abs(account["ahead"]) - account["error_buffer"]) / account["samples"]
+    outcome.ratio_error = _ratio_error(run.status())
     left = [path.name for path in run.temporary.iterdir()]
     left += [str(path) for path in run.root_dir.rglob("*") if path.name.endswith((".tmp", "_temp", ".new", ".old"))]
     if left:
