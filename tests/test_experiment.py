@@ -66,11 +66,11 @@ def test_sac_minitaur_has_the_tutorials_value_under_the_tutorials_name(name):
 def test_sac_minitaur_marks_what_it_changed_of_the_tutorials_numbers():
     """Two numbers are ours because it does not walk otherwise, one for speed; the file must say both values."""
     load_experiment("sac_minitaur")
-    assert gin.query_parameter("train.num_environments") == 4
+    assert gin.query_parameter("train.num_environments") == 8
     assert bound("replay_buffer_capacity") == [1_000_000]
     assert gin.query_parameter("sac.reward_scale_factor") == 50.0
     text = (shipped_experiments_folder() / "sac_minitaur.gin").read_text()
-    assert "four steps; the tutorial: 1\n" in text
+    assert "eight steps; the tutorial: 1\n" in text
     assert "the tutorial: 1.0" in text
     assert "the tutorial: 10_000" in text
 
