@@ -49,6 +49,9 @@ MAX_KNOWN_CHUNKS = 100_000
 RESTORE_SILENT_SECS = 10.0
 """So long the server may hand out nothing while the mirror is filled; then filling begins anew."""
 
+LOOK_SECS = 0.02
+"""After so long a reading thread looks again whether there is room, and whether the learner has caught up."""
+
 
 @gin.configurable("resident_replay", module="actorlearner")
 @dataclasses.dataclass(frozen=True)
@@ -607,9 +610,10 @@ class ResidentSource:
 
     def note_updates(self, num_updates: int) -> None:
         """Counts the samples of updates that were made."""
+        # Wakes nobody: the reading threads would take the interpreter while the loop wants to begin the next call. They
+        # look again within `LOOK_SECS`, most likely during that call.
         with self._changed:
             self._samples += num_updates * self._batch_size
-            self._changed.notify_all()
 
     def await_data(self, secs: float) -> None:
         """Returns when something arrived, or after `secs` seconds."""
@@ -676,7 +680,6 @@ class ResidentSource:
                 self.num_chunks += num_chunks
                 self._inserts += num_windows
                 self._num_staged -= num_windows
-                self._changed.notify_all()
 
     def _read(self, address: str, was_read: bool) -> None:
         """Takes in what the server at `address` holds, unless that `was_read`, and from then on what it is sent."""
@@ -741,8 +744,7 @@ class ResidentSource:
         block = mirror.make_block(chunk)
         with self._writing:
             if is_held_back:
-                with self._changed:
-                    self._changed.wait_for(lambda: self._closing or self._ahead() <= self._error_buffer)
+                self._await_account()
             if self._closing or self._known_chunks.get(number):
                 return 0
             while not mirror.has_room(block):
@@ -764,9 +766,15 @@ class ResidentSource:
     def _max_durable_chunks(self) -> int:
         return self._num_durable_chunks * len(self._servers.all())
 
+    def _await_account(self) -> None:
+        """Returns when the actors are not too far ahead, or closing."""
+        with self._changed:
+            while not (self._closing or self._ahead() <= self._error_buffer):
+                self._changed.wait(timeout=LOOK_SECS)
+
     def _await_reveal(self) -> None:
         with self._changed:
-            self._changed.wait(timeout=0.05)
+            self._changed.wait(timeout=LOOK_SECS)
 
     def _read_all_experience(self) -> tuple[dict[int, Any], Sequence[str]]:
         """Returns the chunks of all durable tables by number, and the servers they are from; others are away.
