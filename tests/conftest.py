@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow is imported
 
@@ -30,6 +31,10 @@ def serve():
         return server
 
     yield start
+    # Readers first: one whose server ended under it stays in Reverb for good, and a dozen keep a core busy.
+    for thread in threading.enumerate():
+        if thread.name.startswith("ingest "):
+            thread.join(timeout=3)
     for server in servers:
         server.stop()
 

@@ -13,7 +13,8 @@ from tf_agents.policies import greedy_policy, policy_saver
 class PolicyExport:
     """Writes what others load: SavedModels, and numbered checkpoints that TF-Agents' `policy_loader` puts into them.
 
-    Folders and names are those of TF-Agents' `PolicySavedModelTrigger`, which would save the untrained weights first.
+    Folders and names are those of TF-Agents' `PolicySavedModelTrigger`. As there, the SavedModels hold the weights that
+    the agent began with until training ends; those of a numbered checkpoint are loaded into them.
     """
 
     def __init__(self, agent: tf_agent.TFAgent, train_step: tf.Variable, folder: Path):
@@ -30,14 +31,13 @@ class PolicyExport:
         return policy_saver.PolicySaver(self._policies[name], batch_size=None, train_step=self._train_step)
 
     def prepare(self) -> None:
-        """Traces the policies, so that the first checkpoint does not have to; takes a second."""
-        for name in self._policies:
-            self._saver(name)
+        """Writes the SavedModels unless they are there, so that no checkpoint has to; takes some seconds."""
+        if not (self._folder / "greedy_policy" / "policy_specs.pbtxt").is_file():  # the last file of the last one
+            self.save_policies()
 
     def save_checkpoint(self, train_step: int) -> None:
         """Writes the policy's variables to `checkpoints/policy_checkpoint_<train step>`."""
-        if not (self._folder / "greedy_policy").is_dir():
-            self.save_policies()  # what a numbered checkpoint is loaded into
+        self.prepare()
         self._saver("policy").save_checkpoint(
             str(self._folder / "checkpoints" / f"policy_checkpoint_{train_step:010d}")
         )

@@ -258,6 +258,33 @@ def test_run_is_recorded_with_its_saved_policy_and_with_a_random_one(tmp_path):
     assert abs(first_frames[0] - first_frames[1]).mean() < 1, "both should start from the same state"
 
 
+def test_run_under_way_is_shown_with_its_newest_weights(tmp_path):
+    """The SavedModel of a run that was stopped holds the weights it began with."""
+    from tf_agents.networks import q_network
+    from tf_agents.policies import greedy_policy, policy_saver, q_policy
+    from tf_agents.trajectories import time_step as ts
+
+    time_step_spec, action_spec = _specs(_cart_pole())
+    raw = q_policy.QPolicy(
+        time_step_spec, action_spec, q_network.QNetwork(time_step_spec.observation, action_spec, fc_layer_params=(8,))
+    )
+    policies = tmp_path / "policies"
+    _save_policy(policies / "greedy_policy", greedy_policy.GreedyPolicy(raw))
+    assert video.newest_policy_checkpoint(tmp_path) is None
+    saver = policy_saver.PolicySaver(raw, batch_size=None)
+    bias = raw.variables()[-1]
+    for number, value in ((9_000, [1.0, -1.0]), (10_000, [-9.0, 9.0])):
+        bias.assign(value)
+        saver.save_checkpoint(str(policies / "checkpoints" / f"policy_checkpoint_{number:010d}"))
+    (policies / "checkpoints" / "policy_checkpoint_0000011000").mkdir()  # killed while it was written
+
+    act = video.saved_model_act(policies / "greedy_policy", video.newest_policy_checkpoint(tmp_path))
+    observations = np.random.RandomState(1).uniform(-0.1, 0.1, (20, 4)).astype(np.float32)
+    assert [int(act(ts.restart(observation))) for observation in observations] == [1] * 20
+    with pytest.raises(ValueError, match="nothing_here cannot be loaded"):
+        video.saved_model_act(policies / "greedy_policy", tmp_path / "nothing_here")
+
+
 def test_saved_policy_keeps_its_state_within_an_episode_only(tmp_path):
     """A recurrent policy whose state is lost at every step, or kept across episodes, acts as another policy."""
     import tensorflow as tf

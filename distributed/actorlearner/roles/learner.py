@@ -395,6 +395,7 @@ class TrainingLoop:
         self._checkpoints = checkpoints
         self._replay_checkpoints = replay_checkpoints
         self._all_variables = list(agent.variables)
+        self._is_finite = tf.function(functools.partial(_all_finite, self._all_variables), autograph=False)
         self._export = export
         self._version = 0
         self._num_chunks_answered = 0
@@ -593,8 +594,8 @@ class TrainingLoop:
 
         What cannot be written is said, and training goes on; weights that are not finite are not written.
         """
-        bad = find_not_finite(self._all_variables)
-        if bad is not None:
+        if not self._is_finite():
+            bad = find_not_finite(self._all_variables)
             logging.warning("not saved: %s is not finite; the checkpoints before are kept", bad)
             return
         step = int(self._train_step.numpy())
@@ -610,6 +611,11 @@ class TrainingLoop:
             return
         if with_replay:
             self._replay_checkpoints.ask(step)
+
+
+def _all_finite(variables: Sequence[tf.Variable]) -> tf.Tensor:
+    floating = [variable for variable in variables if variable.dtype.is_floating]
+    return tf.reduce_all([tf.reduce_all(tf.math.is_finite(variable)) for variable in floating])
 
 
 def find_not_finite(variables: Sequence[tf.Variable]) -> Optional[str]:

@@ -38,6 +38,10 @@ class Checkpoints:
         self._folder = folder
         self._max_to_keep = max_to_keep
         self._checkpoint = tf.train.Checkpoint(train_step=train_step, counts=self._counts, **objects)
+        # Compiled at its first use: TensorFlow would walk through all objects at every write, for most of its time.
+        self._write = tf.function(
+            self._checkpoint.write, input_signature=[tf.TensorSpec((), tf.string)], autograph=False
+        )
 
     def restore(self) -> dict[str, Any]:
         """Returns the counts saved with the newest whole checkpoint after restoring it; an empty dict if there is none.
@@ -94,7 +98,7 @@ class Checkpoints:
         name = f"ckpt-{step}.{_number(taken[0])[1] + 1}" if taken else f"ckpt-{step}"
         self._folder.mkdir(parents=True, exist_ok=True)
         try:
-            self._checkpoint.write(str(self._folder / name))
+            self._write(str(self._folder / name))
         except (tf.errors.OpError, OSError):
             self._delete(self._folder / name)
             raise

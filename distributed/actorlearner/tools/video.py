@@ -9,7 +9,7 @@ import math
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, Union, final
+from typing import Any, Optional, Protocol, Union, final
 
 import numpy as np
 
@@ -152,7 +152,8 @@ def record_run(
     each with one of the `names`.
 
     Args:
-      root_dir: The run directory; the trained policy is its `policies/greedy_policy`.
+      root_dir: The run directory; the trained policy is its `policies/greedy_policy`, and as long as training has not
+        ended, that with the weights of the newest of `policies/checkpoints`.
       make_environment: Called once per video; what it returns is closed here.
       steps_per_second: Control rate of the task.
       num_episodes: Episodes in each video.
@@ -166,7 +167,10 @@ def record_run(
     """
     root_dir = pathlib.Path(root_dir)
     make_act: dict[str, Callable[[Environment], Act]] = {
-        "trained_policy": lambda environment: saved_model_act(root_dir / "policies" / "greedy_policy"),
+        "trained_policy": lambda environment: saved_model_act(
+            root_dir / "policies" / "greedy_policy",
+            None if (root_dir / "summary.json").is_file() else newest_policy_checkpoint(root_dir),
+        ),
         "random_policy": lambda environment: random_act(environment, seed=seed),
     }
     unknown = sorted(set(names) - set(make_act))
@@ -206,7 +210,14 @@ def random_act(environment: Environment, seed: int | None = None) -> Act:
     return act
 
 
-def saved_model_act(policy_dir: PathLike) -> Act:
+def newest_policy_checkpoint(root_dir: PathLike) -> Optional[pathlib.Path]:
+    """Returns the newest whole checkpoint of the policy that a run has written so far; None before the first."""
+    found = pathlib.Path(root_dir).glob("policies/checkpoints/policy_checkpoint_*/variables/variables.index")
+    newest = max(found, default=None)  # the names' numbers have as many digits
+    return newest and newest.with_suffix("")
+
+
+def saved_model_act(policy_dir: PathLike, checkpoint: Optional[PathLike] = None) -> Act:
     """Returns an act function that acts as a policy saved by TF-Agents' `PolicySaver`.
 
     The function carries the policy's state, where it has one, from step to step and starts afresh at the first step of
@@ -215,9 +226,10 @@ def saved_model_act(policy_dir: PathLike) -> Act:
 
     Args:
       policy_dir: A SavedModel written by `PolicySaver.save`, e.g. `<run>/policies/greedy_policy`.
+      checkpoint: Prefix of one written by `PolicySaver.save_checkpoint`, whose weights replace the SavedModel's.
 
     Raises:
-      ValueError: There is no such SavedModel, or it is not a policy.
+      ValueError: There is no such SavedModel, it is not a policy, or the checkpoint does not fit it.
     """
     policy_dir = pathlib.Path(policy_dir)
     for needed in ("saved_model.pb", "policy_specs.pbtxt"):
@@ -237,9 +249,12 @@ def saved_model_act(policy_dir: PathLike) -> Act:
     flat_specs = tf.nest.flatten(input_specs)
     try:
         policy = tf.saved_model.load(str(policy_dir))
+        if checkpoint:
+            weights = tf.train.Checkpoint(policy=policy).read(str(checkpoint))
+            weights.assert_existing_objects_matched().expect_partial()
         initial_state = policy.get_initial_state(batch_size=1) if specs["policy_state_spec"] else ()
     except Exception as error:
-        raise ValueError(f"The saved policy in {policy_dir} cannot be loaded: {error}") from error
+        raise ValueError(f"The saved policy in {checkpoint or policy_dir} cannot be loaded: {error}") from error
 
     # One concrete function on flat tensors, which batches and unbatches inside the graph, takes about half the time of
     # SavedModelPyTFEagerPolicy.action: seconds over the 9,000 steps of a CartPole video.
