@@ -76,7 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add(commands, "eval-actor", _eval_actor, "evaluate snapshots", [experiment, peers, run_directory])
 
     video = _add(commands, "video", _video, "record a run's policy, and a random one beside it", [])
-    video.add_argument("root_dir", type=Path, metavar="ROOT_DIR", help="directory of a finished run")
+    video.add_argument("root_dir", type=Path, metavar="ROOT_DIR", help="directory of a run")
     video.add_argument("--num_episodes", type=int, default=3, metavar="N", help="episodes in each video (default: 3)")
     video.add_argument("--seed", type=_non_negative, default=0, help="of the episodes (default: 0)")
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import resource
+
 import pytest
 import tensorflow as tf
 
 from actorlearner.runtime.checkpoints import Checkpoints
-from actorlearner.runtime.lifecycle import ExitCode, RoleError
+from actorlearner.runtime.lifecycle import ExitCode, RoleError, find_reason
 
 
 def make(folder, shape=(2,), step=0, value=0.0, name="weights", max_to_keep=3):
@@ -44,6 +46,25 @@ def test_only_the_newest_checkpoints_are_kept_also_over_restarts(tmp_path):
         train_step.assign(step)
         checkpoints.save({})
     assert sorted(path.name for path in tmp_path.glob("*.index")) == ["ckpt-3.index", "ckpt-4.index"]
+
+
+def test_a_disk_that_fills_up_leaves_the_checkpoint_before_and_names_the_reason(tmp_path):
+    """Half a checkpoint taken for the newest, or one that took the last good one with it, ends a run of days."""
+    checkpoints, train_step, _ = make(tmp_path, shape=(10_000,), step=4, value=1.0)
+    checkpoints.save({"version": 1})
+    train_step.assign(5)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # files cannot grow beyond this, as if the disk was full
+    try:
+        with pytest.raises(tf.errors.OpError) as raised:
+            checkpoints.save({"version": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "File too large" in find_reason(raised.value)
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith("ckpt-5")]
+    again, train_step, weights = make(tmp_path, shape=(10_000,))
+    assert again.restore() == {"version": 1}
+    assert (int(train_step), weights.numpy()[-1]) == (4, 1.0)
 
 
 @pytest.mark.parametrize("other", [{"shape": (3,)}, {"name": "biases"}])

@@ -243,6 +243,7 @@ def test_run_is_recorded_with_its_saved_policy_and_with_a_random_one(tmp_path):
     assert actions[0].shape == ()
     assert actions[0].dtype == environment.action_spec().dtype
 
+    (tmp_path / "summary.json").write_text('{"train_steps": 100}')
     recorded = video.record_run(
         tmp_path, functools.partial(_cart_pole, max_episode_steps=20), 50, num_episodes=2, seed=5
     )
@@ -270,7 +271,8 @@ def test_run_under_way_is_shown_with_its_newest_weights(tmp_path):
     )
     policies = tmp_path / "policies"
     _save_policy(policies / "greedy_policy", greedy_policy.GreedyPolicy(raw))
-    assert video.newest_policy_checkpoint(tmp_path) is None
+    with pytest.raises(ValueError, match="No trained policy in .* yet"):
+        video.find_newer_weights(tmp_path)
     saver = policy_saver.PolicySaver(raw, batch_size=None)
     bias = raw.variables()[-1]
     for number, value in ((9_000, [1.0, -1.0]), (10_000, [-9.0, 9.0])):
@@ -278,11 +280,14 @@ def test_run_under_way_is_shown_with_its_newest_weights(tmp_path):
         saver.save_checkpoint(str(policies / "checkpoints" / f"policy_checkpoint_{number:010d}"))
     (policies / "checkpoints" / "policy_checkpoint_0000011000").mkdir()  # killed while it was written
 
-    act = video.saved_model_act(policies / "greedy_policy", video.newest_policy_checkpoint(tmp_path))
+    act = video.saved_model_act(policies / "greedy_policy", video.find_newer_weights(tmp_path))
     observations = np.random.RandomState(1).uniform(-0.1, 0.1, (20, 4)).astype(np.float32)
     assert [int(act(ts.restart(observation))) for observation in observations] == [1] * 20
     with pytest.raises(ValueError, match="nothing_here cannot be loaded"):
         video.saved_model_act(policies / "greedy_policy", tmp_path / "nothing_here")
+    for ended_at, is_newer in ((10_000, False), (9_500, True)):  # it delivered, and goes on past that end
+        (tmp_path / "summary.json").write_text(f'{{"train_steps": {ended_at}}}')
+        assert (video.find_newer_weights(tmp_path) is not None) == is_newer
 
 
 def test_saved_policy_keeps_its_state_within_an_episode_only(tmp_path):

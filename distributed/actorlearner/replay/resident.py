@@ -618,6 +618,7 @@ class ResidentSource:
     def await_data(self, secs: float) -> None:
         """Returns when something arrived, or after `secs` seconds."""
         with self._changed:
+            self._changed.notify_all()  # here the loop has nothing to do: whoever reads may go on at once
             self._changed.wait_for(lambda: self._num_staged > 0, timeout=secs)
 
     def is_ready(self) -> bool:

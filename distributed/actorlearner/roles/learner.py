@@ -37,7 +37,7 @@ from actorlearner.runtime.checkpoints import Checkpoints
 from actorlearner.runtime.configuration import NonNegativeFloat, PositiveFloat, operative_config
 from actorlearner.runtime.devices import has_one_gpu
 from actorlearner.runtime.health import beat
-from actorlearner.runtime.lifecycle import SAY_EVERY_SECS, ExitCode, RoleError, Stop, Stopped, wait_until
+from actorlearner.runtime.lifecycle import SAY_EVERY_SECS, ExitCode, RoleError, Stop, Stopped, find_reason, wait_until
 from actorlearner.runtime.messages import Unreachable
 from actorlearner.variable_container import EvaluationRequests, Phase, Publisher, Purpose, Version
 
@@ -606,7 +606,7 @@ class TrainingLoop:
                 "--root_dir: train step %d could not be saved: %s. The checkpoints before it are kept and training "
                 "goes on; free some space.",
                 step,
-                str(error).splitlines()[0],
+                find_reason(error),
             )
             return
         if with_replay:
@@ -640,7 +640,7 @@ def require_finite(step: int, scalars: Optional[Mapping[str, float]], variables:
 def refuse_not_finite(step: int, error: tf.errors.InvalidArgumentError, variables: Sequence[tf.Variable]) -> None:
     """Returns when `error` is about something else; raises as `require_finite` when a numeric check failed."""
     if re.search(r"\b(nan|inf)\b", error.message, re.IGNORECASE):
-        raise _diverged(step, error.message.splitlines()[0], variables) from error
+        raise _diverged(step, find_reason(error), variables) from error
 
 
 def _diverged(step: int, what: str, variables: Sequence[tf.Variable]) -> RoleError:

@@ -29,7 +29,7 @@ class Checkpoints:
         """Args:
         folder: Where they are.
         train_step: Counts what a checkpoint is named after.
-        objects: TensorFlow trackables by name.
+        objects: TensorFlow trackables by name. All of their variables exist at the first save: later ones are left out.
         max_to_keep: Older ones are deleted.
         """
         # Ours travel as JSON in a string variable, so that they are saved and restored in one piece with the weights.

@@ -170,6 +170,15 @@ def wait_until(
             raise Stopped(f"stopped while waiting for {what()}")
 
 
+def find_reason(error: BaseException) -> str:
+    """Returns the line of an error's message that says why; TensorFlow's compiled functions put others around it."""
+    lines = [line for line in str(error).splitlines() if line.strip() and not line.lstrip().startswith("[[")]
+    if not lines:
+        return type(error).__name__
+    # "Graph execution error:", where in the program, and then the reason.
+    return lines[-1].partition(" [Op:")[0].strip() if lines[0].startswith("Graph execution error") else lines[0]
+
+
 def _is_disk_full(error: BaseException) -> bool:
     # By its words: TensorFlow has classes of its own, and gin's stand-ins for exceptions have lost their numbers.
     return any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
@@ -204,7 +213,7 @@ def run_to_exit(run: Callable[[Stop], ExitCode], final_code_file: Optional[Path]
     except BaseException as error:
         if _is_disk_full(error):
             print(
-                f"error: the disk is full: {str(error).splitlines()[0]}. Free some space and start again with the same "
+                f"error: the disk is full: {find_reason(error)}. Free some space and start again with the same "
                 "--root_dir: what was saved before is whole.",
                 file=sys.stderr,
             )

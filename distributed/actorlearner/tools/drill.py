@@ -31,6 +31,7 @@ PATIENCE_SECS = 300.0  # for anything to happen at all; then the drill has found
 RECOVERY_SECS = 30.0  # promised
 STOP_SECS = 20.0  # promised
 MAX_RATIO_ERROR = 0.01  # promised
+MISCOUNT = 1.5  # windows are fewer than steps, by a fifth in short episodes; what is lost or doubled is off by more
 END_SECS = 1_200.0
 
 # Small enough to be over soon, often enough saved to lose little.
@@ -131,6 +132,13 @@ class Run:
         except (OSError, ValueError):
             return {}
 
+    def configuration(self) -> str:
+        """Returns the run's operative configuration; empty when there is none yet."""
+        try:
+            return (self.root_dir / "operative_config.gin").read_text()
+        except OSError:
+            return ""
+
     def log(self, role: str) -> str:
         """Returns what the newest life of a role has said."""
         try:
@@ -203,22 +211,50 @@ def _compare(run: Run, outcome: Outcome, before: dict[str, Any], after: dict[str
     # What was collected for train steps that were lost counts already: the account fits once they are made again. How
     # many they were nobody knows: the killed learner was further than its last account says.
     _await_step(run, before.get("train_step", 0))
+    status = run.status()
+
+    def fits() -> bool:
+        nonlocal status
+        status = run.status()
+        error = _ratio_error(status)
+        return error is not None and error <= MAX_RATIO_ERROR
+
     with contextlib.suppress(Hang):
-        await_(lambda: _ratio_error(run.status()) <= MAX_RATIO_ERROR, "samples per insert that fit", RECOVERY_SECS)
-    account = run.status()
-    if account.get("replay", {}).get("samples"):
-        outcome.ratio_error = _ratio_error(account)
-        if outcome.ratio_error > MAX_RATIO_ERROR:
-            outcome.broken.append(f"samples per insert off by {outcome.ratio_error:.1%}")
+        await_(fits, "samples per insert that fit", RECOVERY_SECS)
+    outcome.ratio_error = _ratio_error(status)
+    if outcome.ratio_error is None:
+        outcome.broken.append("no account of samples per insert")
+    elif outcome.ratio_error > MAX_RATIO_ERROR:
+        outcome.broken.append(f"samples per insert off by {outcome.ratio_error:.1%}")
+    outcome.broken += _find_miscounts(run, status)
 
 
-def _ratio_error(status: dict[str, Any]) -> float:
-    """Returns by what share of all samples the account is off, beyond the error buffer; 0 where there is none."""
+def _ratio_error(status: dict[str, Any]) -> Optional[float]:
+    """Returns by what share of all samples the account is off, beyond the error buffer; None where there is none."""
     account = status.get("replay", {})
     if not account.get("samples"):
-        return 0.0
+        return None
     excess: float = max(0.0, abs(account["ahead"]) - account["error_buffer"])
     return excess / account["samples"]
+
+
+def _find_miscounts(run: Run, status: dict[str, Any]) -> list[str]:
+    """Returns what the account counts otherwise than the train steps and the actors' own reports do.
+
+    The account keeps itself within its buffer, also when it has lost or doubled what came before. Both others are a
+    second old at most, and a killed actor's last half second is in no report.
+    """
+    account = status.get("replay", {})
+    batch_size = re.search(r"^train\.batch_size = (\d+)", run.configuration(), re.MULTILINE)
+    wanted = {
+        "samples": status.get("train_step", 0) * int(batch_size[1] if batch_size else 0),
+        "inserts": status.get("environment_steps", 0),
+    }
+    return [
+        f"{account.get(name, 0):,} {name} counted where some {number:,} were made"
+        for name, number in wanted.items()
+        if not number / MISCOUNT <= account.get(name, 0) <= number * MISCOUNT
+    ]
 
 
 def _judge_recovery(outcome: Outcome, since: float) -> None:
@@ -364,7 +400,8 @@ def damage_checkpoints(run: Run) -> Outcome:
 
     def damage(outcome: Outcome) -> None:
         del outcome
-        learner = max(checkpoints.glob("ckpt-*.data-*"), key=lambda path: path.stat().st_mtime)
+        index = max(checkpoints.glob("ckpt-*.index"), key=lambda path: path.stat().st_mtime)
+        learner = max(checkpoints.glob(f"{index.stem}.data-*"), key=lambda path: path.stat().st_size)  # the weights
         replay = max(checkpoints.glob("replay/*-*/chunks.tfrecord"), key=lambda path: path.stat().st_mtime)
         newest.extend((learner, replay.parent))
         for path in (learner, replay):
@@ -573,6 +610,7 @@ def _end(run: Run, num_iterations: int) -> Outcome:
     if outcome.train_step_after != num_iterations:
         outcome.broken.append(f"no summary of {num_iterations} train steps")
     outcome.ratio_error = _ratio_error(run.status())
+    outcome.broken += _find_miscounts(run, run.status())
     left = [path.name for path in run.temporary.iterdir()]
     left += [str(path) for path in run.root_dir.rglob("*") if path.name.endswith((".tmp", "_temp", ".new", ".old"))]
     if left:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import json
 import math
 import os
 import pathlib
@@ -153,7 +154,7 @@ def record_run(
 
     Args:
       root_dir: The run directory; the trained policy is its `policies/greedy_policy`, and as long as training has not
-        ended, that with the weights of the newest of `policies/checkpoints`.
+        ended, or goes on past its end, that with the weights of the newest of `policies/checkpoints`.
       make_environment: Called once per video; what it returns is closed here.
       steps_per_second: Control rate of the task.
       num_episodes: Episodes in each video.
@@ -168,8 +169,7 @@ def record_run(
     root_dir = pathlib.Path(root_dir)
     make_act: dict[str, Callable[[Environment], Act]] = {
         "trained_policy": lambda environment: saved_model_act(
-            root_dir / "policies" / "greedy_policy",
-            None if (root_dir / "summary.json").is_file() else newest_policy_checkpoint(root_dir),
+            root_dir / "policies" / "greedy_policy", find_newer_weights(root_dir)
         ),
         "random_policy": lambda environment: random_act(environment, seed=seed),
     }
@@ -210,11 +210,27 @@ def random_act(environment: Environment, seed: int | None = None) -> Act:
     return act
 
 
-def newest_policy_checkpoint(root_dir: PathLike) -> Optional[pathlib.Path]:
-    """Returns the newest whole checkpoint of the policy that a run has written so far; None before the first."""
-    found = pathlib.Path(root_dir).glob("policies/checkpoints/policy_checkpoint_*/variables/variables.index")
+def find_newer_weights(root_dir: PathLike) -> Optional[pathlib.Path]:
+    """Returns the newest whole policy checkpoint of a run under way; None once its SavedModels hold what it delivered.
+
+    Raises:
+      ValueError: It is under way and has no checkpoint yet: its SavedModels hold the weights that it began with.
+    """
+    root_dir = pathlib.Path(root_dir)
+    found = root_dir.glob("policies/checkpoints/policy_checkpoint_*/variables/variables.index")
     newest = max(found, default=None)  # the names' numbers have as many digits
-    return newest and newest.with_suffix("")
+    try:
+        ended_at = json.loads((root_dir / "summary.json").read_text(encoding="utf-8"))["train_steps"]
+    except (OSError, ValueError, KeyError):
+        ended_at = None
+    if newest is None:
+        if ended_at is None and (root_dir / "policies" / "greedy_policy").is_dir():
+            raise ValueError(
+                f"No trained policy in {root_dir} yet: the first comes after train.policy_save_interval train steps."
+            )
+        return None
+    step = int(newest.parents[1].name.rpartition("_")[2])
+    return newest.with_suffix("") if ended_at is None or step > ended_at else None
 
 
 def saved_model_act(policy_dir: PathLike, checkpoint: Optional[PathLike] = None) -> Act:
