@@ -17,6 +17,8 @@ def pytest_collection_modifyitems(items):
 
 UNUSED_ADDRESS = "localhost:1"
 
+_LOST_READERS: set[threading.Thread] = set()  # of tests whose server ends first
+
 
 @pytest.fixture
 def serve():
@@ -32,9 +34,11 @@ def serve():
 
     yield start
     # Readers first: one whose server ended under it stays in Reverb for good, and a dozen keep a core busy.
-    for thread in threading.enumerate():
-        if thread.name.startswith("ingest "):
-            thread.join(timeout=3)
+    readers = [thread for thread in threading.enumerate() if thread.name.startswith("ingest ")]
+    for reader in set(readers) - _LOST_READERS:
+        reader.join(timeout=3)
+        if reader.is_alive():
+            _LOST_READERS.add(reader)
     for server in servers:
         server.stop()
 
