@@ -57,7 +57,7 @@ class Settings:
       peers_python: The interpreter of the environment that has Stable-Baselines3 and SBX.
       repeats: How often each side is measured.
       window_secs: Least length of a timed window, in seconds; None leaves it to the subject.
-      minutes: Length of the endurance run.
+      minutes: Length of the runs of `endurance` and `memory`.
       say: Tells the user how it goes.
     """
 
@@ -118,6 +118,7 @@ class Side:
                     "PYTHONPATH": os.pathsep.join(paths),
                     "PYTHONUNBUFFERED": "1",
                     "SDL_VIDEODRIVER": "dummy",
+                    "TMPDIR": str(folder),  # its processes are killed, and leave what they have there
                     **environment,
                 },
                 start_new_session=True,

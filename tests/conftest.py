@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 import threading
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow is imported
 
 import pytest
+
+
+def pytest_configure():
+    tempfile.gettempdir()  # pytest's own folders stay where one looks for them
+    os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="actorlearner-tests-")  # what killed processes leave behind
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items):
