@@ -131,6 +131,12 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="instead: N times SIGKILL to a random role of one run",
     )
+    drill.add_argument(
+        "--num_iterations",
+        type=_positive,
+        metavar="N",
+        help="train steps of the run with --kills (default: 5,000, and 3,000 for each)",
+    )
     drill.add_argument("--seed", type=_non_negative, default=0, help="of roles, moments and the run (default: 0)")
     drill.add_argument("--gin_bindings", action="append", default=[], metavar="BINDING", help="may be repeated")
     drill.add_argument("--root_dir", type=Path, help="keeps the run there (default: a temporary directory)")
@@ -702,6 +708,7 @@ def _drill(arguments: argparse.Namespace) -> int:
         arguments.experiment,
         faults=arguments.fault,
         num_kills=arguments.kills,
+        num_iterations=arguments.num_iterations,
         seed=arguments.seed,
         gin_bindings=arguments.gin_bindings,
         folder=arguments.root_dir,

@@ -19,16 +19,28 @@ LOCK_STEP = (
 )
 
 
-def _train(folder: Path, seed: int) -> dict[str, np.ndarray]:
-    """Returns every variable of the agent at the end of a run."""
-    folder.mkdir()
+SEEDS = {"first": 5, "again": 5, "other": 6}
+
+
+@pytest.fixture(scope="module")
+def variables(tmp_path_factory) -> dict[str, dict[str, np.ndarray]]:
+    """Every variable of the agent at the end of each run; all run at once, which must make no difference either."""
+    folder = tmp_path_factory.mktemp("lock_step")
     with Processes(folder) as processes:
-        train = processes.start(
-            "train", "dqn_cartpole", "--root_dir=run", f"--seed={seed}", "--num_eval_actors=0",
-            "--num_video_episodes=0", *bind(*TINY, *LOCK_STEP),
-        )  # fmt: skip
-        assert train.wait(RUN_SECS) == 0, train.output
-    checkpoint = tf.train.load_checkpoint(str(folder / "run" / "checkpoints"))
+        runs = {
+            name: processes.start(
+                "train", "dqn_cartpole", f"--root_dir={name}", f"--seed={seed}", "--num_eval_actors=0",
+                "--num_video_episodes=0", *bind(*TINY, *LOCK_STEP),
+            )
+            for name, seed in SEEDS.items()
+        }  # fmt: skip
+        for train in runs.values():
+            assert train.wait(RUN_SECS) == 0, train.output
+    return {name: _read_agent(folder / name) for name in runs}
+
+
+def _read_agent(root_dir: Path) -> dict[str, np.ndarray]:
+    checkpoint = tf.train.load_checkpoint(str(root_dir / "checkpoints"))
     return {
         name: checkpoint.get_tensor(name)
         for name in checkpoint.get_variable_to_shape_map()
@@ -36,20 +48,15 @@ def _train(folder: Path, seed: int) -> dict[str, np.ndarray]:
     }
 
 
-@pytest.fixture(scope="module")
-def variables(tmp_path_factory) -> dict[str, np.ndarray]:
-    return _train(tmp_path_factory.mktemp("lock_step") / "first", seed=5)
-
-
-def test_two_runs_of_one_seed_have_equal_weights(variables, tmp_path):
+def test_two_runs_of_one_seed_have_equal_weights(variables):
     """Whether a change leaves learning as it was cannot be told where no two runs are alike."""
-    again = _train(tmp_path / "again", seed=5)
-    assert again.keys() == variables.keys() and len(variables) > 10
-    for name, value in variables.items():
+    first, again = variables["first"], variables["again"]
+    assert again.keys() == first.keys() and len(first) > 10
+    for name, value in first.items():
         np.testing.assert_array_equal(again[name], value, err_msg=name)
 
 
-def test_another_seed_gives_other_weights(variables, tmp_path):
+def test_another_seed_gives_other_weights(variables):
     """Else the test above would hold for a learner that learns nothing, too."""
-    other = _train(tmp_path / "other", seed=6)
-    assert any(np.any(other[name] != value) for name, value in variables.items())
+    first, other = variables["first"], variables["other"]
+    assert any(np.any(other[name] != value) for name, value in first.items())

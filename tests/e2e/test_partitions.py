@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -24,22 +23,37 @@ def wire() -> Iterator[Wire]:
         yield wire
 
 
-def _start_all(processes: Processes, wire: Wire, *, patience_secs: float, bindings: tuple[str, ...]) -> dict[str, Any]:
-    """Starts the replay server and the learner on one side of the wire, and the actors on the other."""
-    near = f"127.0.0.1:{wire.to_port}"
+def _start_all(
+    processes: Processes, *wires: Wire, patience_secs: float, bindings: tuple[str, ...]
+) -> dict[str, Process]:
+    """Starts the replay server and the learner on one side, and both actors at the other end of each wire.
+
+    Of the second wire their task, and the number in their name, is 1.
+    """
+    near = f"127.0.0.1:{wires[0].to_port}"
     started: dict[str, Process] = {}
-    for role, address in (("replay-server", near), ("learner", near), *((actor, wire.address) for actor in ACTORS)):
+
+    def start(role: str, address: str, task: int = 0) -> None:
+        name = f"{role}-{task}"
         command = [role, "dqn_cartpole", f"--replay_address={address}", f"--peer_patience_secs={patience_secs}"]
+        if task:
+            command.append(f"--task={task}")
         if role in ("learner", "collect-actor"):
-            command.append(f"--root_dir={role}")
+            command.append(f"--root_dir={name}")
         if role == "learner":
             command.append("--num_video_episodes=0")
-        started[role] = processes.start(*command, *bind(*TINY, *bindings))
+        started[name] = processes.start(*command, *bind(*TINY, *bindings))
+
+    start("replay-server", near)
+    start("learner", near)
+    for task, wire in enumerate(wires):
+        for actor in ACTORS:
+            start(actor, wire.address, task)
     return started
 
 
 def _phase(folder: Path) -> str:
-    status = folder / "learner" / "status.json"  # written every second, so not at once
+    status = folder / "learner-0" / "status.json"  # written every second, so not at once
     return json.loads(status.read_text())["phase"] if status.exists() else ""
 
 
@@ -48,31 +62,37 @@ def test_a_run_goes_on_after_its_actors_were_stalled_and_cut_off(processes, tmp_
     started = _start_all(
         processes, wire, patience_secs=300, bindings=("train.num_iterations = 1000", "train.eval_interval = 200")
     )
-    started["learner"].await_line("train step 50:", RUN_SECS)
+    started["learner-0"].await_line("train step 50:", RUN_SECS)
     wire.stall()
     eventually(lambda: _phase(tmp_path) == "waiting")
     time.sleep(STALL_SECS)
-    step = json.loads((tmp_path / "learner" / "status.json").read_text())["train_step"]
+    step = json.loads((tmp_path / "learner-0" / "status.json").read_text())["train_step"]
     wire.mend()
-    started["learner"].await_line(f"train step {(step // 50 + 1) * 50}:", RUN_SECS)
+    started["learner-0"].await_line(f"train step {(step // 50 + 1) * 50}:", RUN_SECS)
     wire.cut()
     eventually(lambda: _phase(tmp_path) == "waiting")
     wire.mend()
     exit_codes = {role: process.wait(RUN_SECS) for role, process in started.items()}
     assert exit_codes == dict.fromkeys(started, 0), "\n".join(process.output for process in started.values())
-    summary = json.loads((tmp_path / "learner" / "summary.json").read_text())
+    summary = json.loads((tmp_path / "learner-0" / "summary.json").read_text())
     assert summary["train_steps"] == 1000
     assert [evaluation["train_step"] for evaluation in summary["evaluations"]] == list(range(0, 1001, 200))
 
 
-@pytest.mark.parametrize("fault", ["stall", "cut"])
-def test_past_their_patience_roles_end_and_say_whom_they_waited_for(processes, wire, fault):
+def test_past_their_patience_roles_end_and_say_whom_they_waited_for(processes, wire):
     """A role that waits for a dead peer for ever costs a machine, and nobody is told."""
-    started = _start_all(processes, wire, patience_secs=20, bindings=("train.num_iterations = 1_000_000",))
-    started["learner"].await_line("train step 50:", RUN_SECS)
-    getattr(wire, fault)()
-    for role in ("learner", *ACTORS):
-        assert started[role].wait(RUN_SECS) == 69, started[role].output
-        assert "--peer_patience_secs = 20" in started[role].stderr
-    assert wire.address in started["collect-actor"].stderr
-    assert wire.address in started["eval-actor"].stderr
+    stalled = wire
+    with Wire(stalled.to_port) as cut:
+        bindings = ("train.num_iterations = 1_000_000",)
+        started = _start_all(processes, stalled, cut, patience_secs=20, bindings=bindings)
+        started["learner-0"].await_line("train step 50:", RUN_SECS)
+        for task in (0, 1):
+            started[f"collect-actor-{task}"].await_line("acting with the collect policy", RUN_SECS)
+        stalled.stall()
+        cut.cut()
+        for name in ("learner-0", *(f"{actor}-{task}" for actor in ACTORS for task in (0, 1))):
+            assert started[name].wait(RUN_SECS) == 69, started[name].output
+            assert "--peer_patience_secs = 20" in started[name].stderr
+        for task, broken in enumerate((stalled, cut)):
+            for actor in ACTORS:
+                assert broken.address in started[f"{actor}-{task}"].stderr

@@ -132,12 +132,14 @@ class Run:
         except (OSError, ValueError):
             return {}
 
-    def configuration(self) -> str:
-        """Returns the run's operative configuration; empty when there is none yet."""
+    def configured(self, setting: str) -> int:
+        """Returns a whole number of the run's operative configuration; 0 when there is none yet."""
         try:
-            return (self.root_dir / "operative_config.gin").read_text()
+            lines = (self.root_dir / "operative_config.gin").read_text()
         except OSError:
-            return ""
+            return 0
+        found = re.search(rf"^{re.escape(setting)} = (\d+)", lines, re.MULTILINE)
+        return int(found[1]) if found else 0
 
     def log(self, role: str) -> str:
         """Returns what the newest life of a role has said."""
@@ -245,9 +247,8 @@ def _find_miscounts(run: Run, status: dict[str, Any]) -> list[str]:
     second old at most, and a killed actor's last half second is in no report.
     """
     account = status.get("replay", {})
-    batch_size = re.search(r"^train\.batch_size = (\d+)", run.configuration(), re.MULTILINE)
     wanted = {
-        "samples": status.get("train_step", 0) * int(batch_size[1] if batch_size else 0),
+        "samples": status.get("train_step", 0) * run.configured("train.batch_size"),
         "inserts": status.get("environment_steps", 0),
     }
     return [
@@ -503,6 +504,7 @@ def run_drill(
     *,
     faults: Sequence[str],
     num_kills: int,
+    num_iterations: Optional[int] = None,
     seed: int,
     gin_bindings: Sequence[str] = (),
     folder: Optional[Path] = None,
@@ -516,6 +518,7 @@ def run_drill(
       experiment: A shipped experiment or a gin file.
       faults: Names from `FAULTS`, in this order; empty for all, unless `num_kills` is given.
       num_kills: So many SIGKILLs of random roles during one run that then must end by itself.
+      num_iterations: Train steps of the run with kills; by default 5,000 and 3,000 for each kill.
       seed: Of the choice of roles and moments, and of the run.
       gin_bindings: On top of the drill's own.
       folder: Keeps the run there; else it is in a temporary directory, removed when every promise held.
@@ -526,7 +529,10 @@ def run_drill(
     console = Console(width=None if sys.stdout.isatty() else 150)
     outcomes: list[Outcome] = []
     try:
-        steps = _kill_at_random(run, num_kills, seed) if num_kills else _inject(run, faults or tuple(FAULTS))
+        if num_kills:
+            steps = _kill_at_random(run, num_kills, num_iterations or 1_000 * (5 + 3 * num_kills), seed)
+        else:
+            steps = _inject(run, faults or tuple(FAULTS))
         for outcome in steps:
             outcomes.append(outcome)
             console.print(_describe(outcome), highlight=False)
@@ -577,9 +583,8 @@ def _inject(run: Run, faults: Sequence[str]) -> Iterator[Outcome]:
     yield _end(run, num_iterations)
 
 
-def _kill_at_random(run: Run, num_kills: int, seed: int) -> Iterator[Outcome]:
+def _kill_at_random(run: Run, num_kills: int, num_iterations: int, seed: int) -> Iterator[Outcome]:
     chance = random.Random(seed)
-    num_iterations = 1_000 * (5 + 3 * num_kills)
     started_at = time.time()
     run.start(num_iterations)
     run.await_training(started_at)
@@ -603,7 +608,7 @@ def _end(run: Run, num_iterations: int) -> Outcome:
         summary = json.loads((run.root_dir / "summary.json").read_text())
         outcome.train_step_after = summary["train_steps"]
         evaluated = [evaluation["train_step"] for evaluation in summary["evaluations"]]
-        due = set(range(0, num_iterations + 1, 1_000))
+        due = {*range(0, num_iterations, run.configured("train.eval_interval") or num_iterations), num_iterations}
         outcome.evaluations_lost = len(due - set(evaluated))
         if outcome.evaluations_lost or len(evaluated) != len(set(evaluated)):
             outcome.broken.append(f"evaluations of {sorted(due - set(evaluated))} are missing")
