@@ -44,12 +44,14 @@ def serve():
         return server
 
     yield start
-    # Readers first: one whose server ended under it stays in Reverb for good, and a dozen keep a core busy.
-    readers = [thread for thread in threading.enumerate() if thread.name.startswith("ingest ")]
-    for reader in set(readers) - _LOST_READERS:
-        reader.join(timeout=3)
-        if reader.is_alive():
-            _LOST_READERS.add(reader)
+    # Readers first. Reverb hands one in the server's own process a pointer to the table, and dies of it when the server
+    # stops at that moment; and a reader whose server ended under it stays in Reverb for good: a dozen keep a core busy.
+    for kind in ("ingest ", "subscriber", "reader of "):  # the last are started by the others
+        readers = {thread for thread in threading.enumerate() if thread.name.startswith(kind)}
+        for reader in readers - _LOST_READERS:
+            reader.join(timeout=3)
+            if reader.is_alive():
+                _LOST_READERS.add(reader)
     for server in servers:
         server.stop()
 
