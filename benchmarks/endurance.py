@@ -1,8 +1,7 @@
 """Hours of dqn_cartpole at full speed: does the learner slow down, does a role's memory grow?
 
-Not part of the default: `actorlearner bench --only endurance --minutes=60` has no evaluations, which take the learner's
-processor; `--only memory --minutes=120` has them. Nothing is paired: the reference is the second minute of the same
-run, and for memory the end of its first quarter, when the replay is full.
+Not part of the default: `actorlearner bench --only endurance --minutes=120`. Nothing is paired: the reference is the
+second minute of the same run, and for memory the end of its first quarter, when the replay is full.
 """
 
 from __future__ import annotations
@@ -23,7 +22,10 @@ SAMPLE_SECS = 5.0
 def compare(settings: Settings) -> Sequence[Row]:
     """Returns a row for the learner's rate and one for each role's resident memory."""
     secs = 60.0 * settings.minutes
-    samples = _watch(settings, "cartpole")
+    with contextlib.closing(Side("endurance", settings, ("endurance", "cartpole"))) as side:
+        settings.say(f"endurance: {settings.minutes:g} minutes of dqn_cartpole")
+        side.await_ready()
+        samples = side.measure(window_secs=secs)["samples"]
     minute = min(60.0, secs / 4)
     rate_row = Row(
         "endurance-rate",
@@ -35,32 +37,16 @@ def compare(settings: Settings) -> Sequence[Row]:
         [rate_between(samples, minute, 2 * minute)],
         details={"samples": samples},
     )
-    return [rate_row, *(_memory_row(role, samples, secs, "endurance-memory") for role in samples[0]["resident_mb"])]
+    return [rate_row, *(_memory_row(role, samples, secs) for role in samples[0]["resident_mb"])]
 
 
-def compare_memory(settings: Settings) -> Sequence[Row]:
-    """Returns a row for each role's resident memory, the eval actor's among them."""
-    samples = _watch(settings, "evaluated_cartpole")
-    return [
-        _memory_row(role, samples, 60.0 * settings.minutes, "memory")
-        for role in samples[0]["resident_mb"]
-    ]
-
-
-def _watch(settings: Settings, program: str) -> Sequence[Figures]:
-    with contextlib.closing(Side(program, settings, ("endurance", program))) as side:
-        settings.say(f"{program}: {settings.minutes:g} minutes of dqn_cartpole")
-        side.await_ready()
-        return side.measure(window_secs=60.0 * settings.minutes)["samples"]
-
-
-def _memory_row(role: str, samples: Sequence[Figures], secs: float, subject: str) -> Row:
+def _memory_row(role: str, samples: Sequence[Figures], secs: float) -> Row:
     def resident(begin: float, end: float) -> Sequence[float]:
         found = [sample["resident_mb"][role] for sample in samples if begin * secs <= sample["secs"] <= end * secs]
         return [statistics.median(found)]
 
     return Row(
-        f"{subject}-{role.replace(' ', '-')}",
+        f"endurance-memory-{role.replace(' ', '-')}",
         f"resident memory of the {role} at the end",
         "after a quarter of the time",
         "MB",
@@ -78,27 +64,18 @@ def rate_between(samples: Sequence[Figures], begin: float, end: float) -> float:
     return (last["train_step"] - first["train_step"]) / (last["time"] - first["time"])
 
 
-def cartpole() -> contextlib.AbstractContextManager[Measure]:
-    """Server, learner and collect actor of dqn_cartpole as processes; this one looks on."""
-    return _training(is_evaluated=False)
-
-
-def evaluated_cartpole() -> contextlib.AbstractContextManager[Measure]:
-    """The same with its eval actor."""
-    return _training(is_evaluated=True)
-
-
 @contextlib.contextmanager
-def _training(is_evaluated: bool) -> Iterator[Measure]:
+def cartpole() -> Iterator[Measure]:
+    """Every role of dqn_cartpole as a process; this one looks on."""
     from actorlearner import local
     from benchmarks.roles import FOREVER, Roles
 
-    bindings, kinds = [*FOREVER], [local.REPLAY_SERVER, local.LEARNER, local.COLLECT_ACTOR]
-    if is_evaluated:
-        bindings += ["train.eval_interval = 4_000"]  # as in dqn_cartpole.gin
-        kinds += [local.EVAL_ACTOR]
-    with Roles("dqn_cartpole", bindings) as roles:
-        for kind in kinds:
+    evaluations = (  # which cost the same from first to last: a policy that has learned makes no longer episodes
+        "train.eval_interval = 4_000",
+        "gym_environment.max_episode_steps = 200",
+    )
+    with Roles("dqn_cartpole", [*FOREVER, *evaluations]) as roles:
+        for kind in (local.REPLAY_SERVER, local.LEARNER, local.COLLECT_ACTOR, local.EVAL_ACTOR):
             roles.start(kind)
         roles.follow_training(secs=1.0)
 
@@ -134,4 +111,4 @@ def read_resident_mb(pid: int) -> float:
 
 
 if __name__ == "__main__":
-    run_program(cartpole=cartpole, evaluated_cartpole=evaluated_cartpole)
+    run_program(cartpole=cartpole)

@@ -57,7 +57,7 @@ class Settings:
       peers_python: The interpreter of the environment that has Stable-Baselines3 and SBX.
       repeats: How often each side is measured.
       window_secs: Least length of a timed window, in seconds; None leaves it to the subject.
-      minutes: Length of the runs of `endurance` and `memory`.
+      minutes: Length of the endurance run.
       say: Tells the user how it goes.
     """
 

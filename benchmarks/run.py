@@ -31,9 +31,8 @@ SUBJECTS: Mapping[str, Callable[[Settings], Sequence[Row]]] = {
     "tls": tls.compare,
     "replay-servers": replay_servers.compare,
     "endurance": endurance.compare,
-    "memory": endurance.compare_memory,
 }
-DEFAULT = tuple(name for name in SUBJECTS if name not in ("replay-servers", "endurance", "memory"))
+DEFAULT = tuple(name for name in SUBJECTS if name not in ("replay-servers", "endurance"))
 
 USAGE, FAILED = 64, 1
 

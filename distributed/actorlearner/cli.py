@@ -249,7 +249,7 @@ def _add_bench_flags(parser: argparse.ArgumentParser) -> None:
         "--window_secs", type=float, metavar="SECS", help="least length of a timed window (default: the subject's own)"
     )
     parser.add_argument(
-        "--minutes", type=float, default=60.0, metavar="N", help="length of `endurance` and of `memory` (default: 60)"
+        "--minutes", type=float, default=60.0, metavar="N", help="length of the endurance run (default: 60)"
     )
     parser.add_argument(
         "--output", type=Path, default=Path("bench.json"), metavar="FILE", help="figures go here (default: bench.json)"
