@@ -77,7 +77,7 @@ setup(
         "tf-agents==0.19.0",
     ],
     extras_require={
-        "test": ["kubernetes-validate", "mypy", "pytest", "pytest-timeout", "pyyaml", "ruff"],
+        "test": ["kubernetes-validate", "mypy", "pytest", "pytest-timeout", "pytest-xdist", "pyyaml", "ruff"],
     },
     classifiers=[
         "Operating System :: POSIX :: Linux",
