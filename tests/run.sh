@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
 # Runs the checks and the tests, after making .venv with the test tools if it is missing or stale.
 #
-#   tests/run.sh                               ruff, mypy, then every test
+#   tests/run.sh                               ruff, mypy, then every test, a file on each core, on four at most
 #   tests/run.sh deploy                        on real engines and clusters (docs/operations.md); as root, half an hour
 #   tests/run.sh tests/test_x.py -k foo        pytest alone, with these arguments; paths are below the checkout
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../launch/environment.sh"
 set_up_environment test
 cd "$checkout"
-[ $# -gt 0 ] || tests/lint.sh
+if [ $# -eq 0 ]; then
+  tests/lint.sh
+  set -- --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
+fi
 if [ "${1:-}" = deploy ]; then
   shift
   docker info >/dev/null 2>&1 || say "skipping what needs a Docker engine: \`docker info\` fails here"
