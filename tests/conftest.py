@@ -12,13 +12,12 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow is impor
 import pytest
 
 
-def pytest_configure():
-    tempfile.gettempdir()  # pytest's own folders stay where one looks for them
-    os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="actorlearner-tests-")  # what killed processes leave behind
-
-
-def pytest_unconfigure():
-    shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
+def pytest_configure(config):
+    """Gives what killed processes leave behind one folder, which goes when pytest does; its workers inherit it."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        tempfile.gettempdir()  # pytest's own folders stay where one looks for them
+        os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="tests-")  # short: sockets are made below
+        config.add_cleanup(lambda: shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True))
 
 
 def pytest_collection_modifyitems(items):
