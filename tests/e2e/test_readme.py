@@ -80,8 +80,12 @@ def test_the_commands_of_the_readme_run_to_their_ends(tmp_path):
     under_way: list[tuple[str, Process]] = []
 
     def await_ends() -> None:
-        for command, process in under_way:
-            assert process.wait(RUN_SECS) == 0, f"{command}\n{process.output}"
+        try:
+            for command, process in under_way:
+                assert process.wait(RUN_SECS) == 0, f"{command}\n{process.output}"
+        except AssertionError:  # what one waits for in vain, another may tell
+            print(*(f"== {command}\n{process.output}" for command, process in under_way), sep="\n")
+            raise
         under_way.clear()
 
     with Processes(tmp_path) as processes:
