@@ -21,8 +21,10 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Fast tests first: those that start real processes come last."""
+    """Fast tests first, a file on each core; those that start real processes come last, one at a time."""
     items.sort(key=lambda item: "e2e" in item.path.parts)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("e2e" if "e2e" in item.path.parts else str(item.path)))
 
 
 UNUSED_ADDRESS = "localhost:1"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the checks and the tests, after making .venv with the test tools if it is missing or stale.
 #
-#   tests/run.sh                               ruff, mypy, then every test, a file on each core, on four at most
+#   tests/run.sh                               ruff, mypy, then every test; the fast ones on up to four cores
 #   tests/run.sh deploy                        on real engines and clusters (docs/operations.md); as root, half an hour
 #   tests/run.sh tests/test_x.py -k foo        pytest alone, with these arguments; paths are below the checkout
 set -euo pipefail
@@ -10,7 +10,7 @@ set_up_environment test
 cd "$checkout"
 if [ $# -eq 0 ]; then
   tests/lint.sh
-  set -- --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
+  set -- --numprocesses=auto --maxprocesses=4 --dist=loadgroup --no-loadscope-reorder
 fi
 if [ "${1:-}" = deploy ]; then
   shift
