@@ -20,12 +20,9 @@ def pytest_configure(config):
         config.add_cleanup(lambda: shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True))
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items):
-    """Fast tests first, a file on each core; those that start real processes come last, one at a time."""
+    """Fast tests first; those that start real processes come last."""
     items.sort(key=lambda item: "e2e" in item.path.parts)
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("e2e" if "e2e" in item.path.parts else str(item.path)))
 
 
 UNUSED_ADDRESS = "localhost:1"

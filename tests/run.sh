@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Runs the checks and the tests, after making .venv with the test tools if it is missing or stale.
 #
-#   tests/run.sh                               ruff, mypy, then every test; the fast ones on up to four cores
+#   tests/run.sh                               ruff, mypy, then every test: the fast ones a file on each of up to four cores,
+#                                              those in tests/e2e, which start real processes, one at a time
 #   tests/run.sh deploy                        on real engines and clusters (docs/operations.md); as root, half an hour
 #   tests/run.sh tests/test_x.py -k foo        pytest alone, with these arguments; paths are below the checkout
 set -euo pipefail
@@ -10,7 +11,10 @@ set_up_environment test
 cd "$checkout"
 if [ $# -eq 0 ]; then
   tests/lint.sh
-  set -- --numprocesses=auto --maxprocesses=4 --dist=loadgroup --no-loadscope-reorder
+  status=0
+  "$venv/bin/python" -m pytest --ignore=tests/e2e --numprocesses=auto --maxprocesses=4 --dist=loadfile || status=$?
+  "$venv/bin/python" -m pytest tests/e2e || status=$?
+  exit $status
 fi
 if [ "${1:-}" = deploy ]; then
   shift
