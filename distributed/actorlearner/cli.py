@@ -9,12 +9,14 @@ import argparse
 import contextlib
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 from actorlearner import __version__
+from actorlearner.runtime.health import HANG_SECS
 from actorlearner.supported_platform import check_platform
 
 if TYPE_CHECKING:
@@ -175,6 +177,11 @@ def _experiment_flags() -> argparse.ArgumentParser:
         "--peer_patience_secs", type=float, default=300.0, metavar="SECS",
         help="how long an unreachable peer is waited for (default: 300)",
     )  # fmt: skip
+    flags.add_argument(
+        "--hang_secs", type=_seconds, default=HANG_SECS, metavar="SECS",
+        help="a role that has not gone on for so long writes where each of its threads is and ends, to be started "
+        f"again; 0: never (default: {HANG_SECS:g})",
+    )  # fmt: skip
     return flags
 
 
@@ -285,6 +292,13 @@ def _non_negative(text: str) -> int:
     return number
 
 
+def _seconds(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < threading.TIMEOUT_MAX:
+        raise argparse.ArgumentTypeError(f"{text}: expected seconds from 0")
+    return number
+
+
 def _train(arguments: argparse.Namespace) -> int:
     from actorlearner import local
 
@@ -321,7 +335,10 @@ def _train(arguments: argparse.Namespace) -> int:
             seed=int.from_bytes(os.urandom(3), "big") if arguments.seed is None else arguments.seed,
             gin_bindings=tuple(bindings),
             learner_flags=tuple(learner_flags),
-            role_flags=(f"--peer_patience_secs={arguments.peer_patience_secs:g}",),
+            role_flags=(
+                f"--peer_patience_secs={arguments.peer_patience_secs:g}",
+                f"--hang_secs={arguments.hang_secs:g}",
+            ),
         )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -453,12 +470,11 @@ def _run_role(arguments: argparse.Namespace, run: Callable[[Cluster, Stop], Exit
     set_up_logging()  # before TensorFlow is imported
     from actorlearner.cluster import Cluster
     from actorlearner.runtime.dead_peers import notice_dead_peers
-    from actorlearner.runtime.health import beat_into
+    from actorlearner.runtime.health import watch
     from actorlearner.runtime.lifecycle import ExitCode, RoleError, run_to_exit
 
     def run_in_cluster(stop: Stop) -> ExitCode:
-        if arguments.health_file:
-            beat_into(arguments.health_file)
+        watch(arguments.health_file, arguments.hang_secs)
         try:
             cluster = Cluster(
                 replay_address=arguments.replay_address,

@@ -96,10 +96,18 @@ class Process:
         try:
             status = self._popen.wait(deadline_secs)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"did not end within {deadline_secs:g} s; it wrote:\n{self.output}") from None
+            raise AssertionError(f"did not end within {deadline_secs:g} s; it wrote:\n{self.abort()}") from None
         for reader in self._readers:
             reader.join(5)
         return status
+
+    def abort(self) -> str:
+        """Ends it if it goes on, and returns all it wrote: a role's last words are the stacks of its threads."""
+        if self._popen.poll() is None:
+            self.send(signal.SIGABRT)
+        for reader in self._readers:
+            reader.join(5)
+        return self.output
 
     def await_line(self, pattern: str, deadline_secs: float = START_SECS, count: int = 1) -> re.Match[str]:
         """Returns the `count`-th match of `pattern` within one line, as soon as it is written."""

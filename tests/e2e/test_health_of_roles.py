@@ -1,4 +1,4 @@
-"""A role's health file tells a frozen process from one at work."""
+"""A role that is frozen or hangs is told from one at work."""
 
 from __future__ import annotations
 
@@ -25,3 +25,10 @@ def test_a_frozen_replay_server_is_told_from_one_at_work(processes, tmp_path, ev
     eventually(lambda: describe_problem(alive, max_age_secs=2) is None)
     check = processes.start("health", alive, "--max_age_secs=60")
     assert check.wait(60) == 0
+
+
+def test_a_role_that_does_not_go_on_says_where_it_is_and_ends(processes):
+    """Its launcher starts it again; one that hangs for good is waited for in vain by everybody."""
+    actor = processes.start("eval-actor", "dqn_cartpole", "--hang_secs=0.5")  # to begin takes longer
+    assert actor.wait(60) == 1
+    assert "Timeout (0:00:00.5" in actor.output and "cli.py" in actor.output

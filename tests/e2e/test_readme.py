@@ -84,7 +84,7 @@ def test_the_commands_of_the_readme_run_to_their_ends(tmp_path):
             for command, process in under_way:
                 assert process.wait(RUN_SECS) == 0, f"{command}\n{process.output}"
         except AssertionError:  # what one waits for in vain, another may tell
-            print(*(f"== {command}\n{process.output}" for command, process in under_way), sep="\n")
+            print(*(f"== {command}\n{process.abort()}" for command, process in under_way), sep="\n")
             raise
         under_way.clear()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -50,13 +52,13 @@ def beats(tmp_path):
 def test_the_beat_of_a_process_before_does_not_count(beats):
     """A restarted role would be called healthy before it has begun."""
     beats.touch()
-    health.beat_into(beats)
+    health.watch(beats)
     assert not beats.exists()
 
 
 def test_a_wait_beats(beats):
     """A learner that waits for actors is told so by its deadline; restarting it would help nobody."""
-    health.beat_into(beats)
+    health.watch(beats)
     assert wait_until(lambda: True, lambda: "nothing", stop=Stop(), deadline_secs=1, setting="none")
     assert beats.exists()
 
@@ -71,14 +73,41 @@ def await_beat(path, is_beat):
 
 def test_one_long_call_beats_until_its_time_is_up(beats):
     """A server that saves a large table answers no request meanwhile; one that hangs must still be found."""
-    health.beat_into(beats)
+    health.watch(beats)
     with health.beat_meanwhile(secs=30.0):
         await_beat(beats, lambda beaten_at: True)
         os.utime(beats, (1, 1))
         await_beat(beats, lambda beaten_at: beaten_at > 1)
-    health.beat_into(beats)
+    health.watch(beats)
     with health.beat_meanwhile(secs=-1.0):
         for thread in threading.enumerate():
             if thread.name == "heartbeat":
                 thread.join(10)
         assert not beats.exists()
+
+
+HANGING = """
+import re, time
+from actorlearner.runtime.health import beat, watch
+
+watch(hang_secs=2.0)
+until = time.monotonic() + 3.0
+while time.monotonic() < until:
+    beat()
+    time.sleep(0.01)
+print("went on for longer than that", flush=True)
+
+def simulate():
+    return re.match("(a+)+$", "a" * 60 + "b")  # for years, in native code that holds the interpreter's lock
+
+simulate()
+"""
+
+
+def test_a_process_that_hangs_says_where_and_ends():
+    """Elsewhere a simulator that hangs is an actor that is silently missing, or a learner that waits without a word."""
+    process = subprocess.run([sys.executable, "-c", HANGING], capture_output=True, text=True, timeout=60)
+    assert process.stdout == "went on for longer than that\n"
+    assert process.returncode == 1
+    assert process.stderr.startswith("Timeout (0:00:02)!")
+    assert "in simulate" in process.stderr

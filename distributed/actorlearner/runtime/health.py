@@ -1,6 +1,7 @@
-"""Whether a role goes on, told through one small file that a container's health check looks at.
+"""Whether a role goes on: told through one small file that a container's health check looks at, and enforced.
 
 role --beat--> [file] <--age-- `actorlearner health`
+     --beat--> [watchdog]: when no beat came for `hang_secs`, it writes where every thread is and ends the process
 
 A role beats when it has been once round: an environment stepped, a call of train steps made, a request answered. A wait
 counts while it is watched, because it has a deadline of its own that ends the role. So the file grows old when a
@@ -10,29 +11,44 @@ process hangs or is stopped; deadlines see to the rest.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Optional
 
+HANG_SECS = 600.0
+"""Nothing a role does between two beats takes so long, in seconds: the longest is to compile for an accelerator."""
+
 _EVERY_SECS = 1.0
 
 
 class Heartbeat:
-    """Touches a file, at most once a second; without a file it does nothing."""
+    """Touches a file and puts off the watchdog, at most once a second; with neither it does nothing."""
 
-    def __init__(self, path: Optional[Path] = None, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self, path: Optional[Path] = None, hang_secs: float = 0.0, clock: Callable[[], float] = time.monotonic
+    ):
         self._path = path
+        self._hang_secs = hang_secs
         self._clock = clock
         self._due_at = clock()
+        self._put_off_the_watchdog()
 
     def beat(self) -> None:
         """Cheap enough for every step of an environment."""
-        if self._path is not None and self._clock() >= self._due_at:
-            self._due_at = self._clock() + _EVERY_SECS
+        if self._clock() < self._due_at or not (self._path or self._hang_secs):
+            return
+        self._due_at = self._clock() + _EVERY_SECS
+        if self._path is not None:
             with contextlib.suppress(OSError):  # the file grows old, which is the message
                 self._path.touch()
+        self._put_off_the_watchdog()
+
+    def _put_off_the_watchdog(self) -> None:
+        if self._hang_secs:
+            faulthandler.dump_traceback_later(self._hang_secs, exit=True)  # in place of the one before
 
 
 _heartbeat = Heartbeat()
@@ -65,11 +81,18 @@ def beat_meanwhile(secs: float) -> Iterator[None]:
         has_ended.set()
 
 
-def beat_into(path: Path) -> None:
-    """Makes `beat` touch `path` from here on; a file left by a process before this one is removed."""
+def watch(path: Optional[Path] = None, hang_secs: float = 0.0) -> None:
+    """Has `beat` looked after from here on.
+
+    Args:
+      path: The health file, which every beat touches; what a process before this one left there does not count.
+      hang_secs: When no beat comes for so many seconds the process writes the stacks of all its threads to stderr and
+        ends with status 1, also when it hangs in native code that holds Python's lock. 0: never.
+    """
     global _heartbeat
-    path.unlink(missing_ok=True)
-    _heartbeat = Heartbeat(path)
+    if path is not None:
+        path.unlink(missing_ok=True)
+    _heartbeat = Heartbeat(path, hang_secs)
 
 
 def describe_problem(path: Path, max_age_secs: float, now: Optional[float] = None) -> Optional[str]:

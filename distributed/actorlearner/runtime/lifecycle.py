@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import errno
+import faulthandler
 import functools
 import logging
 import math
@@ -195,6 +196,7 @@ def run_to_exit(run: Callable[[Stop], ExitCode], final_code_file: Optional[Path]
       final_code_file: A code of `FINAL_CODES` is written there and the process ends with 0, for a supervisor that
         starts again whatever ends otherwise. Where it cannot be written, the process ends with the code.
     """
+    faulthandler.enable()  # native code that crashes, Reverb's say, shows where it was called
     # TensorFlow leaves generated code behind where temporary files go, and counts on an ending that `os._exit` is not.
     temporary_folder = tempfile.tempdir = tempfile.mkdtemp(prefix="actorlearner-")
     os.environ["TMPDIR"] = temporary_folder  # for child processes
