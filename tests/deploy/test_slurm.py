@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from actorlearner.tools.certificates import make_certificates
 from tests.deploy.infrastructure import CHECKOUT, Log, await_that, documented, needed_program, run
 
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(1200)]
@@ -225,21 +226,22 @@ def test_a_job_that_cannot_go_on_says_why_and_takes_its_actors_along(slurm: Slur
     await_that(lambda: not slurm.jobs("%i %T"), "the actors' end", 60)
 
 
-def test_a_learner_whose_actors_ended_for_good_ends_with_their_reason(slurm: Slurm, tmp_path: Path):
+def test_a_learner_whose_actors_ended_for_good_ends_with_their_reason_told_through_tls(slurm: Slurm, tmp_path: Path):
     """A learner that starves would be started again for ever, and hold a GPU; the reason lies in another host's log."""
+    make_certificates(tmp_path / "certs", ["gpu1"])
+    settings = {"TLS_DIR": str(tmp_path / "certs"), "GIN_BINDINGS": "train.eval_interval = 0"}
     experiment = tmp_path / "nan.gin"
     experiment.write_text(
         "import nan_cartpole\ninclude 'dqn_cartpole.gin'\ngym_environment.env_name = 'NanCartPole-v0'\n"
     )
-    slurm.submit_training(
-        EXPERIMENT=str(experiment), COLLECT_ACTORS="0", EVAL_ACTORS="0", GIN_BINDINGS="train.eval_interval = 0"
-    )
+    slurm.submit_training(EXPERIMENT=str(experiment), COLLECT_ACTORS="0", EVAL_ACTORS="0", **settings)
     command = "sbatch --array=8-15 --export=ALL,LEARNER_JOB=123,EXPERIMENT=dqn_cartpole launch/slurm_actors.sbatch"
     changes = {"8-15": "0", "123": slurm.job, "dqn_cartpole": str(experiment)}
-    actors = slurm.submit(documented("Slurm", command, **changes), GIN_BINDINGS="train.eval_interval = 0")
+    actors = slurm.submit(documented("Slurm", command, **changes), **settings)
     await_that(lambda: slurm.state() == "FAILED", "the job's failure", START_SECS, slurm.log.read)
     assert "nobody is left to wait for: collect-actor 0 ended for good (exit code 65)" in slurm.log.read()
     assert "observation[2] = nan" in slurm.log.read()
     assert slurm.log.count("learner is process") == 1
+    assert slurm.log.count("is for who shows a certificate of the CA in") == 1
     assert "the job cannot go on (exit code 65)" in slurm.log.read()
     await_that(lambda: not slurm.ctl("squeue", "-h", f"-j{actors}"), "the actor's end", 60)
