@@ -105,6 +105,10 @@ def _started_at(container: str) -> str:
     return docker("inspect", "--format", "{{.State.StartedAt}}", container)
 
 
+def _has_started_since(before: str, container: str) -> bool:
+    return _started_at(container) != before
+
+
 def test_containers_whose_processes_are_killed_come_back_and_training_goes_on(stack: Stack):
     """One of each, the next as soon as the engine has started the one before again."""
     services = (*RUNNING_ROLES, "tensorboard")
@@ -114,7 +118,7 @@ def test_containers_whose_processes_are_killed_come_back_and_training_goes_on(st
         before = _started_at(container)
         os.kill(int(docker("inspect", "--format", "{{.State.Pid}}", container)), signal.SIGKILL)
         await_that(
-            lambda container=container, before=before: _started_at(container) != before,
+            functools.partial(_has_started_since, before, container),
             f"the engine to start {service} again",
             60,
         )
