@@ -72,6 +72,8 @@ def run_collect_actor(
     experiment.seed_process("collect-actor", cluster.task)
     events_folder = RunDirectory(root_dir).make_collect_events(cluster.task)
     life = len(list(events_folder.glob("events*")))  # 0 for the first process of this task, as its files tell
+    if life and lock_step:
+        logging.warning("train.lock_step = True, but a run whose actor was restarted cannot be repeated bit for bit")
     events = Events(events_folder)
     agent, train_step = experiment.make_agent()
     policy = agent.collect_policy
