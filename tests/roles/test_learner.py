@@ -81,11 +81,14 @@ def test_the_program_fused_by_xla_trains_as_the_plain_loop_does():
 
 def test_shares_of_time_say_where_it_went():
     """A learner that waits and one that computes look the same from outside; only one of them needs more actors."""
-    seconds = iter([0.0, 1.0, 6.0, 6.0, 8.0, 10.0, 20.0])
+    seconds = iter([0.0, 1.0, 6.0, 6.0, 8.0, 8.0, 9.0, 10.0, 20.0])
     shares = TimeShares(clock=lambda: next(seconds))
     with shares.waiting():  # from 1 to 6
         pass
     with shares.computing():  # from 6 to 8
         pass
-    assert shares.take() == pytest.approx({"waiting_share": 0.5, "computing_share": 0.2, "between_share": 0.3})
-    assert shares.take() == {"waiting_share": 0.0, "computing_share": 0.0, "between_share": 1.0}
+    with shares.ingesting():  # from 8 to 9
+        pass
+    expected = {"waiting_share": 0.5, "computing_share": 0.2, "ingesting_share": 0.1, "between_share": 0.2}
+    assert shares.take() == pytest.approx(expected)
+    assert shares.take() == {**dict.fromkeys(expected, 0.0), "between_share": 1.0}

@@ -336,18 +336,21 @@ def make_train_function(
 
 
 class TimeShares:
-    """Where the learner's time goes: into the compiled calls, into waiting for data, or between the two."""
+    """Where the learner's time goes: compiled calls, waiting for data, taking it in, or what else is between calls."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._began_at = clock()
-        self._secs = {"computing": 0.0, "waiting": 0.0}
+        self._secs = {"computing": 0.0, "waiting": 0.0, "ingesting": 0.0}
 
     def computing(self) -> contextlib.AbstractContextManager[None]:
         return self._measure("computing")
 
     def waiting(self) -> contextlib.AbstractContextManager[None]:
         return self._measure("waiting")
+
+    def ingesting(self) -> contextlib.AbstractContextManager[None]:
+        return self._measure("ingesting")
 
     @contextlib.contextmanager
     def _measure(self, name: str) -> Iterator[None]:
@@ -358,7 +361,10 @@ class TimeShares:
             self._secs[name] += self._clock() - start
 
     def take(self) -> dict[str, float]:
-        """Returns the shares since the last call, 0 to 1: `computing_share`, `waiting_share`, `between_share`."""
+        """Returns the shares since the last call, 0 to 1: `between_share` is what none of the others is.
+
+        The others are `computing_share`, `waiting_share` and `ingesting_share`.
+        """
         now = self._clock()
         total = max(now - self._began_at, 1e-9)
         shares = {f"{name}_share": secs / total for name, secs in self._secs.items()}
@@ -503,7 +509,8 @@ class TrainingLoop:
 
     def _call(self, step: int, stop: Stop) -> tuple[int, Optional[dict[str, float]]]:
         """Returns the train step reached and the last update's scalars; None when data ran out during the call."""
-        num_updates = self._source.allow(self._num_updates_to_boundary(step))
+        with self._shares.ingesting():
+            num_updates = self._source.allow(self._num_updates_to_boundary(step))
         if num_updates:
             try:
                 with self._shares.computing():
