@@ -14,6 +14,8 @@ images stay.
   --gpu     the learner on GPUs: docker/compose.gpu.yaml too
   FLAG      passed on, e.g. --build, --scale collect-actor=8
 
+With TLS_DIR, a directory of `actorlearner certs`, the roles speak mutual TLS: docker/compose.tls.yaml too.
+
 The settings (EXPERIMENT, RUN_DIR, COLLECT_ACTORS, GIN_BINDINGS, ...) are in docs/operations.md, section Docker.
 HELP
     exit ;;
@@ -25,6 +27,7 @@ if [ "${1:-}" = --gpu ]; then
   compose+=(-f "$here/compose.gpu.yaml")
   shift
 fi
+[ -z "${TLS_DIR:-}" ] || compose+=(-f "$here/compose.tls.yaml")
 # root's own runs go to the image's user: the roles never run as root unless RUN_UID=0 asks for it.
 if [ "$(id -u)" != 0 ]; then
   export RUN_UID=${RUN_UID:-$(id -u)} RUN_GID=${RUN_GID:-$(id -g)}
