@@ -133,7 +133,7 @@ ask() { # HOST VERB NAME...
   local host=$1 verb=$2 code=0
   shift 2
   {
-    printf 'export ACTORLEARNER_TLS_DIR=%q\n' "$TLS_DIR"
+    printf 'export ACTORLEARNER_TLS_DIR=%q ACTORLEARNER_HANG_SECS=%q\n' "$TLS_DIR" "${ACTORLEARNER_HANG_SECS:-}"
     printf 'set --'
     printf ' %q' "$verb" "$CHECKOUT" "$RUN_DIR" "$ACTORLEARNER" "$EXPERIMENT" "$GIN_BINDINGS" "$SEED" "$PORT" "$REPLAY_ADDRESS" \
       "$LEARNER_FLAGS" "$STOP_SECS" "$@"

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "agents.base": {"runtime"},
     "agents.acting": set(),
     "agents": {"agents.base"},
-    "environments.batch": set(),
+    "environments.batch": {"runtime"},
     "environments": {"environments"},
     "experiment": {"agents.base", "agents.acting", "environments.batch", "replay", "variable_container", "runtime"},
     # What the roles share: the run's files and the messages between actors and learner.

@@ -427,6 +427,17 @@ def test_a_crash_shows_its_last_lines_and_none_of_them_twice(launch):
     assert launch.finish() == 143
 
 
+def test_a_role_that_hangs_is_started_again_and_its_stacks_are_pointed_to(launch):
+    """Its last lines are the outermost frames: nobody would learn from them where it hangs."""
+    hangs_once = "import faulthandler; num_starts() == 1 and faulthandler.dump_traceback_later(0.2, exit=True)"
+    launch.start({"collect-actor": hangs_once})
+    launch.wait_for_output("collect-actor-0 crashed with exit code 1; starting it again")
+    assert 'collect-actor-0 hung (see --hang_secs): from "Timeout" on its log says' in launch.stdout
+    assert "most recent call first" not in launch.stdout
+    launch.process.terminate()
+    assert launch.finish() == 143
+
+
 def test_waits_double_up_to_a_limit_and_start_anew_after_a_long_life():
     restarts = local.Restarts(local.Timing())
     assert [restarts.secs_until_next(40) for _ in range(7)] == [1, 2, 4, 8, 16, 30, 30]

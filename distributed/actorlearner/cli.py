@@ -178,9 +178,10 @@ def _experiment_flags() -> argparse.ArgumentParser:
         help="how long an unreachable peer is waited for (default: 300)",
     )  # fmt: skip
     flags.add_argument(
-        "--hang_secs", type=_seconds, default=HANG_SECS, metavar="SECS",
-        help="a role that has not gone on for so long writes where each of its threads is and ends, to be started "
-        f"again; 0: never (default: {HANG_SECS:g})",
+        "--hang_secs", type=_seconds, default=os.environ.get("ACTORLEARNER_HANG_SECS") or HANG_SECS, metavar="SECS",
+        help="a role that steps no environment, makes no train step and answers no request for so long, and does not "
+        "wait for a peer, has hung: it writes where each of its threads is and ends, to be started again; far more "
+        f"than a start takes, or 0: never (default: the environment's ACTORLEARNER_HANG_SECS, else {HANG_SECS:g})",
     )  # fmt: skip
     return flags
 
@@ -293,10 +294,10 @@ def _non_negative(text: str) -> int:
 
 
 def _seconds(text: str) -> float:
-    number = float(text)
-    if not 0 <= number < threading.TIMEOUT_MAX:
-        raise argparse.ArgumentTypeError(f"{text}: expected seconds from 0")
-    return number
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) < threading.TIMEOUT_MAX:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"'{text}': expected seconds, from 0")
 
 
 def _train(arguments: argparse.Namespace) -> int:

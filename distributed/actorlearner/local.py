@@ -70,6 +70,7 @@ PHASES_AFTER_TRAINING = ("final evaluation", *PHASES_AFTER_EVALUATION)
 NUM_PORTS_TO_TRY = 3
 NUM_LAST_LINES = 15
 
+_HUNG_LINE = re.compile(r"^Timeout \(\d+:\d\d:\d\d")  # Python's fault handler's, before it ends the process
 _ROLE_LOG_LINE = re.compile(r"^[DIWEF] \d\d:\d\d:\d\d ")
 _COLOURS = ("cyan", "green", "magenta", "yellow", "blue", "bright_cyan", "bright_green", "bright_magenta")
 
@@ -554,6 +555,7 @@ class _Process:
         self.last_lines: collections.deque[str] = collections.deque(maxlen=NUM_LAST_LINES)
         self.errors: list[str] = []  # lines `error: ...` and what is indented below them; shown when the role ends
         self.errors_since = math.inf
+        self.hung = False
         self._name = name
         self._log_path = log_path
         self._shown_lines = shown_lines
@@ -619,6 +621,7 @@ class _Process:
                     self.errors_since = min(self.errors_since, time.monotonic())
                 elif _ROLE_LOG_LINE.match(line):
                     self._shown_lines.put((self._name, line))
+                self.hung |= bool(_HUNG_LINE.match(line))
 
 
 @dataclasses.dataclass
@@ -748,7 +751,9 @@ class _Launcher:
 
         for line in process.errors:
             self._terminal.show(role.name, line)
-        if returncode not in (0, UNREACHABLE, *STOPPED_CODES) and not process.errors:
+        if process.hung:
+            self._say(f'{role.name} hung (see --hang_secs): from "Timeout" on its log says where each thread was')
+        elif returncode not in (0, UNREACHABLE, *STOPPED_CODES) and not process.errors:
             for line in process.last_lines:
                 if not _ROLE_LOG_LINE.match(line):  # those have been shown
                     self._terminal.show(role.name, line)

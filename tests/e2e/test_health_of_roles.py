@@ -31,4 +31,4 @@ def test_a_role_that_does_not_go_on_says_where_it_is_and_ends(processes):
     """Its launcher starts it again; one that hangs for good is waited for in vain by everybody."""
     actor = processes.start("eval-actor", "dqn_cartpole", "--hang_secs=0.5")  # to begin takes longer
     assert actor.wait(60) == 1
-    assert "Timeout (0:00:00.5" in actor.output and "cli.py" in actor.output
+    assert "Timeout (0:00:00.5" in actor.output and "(most recent call first)" in actor.output

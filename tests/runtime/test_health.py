@@ -7,9 +7,11 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
+import actorlearner
 from actorlearner.runtime import health
 from actorlearner.runtime.health import Heartbeat, describe_problem
 from actorlearner.runtime.lifecycle import Stop, wait_until
@@ -90,8 +92,8 @@ HANGING = """
 import re, time
 from actorlearner.runtime.health import beat, watch
 
-watch(hang_secs=2.0)
-until = time.monotonic() + 3.0
+watch(hang_secs=4.0)
+until = time.monotonic() + 5.0
 while time.monotonic() < until:
     beat()
     time.sleep(0.01)
@@ -106,8 +108,10 @@ simulate()
 
 def test_a_process_that_hangs_says_where_and_ends():
     """Elsewhere a simulator that hangs is an actor that is silently missing, or a learner that waits without a word."""
-    process = subprocess.run([sys.executable, "-c", HANGING], capture_output=True, text=True, timeout=60)
+    environment = {**os.environ, "PYTHONPATH": str(Path(actorlearner.__file__).parent.parent)}
+    command = [sys.executable, "-c", HANGING]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert process.stdout == "went on for longer than that\n"
     assert process.returncode == 1
-    assert process.stderr.startswith("Timeout (0:00:02)!")
+    assert process.stderr.startswith("Timeout (0:00:04)!")
     assert "in simulate" in process.stderr

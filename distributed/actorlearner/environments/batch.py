@@ -16,6 +16,8 @@ from tf_agents.environments import gym_wrapper, py_environment, wrappers
 from tf_agents.trajectories import StepType
 from tf_agents.trajectories import time_step as ts
 
+from actorlearner.runtime.health import beat
+
 MAX_CRASHES_WITHOUT_STEP = 3
 
 _FIRST, _MID, _LAST = int(StepType.FIRST), int(StepType.MID), int(StepType.LAST)
@@ -46,7 +48,10 @@ class EnvironmentBatch:
         """
         self._make_environment = make_environment
         self._seeds = seeds
-        environments = [make_environment(next(seeds)) for _ in range(num_environments)]
+        environments = []
+        for seed in itertools.islice(seeds, num_environments):
+            environments.append(make_environment(seed))
+            beat()  # each may take long, and so with the two below
         self._lanes = [_make_lane(environment) for environment in environments]
         self._crashes_in_a_row = [0] * num_environments
         self.num_crashes = 0
@@ -71,6 +76,7 @@ class EnvironmentBatch:
         """Returns the first time step of a new episode in each environment, as columns."""
         for index in range(len(self)):
             self._fill(index, self._reset(index))
+            beat()
         self._require_finite()
         return self._current
 
@@ -103,6 +109,7 @@ class EnvironmentBatch:
                 self.crashed[index] = True
                 answer = self._restart(index)
             self._fill(index, answer)
+            beat()
         self._require_finite()
         return self._current
 

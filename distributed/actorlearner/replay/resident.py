@@ -36,6 +36,7 @@ from actorlearner.replay.base import Sampling, describe_account
 from actorlearner.replay.servers import ReplayServers
 from actorlearner.runtime.configuration import PositiveFloat, PositiveInt
 from actorlearner.runtime.devices import compute_devices, free_host_bytes
+from actorlearner.runtime.health import beat
 from actorlearner.runtime.lifecycle import ExitCode, RoleError
 from actorlearner.runtime.messages import Unreachable, each_within, read_server_info
 from actorlearner.runtime.tls_tunnel import reach
@@ -567,6 +568,7 @@ class ResidentSource:
         for number in sorted(chunks):  # in the order they were sent: the oldest leave first
             num_new += self._stage(chunks[number], make_room=self._ingest)
             self._ingest()
+            beat()
         if chunks:
             logging.info(
                 "%d windows came back from the replay server%s, %d of them inserted after the checkpoint",
@@ -790,7 +792,7 @@ class ResidentSource:
             try:
                 if address in away:
                     raise Unreachable(f"no Reverb server answers at {address}")
-                chunks.update(self._read_experience(address))
+                chunks.update(self._read_experience(address, on_chunk=beat))
                 were_read.append(address)
             except (Unreachable, tf.errors.OpError) as error:
                 if address == addresses[-1] and not were_read:
@@ -798,7 +800,7 @@ class ResidentSource:
                 logging.warning("%s; what it holds is read when it is back", error)
         return chunks, were_read
 
-    def _read_experience(self, address: str) -> dict[int, Any]:
+    def _read_experience(self, address: str, on_chunk: Callable[[], object] = lambda: None) -> dict[int, Any]:
         """Returns every chunk of a durable table by its number, in no order; sampled, as Reverb lists none."""
         client = reverb.Client(reach(address))
         chunks: dict[int, Any] = {}
@@ -815,6 +817,7 @@ class ResidentSource:
                 break
             samples = client.sample(EXPERIENCE_TABLE, num_samples=size, emit_timesteps=False)
             for sample in each_within(RESTORE_SILENT_SECS, samples, f"table '{EXPERIENCE_TABLE}' at {address}"):
+                on_chunk()
                 if not _fits(sample.data, table.signature):
                     misfits.add(sample.info.key)
                     continue

@@ -72,8 +72,6 @@ def run_collect_actor(
     experiment.seed_process("collect-actor", cluster.task)
     events_folder = RunDirectory(root_dir).make_collect_events(cluster.task)
     life = len(list(events_folder.glob("events*")))  # 0 for the first process of this task, as its files tell
-    if life and lock_step:
-        logging.warning("train.lock_step = True, but a run whose actor was restarted cannot be repeated bit for bit")
     events = Events(events_folder)
     agent, train_step = experiment.make_agent()
     policy = agent.collect_policy
@@ -94,6 +92,8 @@ def run_collect_actor(
         setting="--peer_patience_secs",
         every_secs=0.05,
     )
+    if lock_step and (life or weights.num_chunks()):
+        logging.warning("train.lock_step = True, but a run whose actor was restarted cannot be repeated bit for bit")
     collector = Collector(experiment, cluster, servers, experiment.sampling(agent.train_sequence_length), life)
     progress = Progress(cluster, NewestReport(cluster.variables_address), events)
     acting: Any = experiment.make_random_acting(
@@ -116,7 +116,6 @@ def run_collect_actor(
             train_step.assign(snapshot.train_step)
             version, acted_at = snapshot.version, snapshot.train_step
         collector.step(acting, acted_at)
-        beat()
         collector.await_server(weights, stop)
         if lock_step and collector.ends_chunk:
             collector.await_answer(weights, stop)

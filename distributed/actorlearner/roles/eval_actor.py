@@ -129,7 +129,6 @@ def evaluate(
         if stop.is_set():
             raise Stopped(f"stopped while evaluating train step {request.snapshot.train_step}")
         time_step = environments.step(acting.act(time_step).action, playing)
-        beat()
         returns += time_step.reward
         lengths += 1
         has_begun = time_step.step_type == StepType.FIRST  # anew, after the last step or after a crash

@@ -113,7 +113,7 @@ def run_learner(
     train = make_train_function(agent, train_step, source, strategy, jit_compile=fuses)
     checkpoints = Checkpoints(directory.checkpoints, train_step, {"agent": agent})
     counts = checkpoints.restore()
-    if counts and schedule.lock_step:
+    if schedule.lock_step and directory.past_learners():
         logging.warning("train.lock_step = True, but a resumed run cannot be repeated bit for bit; --fresh begins anew")
     _restore_replay(source, counts, cluster, stop)
     learner = secrets.randbits(62)

@@ -39,8 +39,8 @@ from actorlearner.runtime.messages import Unreachable, read_server_info
 from actorlearner.runtime.tls_tunnel import reach
 from actorlearner.variable_container import Phase, Version
 
-CHECKPOINT_SECS = 600.0
-"""A checkpoint that takes longer to write or to read, in seconds, looks like a hanging process to a health check."""
+CHECKPOINT_SECS = 3600.0
+"""A checkpoint that takes longer to write or to read, in seconds, is taken for a hang."""
 
 VERSION_EVERY_SECS = 1.5
 """Time between two looks at how far training is; each costs some milliseconds and a line of Reverb's in the log."""

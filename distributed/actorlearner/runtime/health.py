@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Optional
 
 HANG_SECS = 600.0
-"""Nothing a role does between two beats takes so long, in seconds: the longest is to compile for an accelerator."""
+"""No role does anything for so long without a beat, in seconds; the longest is to start from a slow disk."""
 
 _EVERY_SECS = 1.0
 
@@ -48,7 +48,8 @@ class Heartbeat:
 
     def _put_off_the_watchdog(self) -> None:
         if self._hang_secs:
-            faulthandler.dump_traceback_later(self._hang_secs, exit=True)  # in place of the one before
+            with contextlib.suppress(RuntimeError):  # no thread to be had: no reason to end
+                faulthandler.dump_traceback_later(self._hang_secs, exit=True)  # in place of the one before
 
 
 _heartbeat = Heartbeat()
@@ -87,9 +88,11 @@ def watch(path: Optional[Path] = None, hang_secs: float = 0.0) -> None:
     Args:
       path: The health file, which every beat touches; what a process before this one left there does not count.
       hang_secs: When no beat comes for so many seconds the process writes the stacks of all its threads to stderr and
-        ends with status 1, also when it hangs in native code that holds Python's lock. 0: never.
+        ends with status 1, also when it hangs in native code that holds Python's lock, or was stopped and goes on. 0:
+        never. Where nobody reads stderr, a full pipe keeps it from ending.
     """
     global _heartbeat
+    faulthandler.cancel_dump_traceback_later()
     if path is not None:
         path.unlink(missing_ok=True)
     _heartbeat = Heartbeat(path, hang_secs)
