@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import sys
 import threading
 import time
@@ -721,6 +722,7 @@ def _drill(arguments: argparse.Namespace) -> int:
     if unknown:
         print(f"error: --fault={unknown[0]}: expected one of {', '.join(drill.FAULTS)}", file=sys.stderr)
         return 64
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what it started is ended on the way out
     return drill.run_drill(
         arguments.experiment,
         faults=arguments.fault,

@@ -112,15 +112,17 @@ def test_starting_again_goes_on_from_the_checkpoint_to_the_end(stopped_run):
     """Starting anew under the old name throws days away; a second evaluation of step 0 would spoil the curve."""
     root_dir, _, _, _ = stopped_run
     stopped_at = _newest_checkpoint(root_dir)
-    end = (stopped_at // 100 + 2) * 100
+    end = (stopped_at // 100 + 10) * 100
     before = len((root_dir / "metrics.jsonl").read_text().splitlines())
     with Processes(root_dir.parent) as processes:
         train = processes.start(
             "train", "dqn_cartpole", "--root_dir=run", "--seed=2", "--num_video_episodes=0",
-            *bind(*TINY, f"train.num_iterations = {end}"),
+            *bind(*TINY, f"train.num_iterations = {end}", "learner.checkpoint_interval_secs = 600.0"),
         )  # fmt: skip
         assert train.wait(RUN_SECS) == 0, train.output
         assert f"ckpt-{stopped_at}" in train.await_line("restored (.*)").group(1)
+        # At once, not an interval later: learners that die young, one after the other, would save the replay never.
+        assert int(train.await_line(r"saved the replay under train step (\d+)").group(1)) < end
     lines = [json.loads(line) for line in (root_dir / "metrics.jsonl").read_text().splitlines()[before:]]
     assert min(line["train_step"] for line in lines if line["kind"] == "train") > stopped_at
     summary = json.loads((root_dir / "summary.json").read_text())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -98,3 +100,23 @@ def test_training_that_diverges_stops_and_keeps_the_last_good_checkpoint(process
         value = newest.get_tensor(name)
         if np.issubdtype(np.asarray(value).dtype, np.floating):
             assert np.isfinite(value).all(), f"{name} {shape}"
+
+
+def test_a_stopped_drill_leaves_no_process(processes, tmp_path, eventually):
+    """What trains on in the background is in whatever is measured next."""
+    drill = processes.start("drill", "dqn_cartpole", "--fault=kill-learner", f"--root_dir={tmp_path}/runs")
+    eventually(lambda: len(_processes_of(tmp_path)) >= 5, secs=60)  # the launcher and four roles
+    drill.send(signal.SIGTERM)
+    assert drill.wait(60) == 143
+    assert not _processes_of(tmp_path)
+
+
+def _processes_of(folder: Path) -> list[str]:
+    """Returns the command lines that name a run below `folder`."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            command = (entry / "cmdline").read_text().replace("\0", " ")
+            if f"--root_dir={folder}/runs/" in command:
+                found.append(command)
+    return found
