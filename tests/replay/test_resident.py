@@ -404,6 +404,38 @@ def test_what_came_after_the_checkpoint_is_an_insert_too(replay, address, spec, 
     second.close()
 
 
+def test_what_a_server_that_had_died_brings_back_is_counted_once(serve, spec, eventually):
+    """Chunks from before the many it lost look new to a restarted learner, which then trains without actors."""
+    replay = ResidentReplay(replay_buffer_capacity=28, chunk_length=8, stream_length=4)  # 8 chunks on a server
+    addresses = [f"localhost:{serve(replay.make_tables(spec, sample())).port}" for _ in range(2)]
+    plan = {"samples_per_insert": 1.0, "num_updates_per_call": 1_000}
+    sink = replay.make_sink(ReplayServers([addresses[0]]), sample())
+    first = make_source(replay, addresses[0], spec, **plan)
+    first.restore({})
+    write(sink, episode(0, 28))
+    eventually(lambda: first.is_ready() and first.account()["inserts"] >= 21)
+    saved_by_the_server = first._read_experience(addresses[0])
+    write(sink, episode(100, 100))  # which died with the server
+    flush(sink)
+    eventually(lambda: first.is_ready() and first.account()["inserts"] == 128)
+    first.close()
+
+    client = reverb.Client(addresses[1])
+    for chunk in saved_by_the_server.values():
+        with client.trajectory_writer(num_keep_alive_refs=1) as writer:
+            writer.append(chunk)
+            item = tf.nest.map_structure(lambda column: column[-1], writer.history)
+            writer.create_item(EXPERIENCE_TABLE, priority=1.0, trajectory=item)
+            writer.flush()
+    second = make_source(replay, addresses[1], spec, **plan)
+    second.restore(first.counts())
+    assert second.is_ready()
+    assert second.account()["held"] > 20
+    assert second.account()["inserts"] == 128
+    assert second.counts()["counted_before"] == first.counts()["counted_before"] > 0
+    second.close()
+
+
 def test_several_replicas_each_hold_a_share(replay, address, spec, eventually):
     """Two whole copies would halve what fits; a share that stays empty would train on nothing."""
     sink = replay.make_sink(ReplayServers([address]), sample())

@@ -15,6 +15,7 @@ from __future__ import annotations
 import base64
 import collections
 import dataclasses
+import heapq
 import itertools
 import logging
 import math
@@ -544,6 +545,7 @@ class ResidentSource:
         self._num_staged = 0  # windows written to the mirrors and not revealed yet
         self._misfit: Optional[ValueError] = None  # a chunk that no mirror can hold
         self._known_chunks: dict[int, bool] = {}  # counted as inserts, oldest first: whether they were written too
+        self._counted_before = 0  # chunks with lower numbers are counted as inserts, known or not
         self._changed = threading.Condition()  # guards all of the above but the mirrors
         self._writing = threading.Lock()  # mirrors have one writer at a time, and what it took counts for the next
         self._closing = False
@@ -562,6 +564,7 @@ class ResidentSource:
         # The checkpoint counts the chunks it knew; those that came to a server later are inserts as well. Without a
         # checkpoint all are: what a learner before this one was sent still counts for the warm-up.
         self._known_chunks = dict.fromkeys(reversed(_unpack_ids(counts.get("chunks", ""))), False)
+        self._counted_before = counts.get("counted_before", 0)
         self._inserts = counts.get("inserts", 0)
         self._samples = counts.get("samples", 0)
         num_new = 0
@@ -586,10 +589,14 @@ class ResidentSource:
     def counts(self) -> dict[str, Any]:
         """Returns what a checkpoint keeps."""
         with self._changed:
-            # The newest known are those that the servers may still hold.
-            known = list(itertools.islice(reversed(self._known_chunks), self._max_durable_chunks()))
+            known = heapq.nlargest(self._max_durable_chunks(), self._known_chunks)
             inserts = self._inserts + self._num_staged
-        return {"inserts": inserts, "samples": self._samples, "chunks": _pack_ids(known)}
+            # Numbers grow with time. What is older than those that are listed is counted: a server that died brings
+            # back chunks from before the many that it lost.
+            are_all = len(known) == len(self._known_chunks)
+            counted_before = self._counted_before if are_all else max(self._counted_before, known[-1])
+        chunks = {"chunks": _pack_ids(known), "counted_before": counted_before}
+        return {"inserts": inserts, "samples": self._samples, **chunks}
 
     def draw(self, handle: Any) -> tuple[Any, ...]:
         """Returns nothing: each replica draws its own part."""
@@ -756,7 +763,7 @@ class ResidentSource:
                 make_room()
             mirror.write(block)
             with self._changed:
-                is_new = number not in self._known_chunks
+                is_new = number >= self._counted_before and number not in self._known_chunks
                 self._known_chunks[number] = True
                 if len(self._known_chunks) > max(MAX_KNOWN_CHUNKS, self._max_durable_chunks()):
                     del self._known_chunks[next(iter(self._known_chunks))]
