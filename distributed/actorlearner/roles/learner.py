@@ -433,9 +433,8 @@ class TrainingLoop:
                     self._export.prepare()
                 self._await_first_data(stop)
             self._publisher.announce(Phase.TRAINING)
-            published_at = saved_at = time.monotonic()
-            if step:  # learners that die young, one after the other, would save the replay never
-                saved_at = -math.inf
+            published_at = time.monotonic()
+            saved_at = -math.inf  # at once: learners that die young, one after the other, would save the replay never
             self._shares.take()  # what came before was no training
             while step < self._schedule.num_iterations:
                 if stop.is_set():
