@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Runs the checks and the tests, after making .venv with the test tools if it is missing or stale.
 #
-#   tests/run.sh                               ruff, mypy, then every test: the fast ones a file on each of up to four cores,
-#                                              those in tests/e2e, which start real processes, one at a time
+#   tests/run.sh                               ruff, mypy, then every test, a file on each core: the fast ones on four cores at most,
+#                                              those in tests/e2e, each of which starts several processes, on two
 #   tests/run.sh deploy                        on real engines and clusters (docs/operations.md); as root, half an hour
 #   tests/run.sh tests/test_x.py -k foo        pytest alone, with these arguments; paths are below the checkout
 set -euo pipefail
@@ -13,7 +13,7 @@ if [ $# -eq 0 ]; then
   tests/lint.sh
   status=0
   "$venv/bin/python" -m pytest --ignore=tests/e2e --numprocesses=auto --maxprocesses=4 --dist=loadfile || status=$?
-  "$venv/bin/python" -m pytest tests/e2e || status=$?
+  "$venv/bin/python" -m pytest tests/e2e --numprocesses=auto --maxprocesses=2 --dist=loadfile || status=$?
   exit $status
 fi
 if [ "${1:-}" = deploy ]; then
