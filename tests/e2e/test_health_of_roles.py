@@ -8,6 +8,12 @@ import portpicker
 
 from actorlearner.runtime.health import describe_problem
 
+HANGING = """
+import hanging_cartpole
+include 'dqn_cartpole.gin'
+gym_environment.env_name = 'HangingCartPole-v0'
+"""
+
 
 def test_a_frozen_replay_server_is_told_from_one_at_work(processes, tmp_path, eventually):
     """The check looks at the role's work, not at whether there is a process."""
@@ -27,8 +33,9 @@ def test_a_frozen_replay_server_is_told_from_one_at_work(processes, tmp_path, ev
     assert check.wait(60) == 0
 
 
-def test_a_role_that_does_not_go_on_says_where_it_is_and_ends(processes):
+def test_a_role_that_hangs_says_where_it_is_and_ends(processes, tmp_path):
     """Its launcher starts it again; one that hangs for good is waited for in vain by everybody."""
-    actor = processes.start("eval-actor", "dqn_cartpole", "--hang_secs=0.5")  # to begin takes longer
-    assert actor.wait(60) == 1
-    assert "Timeout (0:00:00.5" in actor.output and "(most recent call first)" in actor.output
+    (tmp_path / "hanging.gin").write_text(HANGING)
+    actor = processes.start("eval-actor", "hanging.gin", "--hang_secs=20")  # to import TensorFlow may take ten
+    assert actor.wait(120) == 1
+    assert "Timeout (0:00:20" in actor.output and 'hanging_cartpole.py", line 15 in __init__' in actor.output

@@ -89,7 +89,8 @@ def watch(path: Optional[Path] = None, hang_secs: float = 0.0) -> None:
       path: The health file, which every beat touches; what a process before this one left there does not count.
       hang_secs: When no beat comes for so many seconds the process writes the stacks of all its threads to stderr and
         ends with status 1, also when it hangs in native code that holds Python's lock, or was stopped and goes on. 0:
-        never. Where nobody reads stderr, a full pipe keeps it from ending.
+        never. Where nobody reads stderr, a full pipe keeps it from ending; where a thread runs on, reading its stack
+        may end the process by SIGSEGV instead.
     """
     global _heartbeat
     faulthandler.cancel_dump_traceback_later()
