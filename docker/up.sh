@@ -27,7 +27,11 @@ if [ "${1:-}" = --gpu ]; then
   compose+=(-f "$here/compose.gpu.yaml")
   shift
 fi
-[ -z "${TLS_DIR:-}" ] || compose+=(-f "$here/compose.tls.yaml")
+if [ -n "${TLS_DIR:-}" ]; then
+  TLS_DIR=$(realpath "$TLS_DIR") # compose would look for it below docker/
+  export TLS_DIR
+  compose+=(-f "$here/compose.tls.yaml")
+fi
 # root's own runs go to the image's user: the roles never run as root unless RUN_UID=0 asks for it.
 if [ "$(id -u)" != 0 ]; then
   export RUN_UID=${RUN_UID:-$(id -u)} RUN_GID=${RUN_GID:-$(id -g)}

@@ -130,7 +130,12 @@ clear_environment() {
 install_locked() { # uv|pip LOCKFILE
   local lock=$checkout/$2 tools
   tools=$(grep -oE '^(packaging|setuptools|wheel)==[^ ;]+' "$lock")
-  install "$1" $tools && install "$1" --no-build-isolation --no-deps -r "$lock"
+  install "$1" $tools && install "$1" --no-build-isolation --no-deps -r "$lock" && compile_bytecode
+}
+
+# Does on every core what pip does on one, in half a minute instead of one; what does not compile is never imported.
+compile_bytecode() {
+  "$venv/bin/python" -m compileall -q -j 0 "$venv/lib" >/dev/null 2>&1 || true
 }
 
 install_package() { # uv|pip
@@ -141,10 +146,10 @@ install() { # uv|pip ARGUMENT...
   local with=$1
   shift
   if [ "$with" = uv ]; then
-    uv pip install --quiet --compile-bytecode --python "$venv/bin/python" "$@"
+    uv pip install --quiet --python "$venv/bin/python" "$@"
   else
     "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$venv/bin/python" -m ensurepip >/dev/null || return
-    env -u PIP_USER -u PIP_TARGET -u PIP_PREFIX "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@"
+    env -u PIP_USER -u PIP_TARGET -u PIP_PREFIX "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile "$@"
   fi
 }
 
@@ -155,7 +160,8 @@ find_python() {
   if [ -n "${PYTHON:-}" ] && ! supported_python "$PYTHON" >/dev/null; then
     say "PYTHON=$PYTHON is not a CPython 3.9-3.11 with venv; looking for another"
   fi
-  for candidate in "${PYTHON:-}" python3.10 "$checkout"/.setup/python/cpython-3.10*/bin/python3.10 python3.11 python3.9 python3 python; do
+  for candidate in "${PYTHON:-}" python3.10 "$checkout"/.setup/python/cpython-3.10*/bin/python3.10 python3.11 python3.9 \
+    python3 python "$checkout"/.setup/python/cpython-3.11*/bin/python3.11; do
     [ -n "$candidate" ] && version=$(supported_python "$candidate") || continue
     python=$(command -v "$candidate")
     say "using Python $version: $python"
@@ -177,18 +183,18 @@ python_version() { # PYTHON; prints e.g. 3.11
 }
 
 # Sets `python` to a CPython of this version, fetched into .setup/python.
-fetch_python() { # VERSION
-  local directory=$checkout/.setup/python uv
+fetch_python() { # VERSION [VARIABLE]
+  local directory=$checkout/.setup/python named=${2:-PYTHON} uv
   say "fetching CPython $1 into $directory with uv"
   find_uv
   UV_PYTHON_INSTALL_DIR=$directory UV_PYTHON_INSTALL_BIN=0 "$uv" python install --no-progress "$1" || fail \
     "could not fetch a CPython $1; the reason is above." \
-    "Install one (Debian 12: apt install python3-venv; elsewhere pyenv or conda) and start again, with PYTHON=/path/to/python" \
+    "Install one (Debian 12: apt install python3-venv; elsewhere pyenv or conda) and start again, with $named=/path/to/python" \
     "if it is not on PATH; or use Docker: see docker/ in the repository."
   for python in "$directory"/cpython-"$1"*/bin/python"$1"; do
     supported_python "$python" >/dev/null && return
   done
-  fail "uv fetched no usable CPython $1 into $directory." "Install one yourself and start again with PYTHON=/path/to/python."
+  fail "uv fetched no usable CPython $1 into $directory." "Install one yourself and start again with $named=/path/to/python."
 }
 
 # Sets `uv` to the uv on PATH, or to one installed from PyPI into .setup/uv.
@@ -208,7 +214,7 @@ find_uv() {
     "Install one of them (Debian and Ubuntu: apt install python3-venv), then start again; or use Docker: see docker/."
 }
 
-# Makes .venv-bench with Python 3.11 when it is missing or stale.
+# Makes .venv-bench with Python 3.11 when it is missing or stale; PEERS_PYTHON=/path/to/python3.11 says which.
 set_up_peers() {
   local venv=$checkout/.venv-bench lock=$checkout/requirements-bench.lock python="" started=$SECONDS torch with
   [ "$(cat "$venv/setup-stamp" 2>/dev/null)" != "$(fingerprint requirements-bench.lock)" ] || return 0
@@ -234,13 +240,13 @@ set_up_peers() {
 # Sets `python` to a CPython 3.11 with venv: requirements-bench.lock is for that one.
 find_python_of_peers() {
   local candidate
-  for candidate in "${PYTHON:-}" "$checkout/.venv/bin/python" python3.11 "$checkout"/.setup/python/cpython-3.11*/bin/python3.11; do
+  for candidate in "${PEERS_PYTHON:-}" "$checkout/.venv/bin/python" python3.11 "$checkout"/.setup/python/cpython-3.11*/bin/python3.11; do
     [ "$(supported_python "$candidate")" = 3.11 ] || continue
     python=$(command -v "$candidate")
     return
   done
-  say "found no CPython 3.11 with venv, which the benchmarks' peers need"
-  fetch_python 3.11
+  say "found no CPython 3.11 with venv, which the benchmarks' peers need (PEERS_PYTHON=/path/to/python3.11)"
+  fetch_python 3.11 PEERS_PYTHON
 }
 
 # Writes the lock files from setup.py and benchmarks/requirements.in. Pins that still fit are kept; `lock_versions --upgrade` takes the newest.

@@ -176,6 +176,12 @@ class Launch:
     def wait_for_all(self, num_roles: int = 4) -> None:
         wait_until(lambda: len(self.words("started")) >= num_roles, f"start of {num_roles} roles")
 
+    def go(self, num_roles: int = 4) -> None:
+        """Lets roles go on that wait for `noted("go 0 now")`, when all have started: to be stopped one must have."""
+        self.wait_for_all(num_roles)
+        with open(self.root_dir / "events", "a") as f:
+            f.write("go 0 now\n")
+
     def wait_for_output(self, text: str) -> None:
         wait_until(lambda: text in self.stdout, f"{text!r} in the merged stream")
 
@@ -332,9 +338,7 @@ sys.exit(0)"""
         },
         num_collect_actors=2,
     )
-    launch.wait_for_all(5)
-    with open(launch.root_dir / "events", "a") as f:
-        f.write("go 0 now\n")
+    launch.go(5)
     assert launch.finish() == 0
     stopped = launch.words("stopped")
     assert sorted(stopped[:3]) == ["collect-actor-0", "collect-actor-1", "eval-actor-0"]
@@ -348,9 +352,14 @@ def test_actors_that_end_by_themselves_are_not_signalled(launch):
     """The eval actor may still be writing its last evaluation when the learner is done."""
     actor = "wait_for(lambda: noted('learner 0 over')); note('done'); sys.exit(0)"
     launch.start(
-        {"learner": "note('over'); sys.exit(0)", "eval-actor": actor, "collect-actor": actor},
+        {
+            "learner": "wait_for(lambda: noted('go 0 now')); note('over'); sys.exit(0)",
+            "eval-actor": actor,
+            "collect-actor": actor,
+        },
         timing={"end_by_themselves_secs": DEADLINE_SECS},
     )
+    launch.go()
     assert launch.finish() == 0
     assert sorted(launch.words("done")) == ["collect-actor-0", "eval-actor-0"]
     assert launch.words("stopped") == ["replay-server-0"]
@@ -396,8 +405,10 @@ def test_an_actor_that_ends_before_training_does_is_started_again(launch):
 def test_a_role_that_keeps_crashing_is_given_up(launch):
     """Restarting forever would look like training."""
     launch.start(
-        {"collect-actor": "print('noise'); raise RuntimeError('no such joint')"}, timing={"num_short_lives": 3}
+        {"collect-actor": "print('noise'); wait_for(lambda: noted('go 0 now')); raise RuntimeError('no such joint')"},
+        timing={"num_short_lives": 3},
     )
+    launch.go()
     assert launch.finish() == 1
     assert launch.words("started").count("collect-actor-0") == 3
     assert launch.stderr.startswith("error: collect-actor-0 crashed with exit code 1, 3 times in a row")

@@ -18,7 +18,7 @@ import tensorflow as tf
 from tests.e2e.processes import RUN_SECS, Process, Processes, bind
 
 FAULTS = ("kill-learner", "kill-replay-server", "stray-insert", "kill-everything", "damage-checkpoints")
-DRILL_SECS = 600.0  # a quiet machine needs a quarter of it
+DRILL_SECS = 500.0  # a quiet machine needs a quarter of it; less than the test may take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +108,7 @@ def test_a_stopped_drill_leaves_no_process(processes, tmp_path, eventually):
     eventually(lambda: len(_processes_of(tmp_path)) >= 5, secs=60)  # the launcher and four roles
     drill.send(signal.SIGTERM)
     assert drill.wait(60) == 143
-    assert not _processes_of(tmp_path)
+    eventually(lambda: not _processes_of(tmp_path), secs=10)  # the kernel may still be at it
 
 
 def _processes_of(folder: Path) -> list[str]:
@@ -116,7 +116,7 @@ def _processes_of(folder: Path) -> list[str]:
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            command = (entry / "cmdline").read_text().replace("\0", " ")
+            command = (entry / "cmdline").read_text(errors="replace").replace("\0", " ")
             if f"--root_dir={folder}/runs/" in command:
                 found.append(command)
     return found

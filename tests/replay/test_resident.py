@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from tf_agents.replay_buffers import reverb_replay_buffer, reverb_utils
 from tf_agents.specs import array_spec, tensor_spec
 from tf_agents.trajectories import StepType, time_step, trajectory
 
+from actorlearner.replay import resident
 from actorlearner.replay.base import Sampling
 from actorlearner.replay.resident import EXPERIENCE_TABLE, STREAM_TABLE, Mirror, ResidentReplay
 from actorlearner.replay.servers import ReplayServers
@@ -404,8 +406,10 @@ def test_what_came_after_the_checkpoint_is_an_insert_too(replay, address, spec, 
     second.close()
 
 
-def test_what_a_server_that_had_died_brings_back_is_counted_once(serve, spec, eventually):
+@pytest.mark.parametrize("max_known", [resident.MAX_KNOWN_CHUNKS, 8])  # 8: as of a replay of millions
+def test_what_a_server_that_had_died_brings_back_is_counted_once(serve, spec, eventually, monkeypatch, max_known):
     """Chunks from before the many it lost look new to a restarted learner, which then trains without actors."""
+    monkeypatch.setattr(resident, "MAX_KNOWN_CHUNKS", max_known)
     replay = ResidentReplay(replay_buffer_capacity=28, chunk_length=8, stream_length=4)  # 8 chunks on a server
     addresses = [f"localhost:{serve(replay.make_tables(spec, sample())).port}" for _ in range(2)]
     plan = {"samples_per_insert": 1.0, "num_updates_per_call": 1_000}
@@ -434,6 +438,19 @@ def test_what_a_server_that_had_died_brings_back_is_counted_once(serve, spec, ev
     assert second.account()["inserts"] == 128
     assert second.counts()["counted_before"] == first.counts()["counted_before"] > 0
     second.close()
+
+
+def test_an_actor_whose_clock_is_behind_is_counted_by_a_restarted_learner(replay, address, spec, eventually):
+    """Its steps would not count, and the learner wait for steps that are there, for as long as the clocks differ."""
+    plan = {"samples_per_insert": 1.0, "num_updates_per_call": 1_000}
+    source = make_source(replay, address, spec, **plan)
+    source.restore({"inserts": 100, "samples": 0, "counted_before": time.time_ns() + 3_600 * 10**9})
+    sink = replay.make_sink(ReplayServers([address]), sample())
+    write(sink, episode(0, 12))
+    flush(sink)
+    eventually(lambda: source.is_ready() and source.account()["held"] == 12)
+    assert source.account()["inserts"] == 112
+    source.close()
 
 
 def test_several_replicas_each_hold_a_share(replay, address, spec, eventually):

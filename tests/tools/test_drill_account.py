@@ -13,13 +13,15 @@ ACCOUNT = {"samples": 3_072_000, "inserts": 97_408, "ahead": 2_560.0, "error_buf
 def run(tmp_path):
     run = Run("dqn_cartpole", tmp_path, [], seed=0)
     run.root_dir.mkdir()
-    (run.root_dir / "operative_config.gin").write_text("train.batch_size = 128\n")
+    (run.root_dir / "operative_config.gin").write_text("train.batch_size = 128\ntrain.eval_interval = 1000\n"
+        "train.collect_steps_per_iteration = 4\n")
     return run
 
 
 @pytest.mark.parametrize(
     ("changed", "named"),
-    [({}, []), ({"samples": 32_000}, ["samples"]), ({"inserts": 124_000}, ["inserts"]), ({"inserts": 0}, ["inserts"])],
+    [({}, []), ({"samples": 32_000}, ["samples"]), ({"samples": 6_144_000}, ["samples"]),
+     ({"inserts": 124_000}, ["inserts"]), ({"inserts": 0}, ["inserts"])],
 )
 def test_counts_that_were_lost_or_doubled_are_named(run, changed, named):
     """The account works itself back to the ratio from wrong counts as well: it alone would always fit."""

@@ -545,7 +545,7 @@ class ResidentSource:
         self._num_staged = 0  # windows written to the mirrors and not revealed yet
         self._misfit: Optional[ValueError] = None  # a chunk that no mirror can hold
         self._known_chunks: dict[int, bool] = {}  # counted as inserts, oldest first: whether they were written too
-        self._counted_before = 0  # chunks with lower numbers are counted as inserts, known or not
+        self._counted_before = 0  # what servers bring back with lower numbers is counted as inserts, known or not
         self._changed = threading.Condition()  # guards all of the above but the mirrors
         self._writing = threading.Lock()  # mirrors have one writer at a time, and what it took counts for the next
         self._closing = False
@@ -589,11 +589,12 @@ class ResidentSource:
     def counts(self) -> dict[str, Any]:
         """Returns what a checkpoint keeps."""
         with self._changed:
-            known = heapq.nlargest(self._max_durable_chunks(), self._known_chunks)
+            # From the newest on, which is quick; of one age as many as the servers can bring back.
+            known = heapq.nlargest(self._max_durable_chunks(), reversed(self._known_chunks))
             inserts = self._inserts + self._num_staged
             # Numbers grow with time. What is older than those that are listed is counted: a server that died brings
             # back chunks from before the many that it lost.
-            are_all = len(known) == len(self._known_chunks)
+            are_all = len(known) < self._max_durable_chunks()
             counted_before = self._counted_before if are_all else max(self._counted_before, known[-1])
         chunks = {"chunks": _pack_ids(known), "counted_before": counted_before}
         return {"inserts": inserts, "samples": self._samples, **chunks}
@@ -745,7 +746,7 @@ class ResidentSource:
         Args:
           chunk: As it was sent.
           make_room: Called, again and again, while the mirror has no room.
-          is_held_back: Whether it waits while the actors are too far ahead.
+          is_held_back: Whether it comes from an actor just now, and waits while the actors are too far ahead.
         """
         number = int(chunk["chunk"])
         if self._known_chunks.get(number):
@@ -763,7 +764,8 @@ class ResidentSource:
                 make_room()
             mirror.write(block)
             with self._changed:
-                is_new = number >= self._counted_before and number not in self._known_chunks
+                # The bound is for what servers bring back; an actor whose clock is behind goes on sending low numbers.
+                is_new = number not in self._known_chunks and (is_held_back or number >= self._counted_before)
                 self._known_chunks[number] = True
                 if len(self._known_chunks) > max(MAX_KNOWN_CHUNKS, self._max_durable_chunks()):
                     del self._known_chunks[next(iter(self._known_chunks))]
