@@ -17,7 +17,7 @@ import tensorflow as tf
 
 from tests.e2e.processes import RUN_SECS, Process, Processes, bind
 
-FAULTS = ("kill-learner", "kill-replay-server", "stray-insert", "kill-everything", "damage-checkpoints")
+FAULTS = ("kill-replay-server", "kill-learner", "stray-insert", "kill-everything", "damage-checkpoints")
 DRILL_SECS = 500.0  # a quiet machine needs a quarter of it; less than the test may take
 
 

@@ -440,6 +440,42 @@ def test_what_a_server_that_had_died_brings_back_is_counted_once(serve, spec, ev
     second.close()
 
 
+def test_a_server_that_lost_chunks_is_given_back_what_the_learner_got(serve, spec, eventually, monkeypatch):
+    """A learner that dies after its server would come back with what that had saved, at worst with next to nothing."""
+    monkeypatch.setattr(resident, "LOOK_FOR_LOSSES_SECS", 0.0)
+    replay = ResidentReplay(replay_buffer_capacity=64, chunk_length=16, stream_length=4)
+    plan = {"num_steps": 3, "num_environments": 2, "samples_per_insert": 1.0, "num_updates_per_call": 1_000}
+    address = f"localhost:{serve(replay.make_tables(spec, sample(**plan))).port}"
+    first = make_source(replay, address, spec, **plan)
+    first.restore({})
+    sink = replay.make_sink(ReplayServers([address]), sample(**plan))
+    for number in range(4):
+        write(sink, episode(200 * number, 24), episode(200 * number + 100, 24), acted_at=number, crashes=[(11, 1)])
+    flush(sink)
+    eventually(lambda: first.is_ready() and first.num_chunks == sink.num_chunks)
+    sent = first._read_experience(address)
+
+    reverb.Client(address).reset(EXPERIENCE_TABLE)  # as a server does that begins anew from no checkpoint
+    eventually(lambda: len(first._read_experience(address)) == len(first._mirrors[0]._chunks))
+    given_back = first._read_experience(address)
+    for number, chunk in given_back.items():
+        valid = int(chunk["length"])
+        assert valid == sent[number]["length"]
+        for ours, theirs in zip(tf.nest.flatten(chunk["step"]), tf.nest.flatten(sent[number]["step"])):
+            np.testing.assert_array_equal(ours[:, :valid], theirs[:, :valid])
+        np.testing.assert_array_equal(chunk["acted_at"][:valid], sent[number]["acted_at"][:valid])
+        np.testing.assert_array_equal(chunk["ends_run"], sent[number]["ends_run"])
+    saved = first.counts()
+    first.close()
+
+    second = make_source(replay, address, spec, **plan)
+    second.restore(saved)
+    assert second.is_ready()
+    assert held_windows(second._mirrors[0]) == held_windows(first._mirrors[0])
+    assert second.account()["inserts"] == first.account()["inserts"]
+    second.close()
+
+
 def test_an_actor_whose_clock_is_behind_is_counted_by_a_restarted_learner(replay, address, spec, eventually):
     """Its steps would not count, and the learner wait for steps that are there, for as long as the clocks differ."""
     plan = {"samples_per_insert": 1.0, "num_updates_per_call": 1_000}

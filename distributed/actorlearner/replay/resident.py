@@ -2,6 +2,7 @@
 
 collect actors --chunks--> [stream, a queue] --> learner's mirror --windows--> agent.train
                \\--chunks--> [experience, durable] --> refills the mirror of a restarted learner
+                                              <-- the learner gives a restarted server back what it lost
 
 Of several replay servers each has both tables. An actor writes to one, the learner reads all.
 
@@ -50,6 +51,12 @@ MAX_KNOWN_CHUNKS = 100_000
 
 RESTORE_SILENT_SECS = 10.0
 """So long the server may hand out nothing while the mirror is filled; then filling begins anew."""
+
+LOOK_FOR_LOSSES_SECS = 2.0
+"""Time between two looks whether a replay server has been restarted and lacks what the mirror holds."""
+
+GIVE_BACK_SECS = 10.0
+"""A restarted server must confirm each chunk it is given back within this time; then giving back begins anew."""
 
 LOOK_SECS = 0.02
 """After so long a reading thread looks again whether there is room, and whether the learner has caught up."""
@@ -384,8 +391,11 @@ class Mirror:
         self._num_wanted_rows = 0 if has_room else block.num_rows
         return has_room
 
-    def write(self, block: Block) -> None:
-        """Copies a chunk's rows and windows beside those that are held; `has_room` must have said yes."""
+    def write(self, block: Block) -> int:
+        """Copies a chunk's rows and windows beside those that are held, and returns the number of its first row.
+
+        `has_room` must have said yes.
+        """
         first_row, self._next_row = self._next_row, self._next_row + block.num_rows
         starts = (first_row + block.starts) % self._num_rows
         self._write(
@@ -396,6 +406,20 @@ class Mirror:
         )
         self._next_window += len(starts)
         self._written.append((self._next_row, len(starts)))
+        return first_row
+
+    def holds(self, first_row: int) -> bool:
+        """Returns whether the chunk that was written there is still held."""
+        return first_row >= self._oldest_row
+
+    def read(self, first_row: int, num_rows: int) -> dict[str, Any]:
+        """Returns rows that were written, as {acted_at: [num_rows], step: [num_rows, ...]}. For the writing thread."""
+        positions = tf.range(first_row, first_row + num_rows, dtype=tf.int64) % self._num_rows
+        leaves = [
+            tf.cast(tf.gather(variable, positions), spec.dtype).numpy()
+            for variable, spec in zip(self._rows, tf.nest.flatten(self._spec))
+        ]
+        return dict(tf.nest.pack_sequence_as(self._spec, leaves))
 
     def _write_block(self, first_row: tf.Tensor, first: tf.Tensor, starts: tf.Tensor, *rows: tf.Tensor) -> None:
         positions = (first_row + tf.range(tf.shape(rows[0], tf.int64)[0], dtype=tf.int64)) % self._num_rows
@@ -465,6 +489,35 @@ class Block:
     starts: np.ndarray
 
 
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a chunk is: its rows in a mirror, and the server it came from."""
+
+    mirror: Mirror
+    first_row: int
+    length: int
+    ends_run: np.ndarray  # as it was sent: [num_environments, rows of a full chunk]
+    address: str
+
+    def read(self, number: int) -> dict[str, Any]:
+        """Returns the chunk as it was sent, as far as it counts. For the writing thread."""
+        num_environments, num_rows = self.ends_run.shape
+        held = self.mirror.read(self.first_row, num_environments * self.length)
+
+        def unfold(rows: np.ndarray) -> np.ndarray:
+            whole = np.zeros((num_environments, num_rows, *rows.shape[1:]), rows.dtype)
+            whole[:, : self.length] = rows.reshape(num_environments, self.length, *rows.shape[1:])
+            return whole
+
+        return {
+            "acted_at": unfold(held["acted_at"])[0],
+            "chunk": np.int64(number),
+            "ends_run": self.ends_run,
+            "length": np.int64(self.length),
+            "step": tree.map_structure(unfold, held["step"]),
+        }
+
+
 def _num_rows_for(num_steps: int, capacity: int) -> int:
     # Chunks overlap, at worst by a third of their length; an episode's end costs some rows more.
     return int(1.1 * capacity * 3 * num_steps / (2 * num_steps + 1)) + 1_000
@@ -498,6 +551,40 @@ def _unpack_ids(text: str) -> list[int]:
     return np.frombuffer(base64.b64decode(text), np.int64).tolist()
 
 
+class _Losses:
+    """Whether a replay server has died and come back with less: then it counts fewer inserts than it did before."""
+
+    def __init__(self, address: str):
+        self.address = address
+        self._look_at = -math.inf
+        self._num_inserted = self._most_inserted = 0
+
+    def may_be(self) -> bool:
+        """Returns whether it is time to look, and something is lost; until `forget`, each time anew."""
+        if time.monotonic() < self._look_at:
+            return False
+        self._look_at = time.monotonic() + LOOK_FOR_LOSSES_SECS
+        table = read_server_info(self.address, timeout_secs=5).get(EXPERIENCE_TABLE)
+        if table is None:
+            raise Unreachable(f"the server at {self.address} has no table '{EXPERIENCE_TABLE}'")
+        self._num_inserted = table.rate_limiter_info.insert_stats.completed
+        if self._num_inserted < self._most_inserted:
+            return True
+        self._most_inserted = self._num_inserted
+        return False
+
+    def forget(self) -> None:
+        self._most_inserted = self._num_inserted
+
+
+def _insert(writer: reverb.TrajectoryWriter, chunk: Mapping[str, Any], timeout_secs: float) -> None:
+    """Writes a chunk into the durable table alone; returns when the server has confirmed it."""
+    writer.append(chunk)
+    trajectory = tree.map_structure(lambda column: column[-1], writer.history)
+    writer.create_item(EXPERIENCE_TABLE, priority=1.0, trajectory=trajectory)
+    writer.flush(timeout_ms=int(timeout_secs * 1000))
+
+
 class ResidentSource:
     """Feeds the mirrors from the queues and keeps samples per insert, in both directions. See `BatchSource`.
 
@@ -506,7 +593,8 @@ class ResidentSource:
 
     A thread for each server reads its queue and writes each chunk into its mirror while the compiled loop runs; between
     two calls it is only revealed. A server that was away when this process began, or that joined since, is first read
-    whole, as the others were at the beginning.
+    whole, as the others were at the beginning. One that died comes back with its last checkpoint: what the mirror got
+    from it since, it is given back.
     """
 
     can_fuse = True
@@ -546,6 +634,7 @@ class ResidentSource:
         self._misfit: Optional[ValueError] = None  # a chunk that no mirror can hold
         self._known_chunks: dict[int, bool] = {}  # counted as inserts, oldest first: whether they were written too
         self._counted_before = 0  # what servers bring back with lower numbers is counted as inserts, known or not
+        self._places: dict[int, Place] = {}  # of the chunks in the mirrors, by number, oldest first
         self._changed = threading.Condition()  # guards all of the above but the mirrors
         self._writing = threading.Lock()  # mirrors have one writer at a time, and what it took counts for the next
         self._closing = False
@@ -569,7 +658,8 @@ class ResidentSource:
         self._samples = counts.get("samples", 0)
         num_new = 0
         for number in sorted(chunks):  # in the order they were sent: the oldest leave first
-            num_new += self._stage(chunks[number], make_room=self._ingest)
+            address, chunk = chunks[number]
+            num_new += self._stage(chunk, address, make_room=self._ingest)
             self._ingest()
             beat()
         if chunks:
@@ -694,15 +784,18 @@ class ResidentSource:
 
     def _read(self, address: str, was_read: bool) -> None:
         """Takes in what the server at `address` holds, unless that `was_read`, and from then on what it is sent."""
+        losses = _Losses(address)
         while not self._closing:
             try:
                 if not was_read:
                     self._take_in_late(address)
                     was_read = True
+                self._give_back(losses)
                 for sample in self._read_queue(address):
                     chunk = tree.map_structure(lambda tensor: tensor.numpy(), sample.data)
                     if _fits(tree.flatten(chunk), sample.data):
-                        self._stage(chunk, make_room=self._await_reveal, is_held_back=True)
+                        self._stage(chunk, address, make_room=self._await_reveal, is_held_back=True)
+                        self._give_back(losses)
                     else:
                         self._warn_of_stranger(address, "its parts do not belong together")
                     if self._closing:
@@ -719,13 +812,48 @@ class ResidentSource:
 
     def _take_in_late(self, address: str) -> None:
         chunks = self._read_experience(address)
-        num_new = sum(self._stage(chunks[number], make_room=self._await_reveal) for number in sorted(chunks))
+        num_new = sum(self._stage(chunks[number], address, make_room=self._await_reveal) for number in sorted(chunks))
         if chunks and not self._closing:
             logging.info(
                 "%d chunks came back from the replay server at %s, with %d windows inserted after the checkpoint",
                 len(chunks),
                 address,
                 num_new,
+            )
+
+    def _give_back(self, losses: _Losses) -> None:
+        """Gives a server back what it lost when it died; now and then asks whether it did.
+
+        Blocks for some seconds when it did. Raises `Unreachable` and Reverb's errors; the next call tries again.
+        """
+        if not losses.may_be():
+            return
+        numbers = self._read_experience(losses.address).keys()
+        with self._changed:
+            places = {number: place for number, place in self._places.items() if place.address == losses.address}
+        num_given = 0
+        writers: dict[tuple[int, ...], reverb.TrajectoryWriter] = {}  # by shape: a writer's columns must keep theirs
+        try:
+            for number in sorted(places.keys() - numbers):
+                place = places[number]
+                with self._writing:  # nobody writes over it meanwhile
+                    if self._closing:
+                        return
+                    if not place.mirror.holds(place.first_row):
+                        continue
+                    chunk = place.read(number)
+                shape = place.ends_run.shape
+                if shape not in writers:
+                    writers[shape] = _make_writer(losses.address)
+                _insert(writers[shape], chunk, GIVE_BACK_SECS)
+                num_given += 1
+        finally:
+            for writer in writers.values():
+                writer.close()
+        losses.forget()
+        if num_given:
+            logging.info(
+                "the replay server at %s lost %d chunks when it ended; they were given back", losses.address, num_given
             )
 
     def _warn_of_stranger(self, address: str, why: str) -> None:
@@ -737,7 +865,9 @@ class ResidentSource:
             why,
         )
 
-    def _stage(self, chunk: Mapping[str, Any], make_room: Callable[[], None], is_held_back: bool = False) -> int:
+    def _stage(
+        self, chunk: Mapping[str, Any], address: str, make_room: Callable[[], None], is_held_back: bool = False
+    ) -> int:
         """Writes a chunk to its mirror and returns how many inserts it adds; 0 if it was counted before, or closing.
 
         A restored server hands some out twice, and what a server did not confirm before it went away was sent to
@@ -745,6 +875,7 @@ class ResidentSource:
 
         Args:
           chunk: As it was sent.
+          address: The server it came from.
           make_room: Called, again and again, while the mirror has no room.
           is_held_back: Whether it comes from an actor just now, and waits while the actors are too far ahead.
         """
@@ -762,8 +893,12 @@ class ResidentSource:
                 if self._closing:
                     return 0
                 make_room()
-            mirror.write(block)
+            first_row = mirror.write(block)
+            place = Place(mirror, first_row, int(chunk["length"]), chunk["ends_run"], address)
             with self._changed:
+                self._places[number] = place
+                while not (oldest := next(iter(self._places.values()))).mirror.holds(oldest.first_row):
+                    del self._places[next(iter(self._places))]
                 # The bound is for what servers bring back; an actor whose clock is behind goes on sending low numbers.
                 is_new = number not in self._known_chunks and (is_held_back or number >= self._counted_before)
                 self._known_chunks[number] = True
@@ -788,20 +923,21 @@ class ResidentSource:
         with self._changed:
             self._changed.wait(timeout=LOOK_SECS)
 
-    def _read_all_experience(self) -> tuple[dict[int, Any], Sequence[str]]:
-        """Returns the chunks of all durable tables by number, and the servers they are from; others are away.
+    def _read_all_experience(self) -> tuple[dict[int, tuple[str, Any]], Sequence[str]]:
+        """Returns all durable tables' chunks and their servers by number, and the servers read; others are away.
 
         Raises:
           Unreachable, tf.errors.OpError: All are away.
         """
-        chunks: dict[int, Any] = {}
+        chunks: dict[int, tuple[str, Any]] = {}
         addresses, away = self._servers.all(), self._servers.away()
         were_read: list[str] = []
         for address in addresses:
             try:
                 if address in away:
                     raise Unreachable(f"no Reverb server answers at {address}")
-                chunks.update(self._read_experience(address, on_chunk=beat))
+                read = self._read_experience(address, on_chunk=beat)
+                chunks.update((number, (address, chunk)) for number, chunk in read.items())
                 were_read.append(address)
             except (Unreachable, tf.errors.OpError) as error:
                 if address == addresses[-1] and not were_read:
