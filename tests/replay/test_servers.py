@@ -171,7 +171,7 @@ def test_two_readers_that_have_the_same_chunk_in_hand_count_it_once(addresses, s
     source = make_source(ReplayServers(addresses), spec, **PLAN)
     source.restore({})
     chunk = {**as_chunk(episode(0, 12)), "chunk": np.int64(1)}
-    stage = functools.partial(source._stage, chunk, make_room=source._await_reveal)
+    stage = functools.partial(source._stage, chunk, addresses[0], make_room=source._await_reveal)
     threads = [threading.Thread(target=stage) for _ in range(2)]
     with source._writing:
         for thread in threads:

@@ -552,29 +552,34 @@ def _unpack_ids(text: str) -> list[int]:
 
 
 class _Losses:
-    """Whether a replay server has died and come back with less: then it counts fewer inserts than it did before."""
+    """Whether a replay server may lack what it had: it is younger than it was, or counts fewer inserts."""
 
     def __init__(self, address: str):
         self.address = address
         self._look_at = -math.inf
-        self._num_inserted = self._most_inserted = 0
+        self._seen = self._made_up_for = (math.inf, 0)  # when it was started at the latest, and inserts
 
     def may_be(self) -> bool:
-        """Returns whether it is time to look, and something is lost; until `forget`, each time anew."""
-        if time.monotonic() < self._look_at:
+        """Returns whether it is time to look, and something may be lost; until `forget`, each time anew."""
+        asked_at = time.monotonic()
+        if asked_at < self._look_at:
             return False
-        self._look_at = time.monotonic() + LOOK_FOR_LOSSES_SECS
         table = read_server_info(self.address, timeout_secs=5).get(EXPERIENCE_TABLE)
         if table is None:
             raise Unreachable(f"the server at {self.address} has no table '{EXPERIENCE_TABLE}'")
-        self._num_inserted = table.rate_limiter_info.insert_stats.completed
-        if self._num_inserted < self._most_inserted:
+        age_secs = sum(millis for _, millis in table.table_worker_time.ListFields()) / 1000
+        num_inserted = table.rate_limiter_info.insert_stats.completed
+        self._seen = (time.monotonic() - age_secs, num_inserted)
+        self._look_at = time.monotonic() + LOOK_FOR_LOSSES_SECS
+        was_started_by, least_inserted = self._made_up_for
+        if asked_at - age_secs > was_started_by + 0.5 or num_inserted < least_inserted:
             return True
-        self._most_inserted = self._num_inserted
+        self.forget()
         return False
 
     def forget(self) -> None:
-        self._most_inserted = self._num_inserted
+        """Nothing that was lost until the last look is missing any more."""
+        self._made_up_for = self._seen
 
 
 def _insert(writer: reverb.TrajectoryWriter, chunk: Mapping[str, Any], timeout_secs: float) -> None:
@@ -851,10 +856,9 @@ class ResidentSource:
             for writer in writers.values():
                 writer.close()
         losses.forget()
-        if num_given:
-            logging.info(
-                "the replay server at %s lost %d chunks when it ended; they were given back", losses.address, num_given
-            )
+        logging.info(
+            "the replay server at %s began anew; %d chunks that it had lost were given back", losses.address, num_given
+        )
 
     def _warn_of_stranger(self, address: str, why: str) -> None:
         logging.warning(

@@ -33,6 +33,7 @@ RECOVERY_SECS = 30.0  # promised
 STOP_SECS = 20.0  # promised
 MAX_RATIO_ERROR = 0.01  # promised
 END_SECS = 1_200.0
+GIVEN_BACK = "that it had lost were given back"  # says a learner to a replay server that began anew
 
 # Small enough to be over soon, often enough saved to lose little.
 BINDINGS = (
@@ -149,6 +150,13 @@ class Run:
             return 0
         found = re.search(rf"^{re.escape(setting)} = (\d+)", lines, re.MULTILINE)
         return int(found[1]) if found else 0
+
+    def has_mirror(self) -> bool:
+        """Returns whether the learner holds the replay, and can give it back to its server."""
+        try:
+            return "@resident_replay" in (self.root_dir / "operative_config.gin").read_text()
+        except OSError:
+            return False
 
     def log(self, role: str) -> str:
         """Returns what the newest life of a role has said."""
@@ -282,6 +290,7 @@ def kill_role(run: Run, role: str, number: int = signal.SIGKILL) -> Outcome:
     killed_at, pid = time.time(), run.pid(role)
     pending = set(before.get("pending_evaluations", []))
     run.pending |= pending
+    num_given_back = run.log("learner-0").count(GIVEN_BACK)
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
     if number == signal.SIGTERM:
@@ -310,6 +319,8 @@ def kill_role(run: Run, role: str, number: int = signal.SIGKILL) -> Outcome:
         await_(lambda: word in run.log(role), f"sign of life of {role}")
         steps = run.status().get("environment_steps", 0)
         await_(lambda: run.status().get("environment_steps", 0) > steps, "new environment steps")
+        if role == "replay-server-0" and run.has_mirror():
+            await_(lambda: run.log("learner-0").count(GIVEN_BACK) > num_given_back, "replay that is given back")
         _judge_recovery(outcome, since)
         _compare(run, outcome, before, run.status())
     return outcome
