@@ -476,6 +476,23 @@ def test_a_server_that_lost_chunks_is_given_back_what_the_learner_got(serve, spe
     second.close()
 
 
+def test_a_server_that_began_anew_is_noticed_though_it_counts_more_inserts(serve, replay, spec, eventually):
+    """With a checkpoint of just before its death and quick actors it is soon ahead of what the learner saw last."""
+    server = serve(replay.make_tables(spec, sample()))
+    address = f"localhost:{server.port}"
+    losses = resident._Losses(address)
+    assert not losses.may_be()
+    time.sleep(2.1)  # its life; a real one cannot be shorter
+    server.stop()
+    serve(replay.make_tables(spec, sample()), port=server.port)
+    sink = replay.make_sink(ReplayServers([address]), sample())
+    write(sink, episode(0, 28))
+    flush(sink)
+    eventually(losses.may_be, secs=10)
+    losses.forget()
+    assert not losses.may_be()
+
+
 def test_an_actor_whose_clock_is_behind_is_counted_by_a_restarted_learner(replay, address, spec, eventually):
     """Its steps would not count, and the learner wait for steps that are there, for as long as the clocks differ."""
     plan = {"samples_per_insert": 1.0, "num_updates_per_call": 1_000}

@@ -58,6 +58,9 @@ LOOK_FOR_LOSSES_SECS = 2.0
 GIVE_BACK_SECS = 10.0
 """A restarted server must confirm each chunk it is given back within this time; then giving back begins anew."""
 
+MAX_PASSES = 3
+"""So often a restarted server is looked through for what it lacks."""
+
 LOOK_SECS = 0.02
 """After so long a reading thread looks again whether there is room, and whether the learner has caught up."""
 
@@ -555,24 +558,21 @@ class _Losses:
     """Whether a replay server may lack what it had: it is younger than it was, or counts fewer inserts."""
 
     def __init__(self, address: str):
-        self.address = address
-        self._look_at = -math.inf
+        self._address = address
         self._seen = self._made_up_for = (math.inf, 0)  # when it was started at the latest, and inserts
 
     def may_be(self) -> bool:
-        """Returns whether it is time to look, and something may be lost; until `forget`, each time anew."""
+        """Returns whether something may be lost, until `forget`; never at the first look. Raises `Unreachable`."""
         asked_at = time.monotonic()
-        if asked_at < self._look_at:
-            return False
-        table = read_server_info(self.address, timeout_secs=5).get(EXPERIENCE_TABLE)
+        table = read_server_info(self._address, timeout_secs=5).get(EXPERIENCE_TABLE)
         if table is None:
-            raise Unreachable(f"the server at {self.address} has no table '{EXPERIENCE_TABLE}'")
+            raise Unreachable(f"the server at {self._address} has no table '{EXPERIENCE_TABLE}'")
         age_secs = sum(millis for _, millis in table.table_worker_time.ListFields()) / 1000
         num_inserted = table.rate_limiter_info.insert_stats.completed
         self._seen = (time.monotonic() - age_secs, num_inserted)
-        self._look_at = time.monotonic() + LOOK_FOR_LOSSES_SECS
         was_started_by, least_inserted = self._made_up_for
-        if asked_at - age_secs > was_started_by + 0.5 or num_inserted < least_inserted:
+        # Its age is by its machine's clock, which may be set.
+        if asked_at - age_secs > was_started_by + 2.0 or num_inserted < least_inserted:
             return True
         self.forget()
         return False
@@ -639,6 +639,7 @@ class ResidentSource:
         self._misfit: Optional[ValueError] = None  # a chunk that no mirror can hold
         self._known_chunks: dict[int, bool] = {}  # counted as inserts, oldest first: whether they were written too
         self._counted_before = 0  # what servers bring back with lower numbers is counted as inserts, known or not
+        self._losses: dict[str, _Losses] = {}  # by address
         self._places: dict[int, Place] = {}  # of the chunks in the mirrors, by number, oldest first
         self._changed = threading.Condition()  # guards all of the above but the mirrors
         self._writing = threading.Lock()  # mirrors have one writer at a time, and what it took counts for the next
@@ -678,6 +679,8 @@ class ResidentSource:
         def start_reading(address: str) -> None:
             arguments = (address, address in were_read)
             threading.Thread(target=self._read, args=arguments, name=f"ingest {address}", daemon=True).start()
+            name = f"ingest losses {address}"
+            threading.Thread(target=self._look_after, args=(address,), name=name, daemon=True).start()
 
         self._servers.for_each(start_reading)
 
@@ -789,18 +792,15 @@ class ResidentSource:
 
     def _read(self, address: str, was_read: bool) -> None:
         """Takes in what the server at `address` holds, unless that `was_read`, and from then on what it is sent."""
-        losses = _Losses(address)
         while not self._closing:
             try:
                 if not was_read:
                     self._take_in_late(address)
                     was_read = True
-                self._give_back(losses)
                 for sample in self._read_queue(address):
                     chunk = tree.map_structure(lambda tensor: tensor.numpy(), sample.data)
                     if _fits(tree.flatten(chunk), sample.data):
                         self._stage(chunk, address, make_room=self._await_reveal, is_held_back=True)
-                        self._give_back(losses)
                     else:
                         self._warn_of_stranger(address, "its parts do not belong together")
                     if self._closing:
@@ -816,6 +816,7 @@ class ResidentSource:
                     self._changed.wait_for(lambda: self._closing, timeout=0.5)
 
     def _take_in_late(self, address: str) -> None:
+        self._losses_at(address).may_be()
         chunks = self._read_experience(address)
         num_new = sum(self._stage(chunks[number], address, make_room=self._await_reveal) for number in sorted(chunks))
         if chunks and not self._closing:
@@ -826,39 +827,62 @@ class ResidentSource:
                 num_new,
             )
 
-    def _give_back(self, losses: _Losses) -> None:
-        """Gives a server back what it lost when it died; now and then asks whether it did.
+    def _losses_at(self, address: str) -> _Losses:
+        return self._losses.setdefault(address, _Losses(address))
 
-        Blocks for some seconds when it did. Raises `Unreachable` and Reverb's errors; the next call tries again.
+    def _look_after(self, address: str) -> None:
+        """Gives the server at `address` back what it lost, whenever it began anew."""
+        losses, num_passes = self._losses_at(address), 0
+        while True:
+            with self._changed:
+                if self._changed.wait_for(lambda: self._closing, timeout=LOOK_FOR_LOSSES_SECS):
+                    return
+            try:
+                if not losses.may_be():
+                    continue
+                num_given, num_passes = self._give_back(address), num_passes + 1
+                logging.info(
+                    "the replay server at %s began anew; %d chunks that it had lost were given back", address, num_given
+                )
+                # What came from its last life may be taken in meanwhile, so once more; others write there as well, so
+                # not for ever.
+                if not num_given or num_passes == MAX_PASSES:
+                    losses.forget()
+                    num_passes = 0
+            except (Unreachable, reverb.errors.ReverbError) as error:
+                logging.debug("looking after the replay server at %s: %s", address, error)
+            except Exception:  # it has what its last checkpoint held; no reason to end training
+                logging.exception("what the replay server at %s lost cannot be given back; trying again", address)
+
+    def _give_back(self, address: str) -> int:
+        """Returns how many chunks were written into the durable table that it lacked.
+
+        Blocks for seconds; a table of 20,000 chunks takes a minute. Raises `Unreachable` and Reverb's errors.
         """
-        if not losses.may_be():
-            return
-        numbers = self._read_experience(losses.address).keys()
-        with self._changed:
-            places = {number: place for number, place in self._places.items() if place.address == losses.address}
-        num_given = 0
+        with self._changed:  # before the table is read: what comes later is there
+            places = {number: place for number, place in self._places.items() if place.address == address}
+        there = self._read_experience(address, has_data=False).keys()
+        newest = heapq.nlargest(self._num_durable_chunks, places.keys() | there)  # others it would have dropped
         writers: dict[tuple[int, ...], reverb.TrajectoryWriter] = {}  # by shape: a writer's columns must keep theirs
+        num_given = 0
         try:
-            for number in sorted(places.keys() - numbers):
+            for number in sorted(set(newest) - there):
                 place = places[number]
                 with self._writing:  # nobody writes over it meanwhile
                     if self._closing:
-                        return
+                        break
                     if not place.mirror.holds(place.first_row):
                         continue
                     chunk = place.read(number)
                 shape = place.ends_run.shape
                 if shape not in writers:
-                    writers[shape] = _make_writer(losses.address)
+                    writers[shape] = _make_writer(address)
                 _insert(writers[shape], chunk, GIVE_BACK_SECS)
                 num_given += 1
         finally:
             for writer in writers.values():
                 writer.close()
-        losses.forget()
-        logging.info(
-            "the replay server at %s began anew; %d chunks that it had lost were given back", losses.address, num_given
-        )
+        return num_given
 
     def _warn_of_stranger(self, address: str, why: str) -> None:
         logging.warning(
@@ -940,6 +964,7 @@ class ResidentSource:
             try:
                 if address in away:
                     raise Unreachable(f"no Reverb server answers at {address}")
+                self._losses_at(address).may_be()
                 read = self._read_experience(address, on_chunk=beat)
                 chunks.update((number, (address, chunk)) for number, chunk in read.items())
                 were_read.append(address)
@@ -949,29 +974,38 @@ class ResidentSource:
                 logging.warning("%s; what it holds is read when it is back", error)
         return chunks, were_read
 
-    def _read_experience(self, address: str, on_chunk: Callable[[], object] = lambda: None) -> dict[int, Any]:
-        """Returns every chunk of a durable table by its number, in no order; sampled, as Reverb lists none."""
+    def _read_experience(
+        self, address: str, on_chunk: Callable[[], object] = lambda: None, has_data: bool = True
+    ) -> dict[int, Any]:
+        """Returns every chunk of a durable table, or None unless `has_data`, by its number, in no order.
+
+        Sampled, as Reverb lists none.
+        """
         client = reverb.Client(reach(address))
         chunks: dict[int, Any] = {}
+        keys: set[int] = set()
         misfits: set[int] = set()  # of strangers: Reverb's server takes what its client did not check
         num_draws, size = 0, 1
         # Drawing n of n with replacement takes about n ln n draws; the bound leaves room and ends if others write. The
         # client's own sampler is ten times as fast as a dataset here.
-        while len(chunks) < size and num_draws < size * (np.log(size) + 8):
+        while len(keys) < size and num_draws < size * (np.log(size) + 8):
             table = read_server_info(address, timeout_secs=5).get(EXPERIENCE_TABLE)
             if table is None:
                 raise Unreachable(f"the server at {address} has no table '{EXPERIENCE_TABLE}'")
-            size = table.current_size - len(misfits)
-            if size <= 0:
+            size = table.current_size
+            if not size:
                 break
             samples = client.sample(EXPERIENCE_TABLE, num_samples=size, emit_timesteps=False)
             for sample in each_within(RESTORE_SILENT_SECS, samples, f"table '{EXPERIENCE_TABLE}' at {address}"):
                 on_chunk()
+                if sample.info.key in keys:
+                    continue
+                keys.add(sample.info.key)
                 if not _fits(sample.data, table.signature):
                     misfits.add(sample.info.key)
                     continue
                 chunk = tree.unflatten_as(table.signature, sample.data)
-                chunks.setdefault(int(chunk["chunk"]), chunk)
+                chunks.setdefault(int(chunk["chunk"]), chunk if has_data else None)
             num_draws += size
         if misfits:
             logging.warning(

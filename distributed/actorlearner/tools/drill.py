@@ -319,11 +319,25 @@ def kill_role(run: Run, role: str, number: int = signal.SIGKILL) -> Outcome:
         await_(lambda: word in run.log(role), f"sign of life of {role}")
         steps = run.status().get("environment_steps", 0)
         await_(lambda: run.status().get("environment_steps", 0) > steps, "new environment steps")
-        if role == "replay-server-0" and run.has_mirror():
-            await_(lambda: run.log("learner-0").count(GIVEN_BACK) > num_given_back, "replay that is given back")
         _judge_recovery(outcome, since)
         _compare(run, outcome, before, run.status())
+        if role == "replay-server-0" and run.has_mirror():
+            _await_return(run, outcome, num_given_back)
     return outcome
+
+
+def _await_return(run: Run, outcome: Outcome, num_given_back: int) -> None:
+    """Waits until the learner gave the server back what it lost, if it lives and trains for so long."""
+    learner = run.pid("learner-0")
+
+    def is_over() -> bool:
+        has_ended = run.pid("learner-0") != learner or run.status().get("phase") not in ("training", "waiting")
+        return has_ended or run.log("learner-0").count(GIVEN_BACK) > num_given_back
+
+    try:
+        await_(is_over, "replay that is given back", RECOVERY_SECS)
+    except Hang:
+        outcome.broken.append(f"not given back what it had lost within {RECOVERY_SECS:.0f} s")
 
 
 def _is_alive(pid: int) -> bool:
