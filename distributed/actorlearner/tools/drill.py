@@ -554,7 +554,7 @@ def run_drill(
       experiment: A shipped experiment or a gin file.
       faults: Names from `FAULTS`, in this order; empty for all, unless `num_kills` is given.
       num_kills: So many SIGKILLs of random roles during one run that then must end by itself.
-      num_iterations: Train steps of the run with kills; by default 5,000 and 3,000 for each kill.
+      num_iterations: Train steps of the run with kills; by default 5,000 and 8,000 for each kill.
       seed: Of the choice of roles and moments, and of the run.
       gin_bindings: On top of the drill's own.
       folder: Keeps the run there; else it is in a temporary directory, removed when every promise held.
@@ -566,7 +566,7 @@ def run_drill(
     outcomes: list[Outcome] = []
     try:
         if num_kills:
-            steps = _kill_at_random(run, num_kills, num_iterations or 1_000 * (5 + 3 * num_kills), seed)
+            steps = _kill_at_random(run, num_kills, num_iterations or 1_000 * (5 + 8 * num_kills), seed)
         else:
             steps = _inject(run, faults or tuple(FAULTS))
         for outcome in steps:
