@@ -37,7 +37,7 @@ GIVEN_BACK = "that it had lost were given back"  # says a learner to a replay se
 
 # Small enough to be over soon, often enough saved to lose little.
 BINDINGS = (
-    "train.eval_interval = 1_000",
+    "train.eval_interval = 2_000",
     "train.log_interval = 500",
     "train.num_eval_episodes = 3",
     "train.policy_save_interval = 1_000_000_000",
@@ -311,8 +311,12 @@ def kill_role(run: Run, role: str, number: int = signal.SIGKILL) -> Outcome:
                 outcome.broken.append(f"only {held[1]} of {before['replay']['held']} transitions came back")
     elif role == "eval-actor-0":
         await_(lambda: "ready to evaluate" in run.log(role), "eval actor that is ready")
-        await_(lambda: not pending & set(run.status().get("pending_evaluations", [])), "result of the evaluation")
+        # While train steps are faster than episodes snapshots queue up: the first result is progress, the rest is work.
+        due = pending & set(run.status().get("pending_evaluations", []))  # less what its last life had sent
+        done = _await_results(run, due, min(1, len(due)))
         _judge_recovery(outcome, since)
+        if due - done:  # the one that died with its actor goes to the end of the queue
+            _await_results(run, due, len(due))
         _compare(run, outcome, before, run.status())
     else:
         word = "serving replay" if role == "replay-server-0" else "acting with the collect policy"
@@ -324,6 +328,16 @@ def kill_role(run: Run, role: str, number: int = signal.SIGKILL) -> Outcome:
         if role == "replay-server-0" and run.has_mirror():
             _await_return(run, outcome, num_given_back)
     return outcome
+
+
+def _await_results(run: Run, due: set[int], num_results: int) -> set[int]:
+    """Returns which evaluations of those `due` are done, once so many are. Raises `Hang`."""
+
+    def done() -> set[int]:
+        return due - set(run.status().get("pending_evaluations", []))
+
+    await_(lambda: len(done()) >= num_results, f"result of {num_results} of {len(due)} evaluations")
+    return done()
 
 
 def _await_return(run: Run, outcome: Outcome, num_given_back: int) -> None:
