@@ -12,12 +12,13 @@ import reverb
 import tensorflow as tf
 
 from actorlearner.replay import servers as servers_module
-from actorlearner.replay.resident import EXPERIENCE_TABLE, STREAM_TABLE, ResidentReplay
+from actorlearner.replay.durable_table import EXPERIENCE_TABLE
+from actorlearner.replay.resident import STREAM_TABLE, ResidentReplay
 from actorlearner.replay.servers import Announcement, ReplayServers, make_tables, refuse_several
 from actorlearner.replay.uniform import UniformReplay
 from actorlearner.runtime.lifecycle import ExitCode, RoleError, Stop
 from actorlearner.runtime.messages import read_server_info
-from tests.replay.test_resident import as_chunk, columns, episode, flush, sample, spec  # noqa: F401
+from tests.replay.episodes import as_chunk, columns, episode, flush, sample
 
 PLAN = {"samples_per_insert": 1.0, "num_updates_per_call": 1_000}
 REPLAY = ResidentReplay(replay_buffer_capacity=1_000, chunk_length=8, stream_length=4)

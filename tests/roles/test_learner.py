@@ -8,7 +8,8 @@ import tensorflow as tf
 from tf_agents.specs import tensor_spec
 
 from actorlearner.experiment import load_experiment
-from actorlearner.replay.resident import Mirror, ResidentSource
+from actorlearner.replay.mirror import Mirror
+from actorlearner.replay.resident import ResidentSource
 from actorlearner.replay.servers import ReplayServers
 from actorlearner.roles.learner import TimeShares, make_train_function
 

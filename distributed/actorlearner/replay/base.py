@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Optional, Protocol
 
 import numpy as np
@@ -84,8 +84,11 @@ class BatchSource(Protocol):
     can_fuse: bool
     """Whether XLA can compile `draw` and `unpack` together with the update."""
 
-    def restore(self, counts: Mapping[str, Any]) -> None:
-        """Begins, or goes on from the counts of a checkpoint; called once, before all else."""
+    def restore(self, counts: Mapping[str, Any], on_progress: Callable[[], object] = lambda: None) -> None:
+        """Begins, or goes on from the counts of a checkpoint; called before all else, again when it raised.
+
+        Calls `on_progress` while it reads, many times a second; what that raises, it raises.
+        """
 
     def counts(self) -> dict[str, Any]:
         """Returns what a checkpoint keeps: `inserts` and `samples` so far."""

@@ -14,7 +14,7 @@ exactly one item in a stock TF-Agents table.
 from __future__ import annotations
 
 import base64
-import collections
+import contextlib
 import dataclasses
 import heapq
 import itertools
@@ -35,15 +35,15 @@ from tf_agents.specs import tensor_spec
 from tf_agents.trajectories import StepType
 
 from actorlearner.replay.base import Sampling, describe_account
+from actorlearner.replay.durable_table import EXPERIENCE_TABLE, ChunkWriter, Losses, is_chunk, read_chunks
+from actorlearner.replay.mirror import Mirror, Place
 from actorlearner.replay.servers import ReplayServers
 from actorlearner.runtime.configuration import PositiveFloat, PositiveInt
 from actorlearner.runtime.devices import compute_devices, free_host_bytes
-from actorlearner.runtime.health import beat
 from actorlearner.runtime.lifecycle import ExitCode, RoleError
-from actorlearner.runtime.messages import Unreachable, each_within, read_server_info
+from actorlearner.runtime.messages import Unreachable
 from actorlearner.runtime.tls_tunnel import reach
 
-EXPERIENCE_TABLE = "experience"
 STREAM_TABLE = "stream"
 
 MAX_KNOWN_CHUNKS = 100_000
@@ -55,8 +55,14 @@ RESTORE_SILENT_SECS = 10.0
 LOOK_FOR_LOSSES_SECS = 2.0
 """Time between two looks whether a replay server has been restarted and lacks what the mirror holds."""
 
-GIVE_BACK_SECS = 10.0
-"""A restarted server must confirm each chunk it is given back within this time; then giving back begins anew."""
+SAVING_SECS = 120.0
+"""So long a server may be silent while training goes on: it hands out and takes nothing while it saves a checkpoint."""
+
+GIVE_BACK_CHUNKS = 32
+"""So many chunks are given back at a time; while they are read from the mirror nothing is written to it."""
+
+MAX_RETRY_SECS = 60.0
+"""Longest time until what could not be given back is tried again."""
 
 MAX_PASSES = 3
 """So often a restarted server is looked through for what it lacks."""
@@ -76,7 +82,8 @@ class ResidentReplay:
       error_buffer: How many samples the ratio may be off at any moment; None takes those of one compiled call.
       chunk_length: Steps an actor sends in one piece, all its environments together; never less than three windows'
         length for each environment.
-      chunk_secs: A chunk that is not full is sent after this time, in seconds.
+      chunk_secs: A chunk that is half full is sent after this time, in seconds. For emptier ones the durable table
+        would not have room, and a restarted learner would not get back all it had.
       stream_length: Chunks that wait in the queue; when it is full, actors wait.
     """
 
@@ -208,6 +215,7 @@ class ChunkSink:
         self._num_steps = num_steps
         self._num_environments = num_environments
         self._num_rows = num_rows
+        self._least_rows = num_steps - 1 + math.ceil((num_rows - num_steps + 1) / 2)  # half the windows it can hold
         self._chunk_secs = chunk_secs
         self._servers = servers
         self._address = servers.mine()
@@ -220,7 +228,7 @@ class ChunkSink:
         self._sending: Any = None  # the chunk that is not confirmed yet
 
     def append(self, steps: Any, acted_at: int, crashed: np.ndarray) -> None:
-        """Adds one step per environment and hands the chunk to the writer when it is full or old."""
+        """Adds one step per environment and hands the chunk to the writer when it is full, or half full and old."""
         assert self._sending is None, "append while blocked: ask is_blocked first"
         now = time.monotonic()
         leaves = tree.flatten(steps)
@@ -239,8 +247,8 @@ class ChunkSink:
             if row:
                 self._ends_run[row - 1] |= crashed  # ... nor into it
         self._length += 1
-        is_due = self._length == self._num_rows or now - self._opened_at > self._chunk_secs
-        if is_due and self._length >= self._num_steps:
+        is_old = now - self._opened_at > self._chunk_secs and self._length >= self._least_rows
+        if is_old or self._length == self._num_rows:
             self._send()
             self._opened_at = now
 
@@ -305,289 +313,12 @@ def _make_writer(address: str) -> reverb.TrajectoryWriter:
     return reverb.Client(reach(address)).trajectory_writer(num_keep_alive_refs=1, validate_items=False)
 
 
-class Mirror:
-    """The steps and the valid windows among them, in variables the compiled loop reads; the oldest leave first.
-
-    One ring holds step rows, another the positions in it at which a window begins. A chunk leaves as a whole.
-
-    Two threads work on it side by side: one writes chunks where no window that may be drawn lies, also while a compiled
-    call draws; the other reveals them to the next call, and makes room, between two calls.
-    """
-
-    def __init__(self, step_spec: Any, num_steps: int, capacity: int, device: str = "/cpu:0"):
-        """Args:
-        step_spec: Of one trajectory step.
-        num_steps: Steps in a window.
-        capacity: Windows held at most.
-        device: Where the variables live: the device that draws from them.
-        """
-        self.num_steps = num_steps
-        self._capacity = capacity
-        self._num_rows = _num_rows_for(num_steps, capacity)
-        self._spec = {"acted_at": tf.TensorSpec((), tf.int64), "step": step_spec}
-        self._device = device
-        with tf.device(device):
-            self._rows = [
-                tf.Variable(tf.zeros([self._num_rows, *spec.shape], _held_dtype(spec.dtype)), trainable=False)
-                for spec in tf.nest.flatten(self._spec)
-            ]
-            # As many places as rows: wherever there is room for a chunk's rows, there is for its windows.
-            self._starts = tf.Variable(tf.zeros([self._num_rows], tf.int64), trainable=False)
-            # The numbers of the first window held and of the one past the last; one variable, as an assignment is slow.
-            self._bounds = tf.Variable([0, 0], dtype=tf.int64, trainable=False)
-        # The writing thread's: rows and windows written so far, and the rows for which there is no room yet.
-        self._next_row = self._next_window = 0
-        self._num_wanted_rows = 0
-        # From the one to the other, then the other's, oldest first: (row after its last, windows) of each chunk.
-        self._written: collections.deque[tuple[int, int]] = collections.deque()
-        self._chunks: collections.deque[tuple[int, int]] = collections.deque()
-        self._oldest_row = 0  # what lies before it may be written over
-        self._first_window = 0
-        self.num_windows = 0
-        int64 = tf.TensorSpec((), tf.int64)
-        blocks = [tf.TensorSpec([None, *variable.shape[1:]], variable.dtype) for variable in self._rows]
-        # Flat positional arguments of a concrete function: a list costs several times the work, at every call.
-        self._write = tf.function(self._write_block, autograph=False).get_concrete_function(
-            int64, int64, tf.TensorSpec([None], tf.int64), *blocks
-        )
-
-    @property
-    def num_chunks(self) -> int:
-        return len(self._chunks)
-
-    @staticmethod
-    def num_bytes_for(step_spec: Any, num_steps: int, capacity: int) -> int:
-        """Returns how much memory a mirror takes."""
-        row = sum(int(np.prod(spec.shape)) * _held_dtype(spec.dtype).size for spec in tf.nest.flatten(step_spec))
-        return (row + 2 * tf.int64.size) * _num_rows_for(num_steps, capacity)
-
-    def make_block(self, chunk: Mapping[str, Any]) -> Block:
-        """Returns a chunk as `write` takes it, its rows on this mirror's device; any thread may call it.
-
-        Raises:
-          ValueError: It could never be held.
-        """
-        length = int(chunk["length"])
-        ends_run = chunk["ends_run"][:, :length]
-        num_environments = len(ends_run)
-        is_start = np.ones((num_environments, max(0, length - self.num_steps + 1)), bool)
-        for ahead in range(self.num_steps - 1):
-            is_start &= ~ends_run[:, ahead : ahead + is_start.shape[1]]
-        acted_at = np.broadcast_to(chunk["acted_at"], chunk["ends_run"].shape)
-        leaves = [leaf[:, :length] for leaf in tf.nest.flatten({"acted_at": acted_at, "step": chunk["step"]})]
-        lanes, steps = np.nonzero(is_start)
-        num_rows = num_environments * length
-        if len(lanes) > self._capacity or num_rows > self._num_rows:
-            raise ValueError(
-                f"a chunk of {len(lanes):,} windows in {num_rows:,} steps does not fit into a replay of "
-                f"{self._capacity:,} windows. Raise resident_replay.replay_buffer_capacity."
-            )
-        with tf.device(self._device):
-            rows = [
-                tf.cast(leaf.reshape(-1, *leaf.shape[2:]), variable.dtype) for leaf, variable in zip(leaves, self._rows)
-            ]
-        return Block(rows, num_rows, lanes * length + steps)
-
-    def has_room(self, block: Block) -> bool:
-        """Returns whether `write` may be called; if not, the next `reveal` makes the room. For the writing thread."""
-        has_room = self._next_row + block.num_rows - self._oldest_row <= self._num_rows
-        self._num_wanted_rows = 0 if has_room else block.num_rows
-        return has_room
-
-    def write(self, block: Block) -> int:
-        """Copies a chunk's rows and windows beside those that are held, and returns the number of its first row.
-
-        `has_room` must have said yes.
-        """
-        first_row, self._next_row = self._next_row, self._next_row + block.num_rows
-        starts = (first_row + block.starts) % self._num_rows
-        self._write(
-            tf.constant(first_row % self._num_rows, tf.int64),
-            tf.constant(self._next_window % self._num_rows, tf.int64),
-            tf.convert_to_tensor(starts, tf.int64),
-            *block.rows,
-        )
-        self._next_window += len(starts)
-        self._written.append((self._next_row, len(starts)))
-        return first_row
-
-    def holds(self, first_row: int) -> bool:
-        """Returns whether the chunk that was written there is still held."""
-        return first_row >= self._oldest_row
-
-    def read(self, first_row: int, num_rows: int) -> dict[str, Any]:
-        """Returns rows that were written, as {acted_at: [num_rows], step: [num_rows, ...]}. For the writing thread."""
-        positions = tf.range(first_row, first_row + num_rows, dtype=tf.int64) % self._num_rows
-        leaves = [
-            tf.cast(tf.gather(variable, positions), spec.dtype).numpy()
-            for variable, spec in zip(self._rows, tf.nest.flatten(self._spec))
-        ]
-        return dict(tf.nest.pack_sequence_as(self._spec, leaves))
-
-    def _write_block(self, first_row: tf.Tensor, first: tf.Tensor, starts: tf.Tensor, *rows: tf.Tensor) -> None:
-        positions = (first_row + tf.range(tf.shape(rows[0], tf.int64)[0], dtype=tf.int64)) % self._num_rows
-        for variable, block in zip(self._rows, rows):
-            variable.scatter_nd_update(positions[:, None], block)
-        windows = (first + tf.range(tf.shape(starts, tf.int64)[0], dtype=tf.int64)) % self._num_rows
-        self._starts.scatter_nd_update(windows[:, None], starts)
-
-    def reveal(self) -> tuple[int, int]:
-        """Returns how many chunks and windows that were written may be drawn from now on; what is too old leaves.
-
-        Call it between two compiled calls.
-        """
-        num_chunks = num_windows = 0
-        while self._written:
-            chunk = self._written.popleft()
-            self._chunks.append(chunk)
-            num_chunks, num_windows = num_chunks + 1, num_windows + chunk[1]
-        self.num_windows += num_windows
-        end_row = self._next_row + self._num_wanted_rows
-        num_evicted = 0
-        while self._chunks and (self.num_windows > self._capacity or end_row - self._oldest_row > self._num_rows):
-            self._oldest_row, num_left = self._chunks.popleft()
-            self.num_windows -= num_left
-            num_evicted += num_left
-        if num_windows or num_evicted:
-            self._first_window += num_evicted
-            bounds = np.array([self._first_window, self._first_window + self.num_windows])
-            self._bounds.assign(bounds, read_value=False)
-        return num_chunks, num_windows
-
-    def add(self, block: Block) -> None:
-        """Takes in a chunk where one thread does both."""
-        if not self.has_room(block):
-            self.reveal()
-            assert self.has_room(block)
-        self.write(block)
-        self.reveal()
-
-    def draw(self, batch_size: int) -> tuple[Any, tf.Tensor]:
-        """Returns windows drawn uniformly, with replacement, as `(experience, acted_at)`; for compiled code.
-
-        Shapes: B = batch_size, T = num_steps. `experience` leaves are [B, T, ...]; `acted_at` is [B], of first steps.
-        """
-        first, end = tf.unstack(self._bounds)
-        windows = tf.random.uniform([batch_size], first, end, tf.int64)
-        return self.gather(windows)
-
-    def gather(self, windows: tf.Tensor) -> tuple[Any, tf.Tensor]:
-        """Returns the windows with these numbers; `draw` chooses the numbers."""
-        starts = tf.gather(self._starts, windows % self._num_rows)
-        rows = (starts[:, None] + tf.range(self.num_steps, dtype=tf.int64)) % self._num_rows
-        drawn = [
-            tf.cast(tf.gather(variable, rows), spec.dtype)
-            for variable, spec in zip(self._rows, tf.nest.flatten(self._spec))
-        ]
-        packed = tf.nest.pack_sequence_as(self._spec, drawn)
-        return packed["step"], packed["acted_at"][:, 0]
-
-
-@dataclasses.dataclass(frozen=True)
-class Block:
-    """A chunk's rows, one tensor [num_rows, ...] per leaf, and the rows at which a window begins."""
-
-    rows: Sequence[tf.Tensor]
-    num_rows: int
-    starts: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where a chunk is: its rows in a mirror, and the server it came from."""
-
-    mirror: Mirror
-    first_row: int
-    length: int
-    ends_run: np.ndarray  # as it was sent: [num_environments, rows of a full chunk]
-    address: str
-
-    def read(self, number: int) -> dict[str, Any]:
-        """Returns the chunk as it was sent, as far as it counts. For the writing thread."""
-        num_environments, num_rows = self.ends_run.shape
-        held = self.mirror.read(self.first_row, num_environments * self.length)
-
-        def unfold(rows: np.ndarray) -> np.ndarray:
-            whole = np.zeros((num_environments, num_rows, *rows.shape[1:]), rows.dtype)
-            whole[:, : self.length] = rows.reshape(num_environments, self.length, *rows.shape[1:])
-            return whole
-
-        return {
-            "acted_at": unfold(held["acted_at"])[0],
-            "chunk": np.int64(number),
-            "ends_run": self.ends_run,
-            "length": np.int64(self.length),
-            "step": tree.map_structure(unfold, held["step"]),
-        }
-
-
-def _num_rows_for(num_steps: int, capacity: int) -> int:
-    # Chunks overlap, at worst by a third of their length; an episode's end costs some rows more.
-    return int(1.1 * capacity * 3 * num_steps / (2 * num_steps + 1)) + 1_000
-
-
-def _held_dtype(dtype: tf.DType) -> tf.DType:
-    return tf.int64 if dtype == tf.int32 else dtype  # TensorFlow keeps int32 variables of a GPU in host memory
-
-
-def _fits(leaves: Sequence[np.ndarray], signature: Any) -> bool:
-    """Returns whether an item is a chunk: the signature's leaves, all of the same environments and rows."""
-    specs = tree.flatten(signature)
-    if len(leaves) != len(specs) or not all(
-        spec.dtype == leaf.dtype and spec.shape.is_compatible_with(leaf.shape) for spec, leaf in zip(specs, leaves)
-    ):
-        return False
-    chunk = tree.unflatten_as(signature, leaves)
-    shape = chunk["ends_run"].shape
-    return (
-        chunk["acted_at"].shape == shape[1:]
-        and 0 < chunk["length"] <= shape[1]
-        and all(leaf.shape[:2] == shape for leaf in tree.flatten(chunk["step"]))
-    )
-
-
 def _pack_ids(numbers: Sequence[int]) -> str:
     return base64.b64encode(np.array(numbers, np.int64).tobytes()).decode()
 
 
 def _unpack_ids(text: str) -> list[int]:
     return np.frombuffer(base64.b64decode(text), np.int64).tolist()
-
-
-class _Losses:
-    """Whether a replay server may lack what it had: it is younger than it was, or counts fewer inserts."""
-
-    def __init__(self, address: str):
-        self._address = address
-        self._seen = self._made_up_for = (math.inf, 0)  # when it was started at the latest, and inserts
-
-    def may_be(self) -> bool:
-        """Returns whether something may be lost, until `forget`; never at the first look. Raises `Unreachable`."""
-        asked_at = time.monotonic()
-        table = read_server_info(self._address, timeout_secs=5).get(EXPERIENCE_TABLE)
-        if table is None:
-            raise Unreachable(f"the server at {self._address} has no table '{EXPERIENCE_TABLE}'")
-        age_secs = sum(millis for _, millis in table.table_worker_time.ListFields()) / 1000
-        num_inserted = table.rate_limiter_info.insert_stats.completed
-        self._seen = (time.monotonic() - age_secs, num_inserted)
-        was_started_by, least_inserted = self._made_up_for
-        # Its age is by its machine's clock, which may be set.
-        if asked_at - age_secs > was_started_by + 2.0 or num_inserted < least_inserted:
-            return True
-        self.forget()
-        return False
-
-    def forget(self) -> None:
-        """Nothing that was lost until the last look is missing any more."""
-        self._made_up_for = self._seen
-
-
-def _insert(writer: reverb.TrajectoryWriter, chunk: Mapping[str, Any], timeout_secs: float) -> None:
-    """Writes a chunk into the durable table alone; returns when the server has confirmed it."""
-    writer.append(chunk)
-    trajectory = tree.map_structure(lambda column: column[-1], writer.history)
-    writer.create_item(EXPERIENCE_TABLE, priority=1.0, trajectory=trajectory)
-    writer.flush(timeout_ms=int(timeout_secs * 1000))
 
 
 class ResidentSource:
@@ -639,23 +370,24 @@ class ResidentSource:
         self._misfit: Optional[ValueError] = None  # a chunk that no mirror can hold
         self._known_chunks: dict[int, bool] = {}  # counted as inserts, oldest first: whether they were written too
         self._counted_before = 0  # what servers bring back with lower numbers is counted as inserts, known or not
-        self._losses: dict[str, _Losses] = {}  # by address
+        self._losses: dict[str, Losses] = {}  # by address
         self._places: dict[int, Place] = {}  # of the chunks in the mirrors, by number, oldest first
-        self._changed = threading.Condition()  # guards all of the above but the mirrors
-        self._writing = threading.Lock()  # mirrors have one writer at a time, and what it took counts for the next
+        self._changed = threading.Condition()  # guards the counts, the chunks known, and their places
+        self._staging = threading.Lock()  # one chunk at a time: what it counts decides whether the next may come
+        self._writing = threading.Lock()  # held for moments: no mirror is written to meanwhile
         self._closing = False
 
-    def restore(self, counts: Mapping[str, Any]) -> None:
-        """Goes on from a checkpoint's counts; the mirror is filled from the durable tables.
+    def restore(self, counts: Mapping[str, Any], on_progress: Callable[[], object] = lambda: None) -> None:
+        """Goes on from a checkpoint's counts; the mirror is filled from the durable tables. See `BatchSource.restore`.
 
         What the servers hold but the checkpoint did not count is counted now, so the samples-per-insert account is
         exact whichever of them was saved later. A server that is away is read when it is back. May be called again
         after it raised.
 
         Raises:
-          Unreachable, tf.errors.OpError: All servers are away; nothing was changed.
+          Unreachable: All servers are away; nothing was changed.
         """
-        chunks, were_read = self._read_all_experience()
+        chunks, were_read = self._read_all_experience(on_progress)
         # The checkpoint counts the chunks it knew; those that came to a server later are inserts as well. Without a
         # checkpoint all are: what a learner before this one was sent still counts for the warm-up.
         self._known_chunks = dict.fromkeys(reversed(_unpack_ids(counts.get("chunks", ""))), False)
@@ -667,7 +399,7 @@ class ResidentSource:
             address, chunk = chunks[number]
             num_new += self._stage(chunk, address, make_room=self._ingest)
             self._ingest()
-            beat()
+            on_progress()
         if chunks:
             logging.info(
                 "%d windows came back from the replay server%s, %d of them inserted after the checkpoint",
@@ -688,11 +420,12 @@ class ResidentSource:
         """Returns what a checkpoint keeps."""
         with self._changed:
             # From the newest on, which is quick; of one age as many as the servers can bring back.
-            known = heapq.nlargest(self._max_durable_chunks(), reversed(self._known_chunks))
+            most = self._max_durable_chunks()  # asked once: a server may join meanwhile
+            known = heapq.nlargest(most, reversed(self._known_chunks))
             inserts = self._inserts + self._num_staged
             # Numbers grow with time. What is older than those that are listed is counted: a server that died brings
             # back chunks from before the many that it lost.
-            are_all = len(known) < self._max_durable_chunks()
+            are_all = len(known) < most
             counted_before = self._counted_before if are_all else max(self._counted_before, known[-1])
         chunks = {"chunks": _pack_ids(known), "counted_before": counted_before}
         return {"inserts": inserts, "samples": self._samples, **chunks}
@@ -799,7 +532,7 @@ class ResidentSource:
                     was_read = True
                 for sample in self._read_queue(address):
                     chunk = tree.map_structure(lambda tensor: tensor.numpy(), sample.data)
-                    if _fits(tree.flatten(chunk), sample.data):
+                    if is_chunk(tree.flatten(chunk), sample.data):
                         self._stage(chunk, address, make_room=self._await_reveal, is_held_back=True)
                     else:
                         self._warn_of_stranger(address, "its parts do not belong together")
@@ -817,7 +550,7 @@ class ResidentSource:
 
     def _take_in_late(self, address: str) -> None:
         self._losses_at(address).may_be()
-        chunks = self._read_experience(address)
+        chunks = read_chunks(address, silent_secs=SAVING_SECS)
         num_new = sum(self._stage(chunks[number], address, make_room=self._await_reveal) for number in sorted(chunks))
         if chunks and not self._closing:
             logging.info(
@@ -827,32 +560,46 @@ class ResidentSource:
                 num_new,
             )
 
-    def _losses_at(self, address: str) -> _Losses:
-        return self._losses.setdefault(address, _Losses(address))
+    def _losses_at(self, address: str) -> Losses:
+        return self._losses.setdefault(address, Losses(address))
 
     def _look_after(self, address: str) -> None:
         """Gives the server at `address` back what it lost, whenever it began anew."""
-        losses, num_passes = self._losses_at(address), 0
+        losses, num_passes, wait_secs = self._losses_at(address), 0, LOOK_FOR_LOSSES_SECS
         while True:
             with self._changed:
-                if self._changed.wait_for(lambda: self._closing, timeout=LOOK_FOR_LOSSES_SECS):
+                if self._changed.wait_for(lambda: self._closing, timeout=wait_secs):
                     return
             try:
-                if not losses.may_be():
-                    continue
-                num_given, num_passes = self._give_back(address), num_passes + 1
-                logging.info(
-                    "the replay server at %s began anew; %d chunks that it had lost were given back", address, num_given
-                )
-                # What came from its last life may be taken in meanwhile, so once more; others write there as well, so
-                # not for ever.
-                if not num_given or num_passes == MAX_PASSES:
-                    losses.forget()
-                    num_passes = 0
-            except (Unreachable, reverb.errors.ReverbError) as error:
+                may_be_lost = losses.may_be()
+            except (Unreachable, reverb.errors.ReverbError, RuntimeError) as error:
                 logging.debug("looking after the replay server at %s: %s", address, error)
-            except Exception:  # it has what its last checkpoint held; no reason to end training
-                logging.exception("what the replay server at %s lost cannot be given back; trying again", address)
+                continue
+            if not may_be_lost:
+                continue
+            try:
+                num_given = self._give_back(address)
+            except Exception as error:  # it has what its last checkpoint held; no reason to end training
+                wait_secs = min(MAX_RETRY_SECS, 2 * max(1.0, wait_secs))
+                is_expected = isinstance(error, (Unreachable, reverb.errors.ReverbError, RuntimeError))
+                logging.warning(
+                    "the replay server at %s began anew and is not given back yet what it had lost: %s. Trying again "
+                    "in %.0f s",
+                    address,
+                    error,
+                    wait_secs,
+                    exc_info=not is_expected,
+                )
+                continue
+            num_passes, wait_secs = num_passes + 1, LOOK_FOR_LOSSES_SECS
+            logging.info(
+                "the replay server at %s began anew; %d chunks that it had lost were given back", address, num_given
+            )
+            # What came from its last life may be taken in meanwhile, so once more; others write there as well, so not
+            # for ever.
+            if not num_given or num_passes == MAX_PASSES:
+                losses.forget()
+                num_passes = 0
 
     def _give_back(self, address: str) -> int:
         """Returns how many chunks were written into the durable table that it lacked.
@@ -861,27 +608,18 @@ class ResidentSource:
         """
         with self._changed:  # before the table is read: what comes later is there
             places = {number: place for number, place in self._places.items() if place.address == address}
-        there = self._read_experience(address, has_data=False).keys()
+        there = read_chunks(address, silent_secs=SAVING_SECS, has_data=False).keys()
         newest = heapq.nlargest(self._num_durable_chunks, places.keys() | there)  # others it would have dropped
-        writers: dict[tuple[int, ...], reverb.TrajectoryWriter] = {}  # by shape: a writer's columns must keep theirs
+        lost = sorted(set(newest) - there)
         num_given = 0
-        try:
-            for number in sorted(set(newest) - there):
-                place = places[number]
-                with self._writing:  # nobody writes over it meanwhile
-                    if self._closing:
-                        break
-                    if not place.mirror.holds(place.first_row):
-                        continue
-                    chunk = place.read(number)
-                shape = place.ends_run.shape
-                if shape not in writers:
-                    writers[shape] = _make_writer(address)
-                _insert(writers[shape], chunk, GIVE_BACK_SECS)
-                num_given += 1
-        finally:
-            for writer in writers.values():
-                writer.close()
+        with contextlib.closing(ChunkWriter(address)) as writer:
+            while lost and not self._closing:
+                numbers, lost = lost[:GIVE_BACK_CHUNKS], lost[GIVE_BACK_CHUNKS:]
+                with self._writing:
+                    rows = {number: places[number].read() for number in numbers if places[number].is_held()}
+                # Only here are they awaited: a GPU's come after the compiled call that is under way.
+                writer.write((places[number].unfold(number, held) for number, held in rows.items()), SAVING_SECS)
+                num_given += len(rows)
         return num_given
 
     def _warn_of_stranger(self, address: str, why: str) -> None:
@@ -912,7 +650,7 @@ class ResidentSource:
             return 0
         mirror = self._mirrors[next(self._turns) % len(self._mirrors)]
         block = mirror.make_block(chunk)
-        with self._writing:
+        with self._staging:
             if is_held_back:
                 self._await_account()
             if self._closing or self._known_chunks.get(number):
@@ -921,17 +659,20 @@ class ResidentSource:
                 if self._closing:
                     return 0
                 make_room()
-            first_row = mirror.write(block)
+            with self._writing:
+                first_row = mirror.write(block)
             place = Place(mirror, first_row, int(chunk["length"]), chunk["ends_run"], address)
             with self._changed:
                 self._places[number] = place
-                while not (oldest := next(iter(self._places.values()))).mirror.holds(oldest.first_row):
+                while not next(iter(self._places.values())).is_held():
                     del self._places[next(iter(self._places))]
                 # The bound is for what servers bring back; an actor whose clock is behind goes on sending low numbers.
                 is_new = number not in self._known_chunks and (is_held_back or number >= self._counted_before)
                 self._known_chunks[number] = True
                 if len(self._known_chunks) > max(MAX_KNOWN_CHUNKS, self._max_durable_chunks()):
-                    del self._known_chunks[next(iter(self._known_chunks))]
+                    forgotten = next(iter(self._known_chunks))
+                    del self._known_chunks[forgotten]
+                    self._counted_before = max(self._counted_before, forgotten + 1)
                 self._num_staged += len(block.starts)
                 if not is_new:  # the checkpoint counts it: together these two stay what they were
                     self._inserts -= len(block.starts)
@@ -951,11 +692,13 @@ class ResidentSource:
         with self._changed:
             self._changed.wait(timeout=LOOK_SECS)
 
-    def _read_all_experience(self) -> tuple[dict[int, tuple[str, Any]], Sequence[str]]:
+    def _read_all_experience(
+        self, on_progress: Callable[[], object]
+    ) -> tuple[dict[int, tuple[str, Any]], Sequence[str]]:
         """Returns all durable tables' chunks and their servers by number, and the servers read; others are away.
 
         Raises:
-          Unreachable, tf.errors.OpError: All are away.
+          Unreachable: All are away.
         """
         chunks: dict[int, tuple[str, Any]] = {}
         addresses, away = self._servers.all(), self._servers.away()
@@ -965,57 +708,14 @@ class ResidentSource:
                 if address in away:
                     raise Unreachable(f"no Reverb server answers at {address}")
                 self._losses_at(address).may_be()
-                read = self._read_experience(address, on_chunk=beat)
+                read = read_chunks(address, silent_secs=RESTORE_SILENT_SECS, on_chunk=on_progress)
                 chunks.update((number, (address, chunk)) for number, chunk in read.items())
                 were_read.append(address)
-            except (Unreachable, tf.errors.OpError) as error:
+            except Unreachable as error:
                 if address == addresses[-1] and not were_read:
                     raise
                 logging.warning("%s; what it holds is read when it is back", error)
         return chunks, were_read
-
-    def _read_experience(
-        self, address: str, on_chunk: Callable[[], object] = lambda: None, has_data: bool = True
-    ) -> dict[int, Any]:
-        """Returns every chunk of a durable table, or None unless `has_data`, by its number, in no order.
-
-        Sampled, as Reverb lists none.
-        """
-        client = reverb.Client(reach(address))
-        chunks: dict[int, Any] = {}
-        keys: set[int] = set()
-        misfits: set[int] = set()  # of strangers: Reverb's server takes what its client did not check
-        num_draws, size = 0, 1
-        # Drawing n of n with replacement takes about n ln n draws; the bound leaves room and ends if others write. The
-        # client's own sampler is ten times as fast as a dataset here.
-        while len(keys) < size and num_draws < size * (np.log(size) + 8):
-            table = read_server_info(address, timeout_secs=5).get(EXPERIENCE_TABLE)
-            if table is None:
-                raise Unreachable(f"the server at {address} has no table '{EXPERIENCE_TABLE}'")
-            size = table.current_size
-            if not size:
-                break
-            samples = client.sample(EXPERIENCE_TABLE, num_samples=size, emit_timesteps=False)
-            for sample in each_within(RESTORE_SILENT_SECS, samples, f"table '{EXPERIENCE_TABLE}' at {address}"):
-                on_chunk()
-                if sample.info.key in keys:
-                    continue
-                keys.add(sample.info.key)
-                if not _fits(sample.data, table.signature):
-                    misfits.add(sample.info.key)
-                    continue
-                chunk = tree.unflatten_as(table.signature, sample.data)
-                chunks.setdefault(int(chunk["chunk"]), chunk if has_data else None)
-            num_draws += size
-        if misfits:
-            logging.warning(
-                "%d items in the table '%s' at %s are not this experiment's and are left out: some other client "
-                "inserts there. Keep its port on a network you trust.",
-                len(misfits),
-                EXPERIENCE_TABLE,
-                address,
-            )
-        return chunks
 
     def _read_queue(self, address: str) -> reverb.TrajectoryDataset:
         """Returns what the queue hands out, one chunk after another; ends when nothing came for a second."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Optional
 
 import gin
@@ -189,7 +189,8 @@ class ServerSampledSource:
         self._dataset = strategy.distribute_datasets_from_function(make_dataset)
         self.handle = iter(self._dataset)
 
-    def restore(self, counts: Mapping[str, Any]) -> None:
+    def restore(self, counts: Mapping[str, Any], on_progress: Callable[[], object] = lambda: None) -> None:
+        del on_progress  # nothing is read
         self._samples = counts.get("samples", 0)
 
     def counts(self) -> dict[str, Any]:

@@ -239,9 +239,14 @@ def _restore_replay(source: BatchSource, counts: dict[str, Any], cluster: Cluste
       Stopped: `stop` was set.
     """
 
+    def go_on() -> None:
+        beat()
+        if stop.is_set():
+            raise Stopped(f"stopped while reading what the replay server at {cluster.replay_address} holds")
+
     def restore() -> bool:
         try:
-            source.restore(counts)
+            source.restore(counts, go_on)
         except (Unreachable, tf.errors.OpError) as error:
             logging.warning("the replay did not come back yet: %s", error)
             return False

@@ -1,0 +1,138 @@
+"""The ring beside the learner's compute: which windows it holds, and how it draws them."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import tensorflow as tf
+from tf_agents.specs import array_spec, tensor_spec
+from tf_agents.trajectories import trajectory
+
+from actorlearner.replay.mirror import Mirror
+from tests.replay.episodes import RANDOM, as_chunk, episode, held_windows
+
+
+def add(mirror, *lanes, acted_at=RANDOM):
+    mirror.add(mirror.make_block(as_chunk(*lanes, acted_at=acted_at)))
+
+
+def test_a_drawn_batch_is_what_the_stock_pipeline_gives_for_the_same_windows(spec):
+    """A column gathered from the wrong row, or cast on the way, would train the agent on noise without a word."""
+    steps = episode(0, 20)
+    mirror = Mirror(spec, num_steps=3, capacity=100)
+    add(mirror, steps[:12], acted_at=5)
+    add(mirror, steps[10:], acted_at=7)
+    batch, acted_at = mirror.gather(tf.constant([0, 9, 10, 18], tf.int64))
+    expected = [steps[start : start + 3] for start in (0, 9, 10, 18)]
+    for row, window in enumerate(expected):
+        stacked = tf.nest.map_structure(lambda *leaves: np.stack(leaves), *window)
+        tf.nest.map_structure(lambda a, b, row=row: np.testing.assert_array_equal(a[row], b), batch, stacked)
+    assert acted_at.numpy().tolist() == [5, 5, 7, 7]
+
+
+def test_windows_are_drawn_uniformly(spec):
+    """Favouring short or long chunks would weigh episodes by their length."""
+    tf.random.set_seed(1)
+    mirror = Mirror(spec, num_steps=2, capacity=1_000)
+    for first, length in ((0, 3), (100, 40), (200, 7)):
+        add(mirror, episode(first, length))
+    num_draws = 200_000
+    drawn, _ = mirror.draw(num_draws)
+    starts, counts = np.unique(drawn.observation.numpy()[:, 0, 0], return_counts=True)
+    assert len(starts) == mirror.num_windows == 50
+    expected = num_draws / 50
+    chi_squared = float(((counts - expected) ** 2 / expected).sum())
+    assert chi_squared < 85.4  # 49 degrees of freedom, one in a thousand
+
+
+def test_the_oldest_chunks_leave_and_their_windows_are_never_drawn_again(spec):
+    """A ring that is overwritten under windows still in the list would mix two episodes in one window."""
+    mirror = Mirror(spec, num_steps=2, capacity=60)
+    for first in range(0, 200_000, 1_000):
+        add(mirror, episode(first, 9))
+        assert mirror.num_windows <= 60
+        windows = held_windows(mirror, 500)
+        assert all(second == start + 1 for start, second in windows)
+        assert min(start for start, _ in windows) >= first - 6_000
+
+
+def test_what_is_written_is_drawn_only_once_it_is_revealed(spec):
+    """The next call may only see what the samples-per-insert account has counted."""
+    mirror = Mirror(spec, num_steps=2, capacity=60)
+    add(mirror, episode(0, 9))
+    mirror.write(mirror.make_block(as_chunk(episode(1_000, 9))))
+    assert max(start for start, _ in held_windows(mirror)) < 1_000
+    assert mirror.reveal() == (1, 9)
+    assert max(start for start, _ in held_windows(mirror)) >= 1_000
+
+
+def test_a_full_mirror_has_room_again_once_the_oldest_have_left(spec):
+    """The thread that writes must neither overwrite what is drawn nor wait for ever."""
+    mirror = Mirror(spec, num_steps=2, capacity=60)
+    add(mirror, episode(0, 9))
+    before = held_windows(mirror)
+    for first in range(1_000, 1_000_000, 1_000):
+        block = mirror.make_block(as_chunk(episode(first, 9)))
+        if not mirror.has_room(block):
+            break
+        mirror.write(block)
+    assert held_windows(mirror) == before
+    mirror.reveal()
+    assert mirror.num_windows <= 60
+    assert mirror.has_room(block)
+
+
+def test_a_compiled_call_draws_whole_windows_while_chunks_are_written(spec):
+    """Half an old window and half a new one would be a transition that never was."""
+    mirror = Mirror(spec, num_steps=2, capacity=40)
+    add(mirror, episode(0, 30))
+    num_written = 0
+    is_over = threading.Event()
+
+    def write_chunks():
+        nonlocal num_written
+        while not is_over.is_set():
+            block = mirror.make_block(as_chunk(episode(1_000 * (num_written % 1_000 + 1), 30)))
+            while not mirror.has_room(block) and not is_over.wait(0.001):
+                pass
+            if not is_over.is_set():
+                mirror.write(block)
+                num_written += 1
+
+    @tf.function
+    def count_broken(num_draws):
+        broken = tf.constant(0, tf.int64)
+        for _ in tf.range(num_draws):
+            windows = mirror.draw(64)[0].observation[..., 0]
+            broken += tf.math.count_nonzero(windows[:, 1] - windows[:, 0] != 1.0)
+        return broken
+
+    thread = threading.Thread(target=write_chunks)
+    thread.start()
+    try:
+        num_broken = 0
+        while num_written < 200 and not num_broken:
+            num_broken += int(count_broken(tf.constant(5_000)))
+            mirror.reveal()
+    finally:
+        is_over.set()
+        thread.join(10)
+    assert num_broken == 0
+
+
+def test_images_come_back_bit_by_bit():
+    """Eight bits a pixel are a quarter of the memory; a cast on the way would change them."""
+    observation = array_spec.BoundedArraySpec((4, 4, 3), np.uint8, 0, 255)
+    image_spec = trajectory.Trajectory(
+        *(tf.TensorSpec((), tf.int32), tensor_spec.from_spec(observation), tf.TensorSpec((), tf.int64), ()),
+        *(tf.TensorSpec((), tf.int32), tf.TensorSpec((), tf.float32), tf.TensorSpec((), tf.float32)),
+    )
+    images = np.random.default_rng(0).integers(0, 256, (20, 4, 4, 3), np.uint8)
+    steps = [step._replace(observation=image) for step, image in zip(episode(0, 19), images)]
+    mirror = Mirror(image_spec, 2, 100)
+    add(mirror, steps)
+    drawn, _ = mirror.gather(tf.range(19, dtype=tf.int64))
+    np.testing.assert_array_equal(drawn.observation.numpy()[:, 0], images[:19])
+    assert drawn.observation.dtype == tf.uint8
+    assert drawn.step_type.dtype == tf.int32
