@@ -57,7 +57,11 @@ def _versions() -> dict[str, str]:
 def _peer_versions(python: Path) -> dict[str, str]:
     if not python.is_file():
         return {}
-    ask = f"from importlib.metadata import version\nfor name in {PEER_PACKAGES!r}: print(name, version(name))"
+    ask = (
+        "import platform; from importlib.metadata import version\n"
+        "print('peers-python', platform.python_version())\n"
+        f"for name in {PEER_PACKAGES!r}: print(name, version(name))"
+    )
     return dict(line.split() for line in (_run(str(python), "-I", "-c", ask) or "").splitlines())
 
 

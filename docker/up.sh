@@ -37,9 +37,17 @@ if [ "$(id -u)" != 0 ]; then
   export RUN_UID=${RUN_UID:-$(id -u)} RUN_GID=${RUN_GID:-$(id -g)}
 fi
 
-trap 'exit 130' INT # compose has stopped the containers by then
+# A terminal's Ctrl-C reaches compose as well, a service manager's SIGTERM this script alone. Compose then stops the
+# containers, and the learner saves; until it has, this script waits.
+asked=""
+trap 'asked=130' INT
+trap 'asked=143; kill -TERM "$up" 2>/dev/null || true' TERM
 status=0
-"${compose[@]}" up "$@" || status=$?
+"${compose[@]}" up "$@" &
+up=$!
+wait "$up" || status=$?
+while [ -n "$asked" ] && kill -0 "$up" 2>/dev/null; do wait "$up" || true; done
+[ -z "$asked" ] || exit "$asked"
 # Of those that must succeed, the first that did not tells why; one that was never started says 0 and tells nothing.
 code=0
 for service in run-directory check learner; do

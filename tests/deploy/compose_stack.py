@@ -72,6 +72,11 @@ class Stack:
         assert self._up is not None
         os.killpg(self._up.pid, signal.SIGINT)
 
+    def terminate(self) -> None:
+        """As a service manager does: the command alone is told."""
+        assert self._up is not None
+        self._up.send_signal(signal.SIGTERM)
+
     def await_up(self, secs: float) -> int:
         """Returns the exit code of the documented command."""
         assert self._up is not None

@@ -46,17 +46,22 @@ def stack(tmp_path: Path) -> Iterator[Stack]:
         shutil.rmtree(stack.run_dir, ignore_errors=True)
 
 
-def test_what_a_caller_trains_belongs_to_them_and_ctrl_c_saves_it(stack: Stack):
+def test_what_a_caller_trains_belongs_to_them_and_a_signal_saves_it(stack: Stack):
     """Files of root in one's own folder can be neither removed nor resumed; a run cut short must not be lost."""
     endless = "train.num_iterations = 1_000_000"
     stack.settings["GIN_BINDINGS"] += f"\n{endless}"
-    stack.start_up(*as_caller(UP_SCRIPT))
-    await_that(lambda: stack.train_step() > 200, "training under way", BUILD_SECS, lambda: stack.output)
-    stack.press_ctrl_c()
-    assert stack.await_up(90) == 130, stack.output
-    assert stack.compose("ps", "--quiet") == ""
-    checkpoints = list((stack.run_dir / "checkpoints").glob("ckpt-*.index"))
-    assert checkpoints and list((stack.run_dir / "checkpoints" / "replay").glob("[0-9]*"))
+    for signal, code in ((stack.press_ctrl_c, 130), (stack.terminate, 143)):
+        before = stack.train_step()
+        stack.start_up(*as_caller(UP_SCRIPT))
+        await_that(
+            lambda before=before: stack.train_step() > before + 200, "training", BUILD_SECS, lambda: stack.output
+        )
+        signal()
+        assert stack.await_up(90) == code, stack.output
+        assert stack.compose("ps", "--quiet") == ""
+        checkpoints = [int(path.stem[5:]) for path in (stack.run_dir / "checkpoints").glob("ckpt-*.index")]
+        assert max(checkpoints) > before
+        assert list((stack.run_dir / "checkpoints" / "replay").glob("[0-9]*"))
 
     reached = stack.train_step()
     end = (reached // 100 + 2) * 100
