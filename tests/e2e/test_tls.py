@@ -1,13 +1,14 @@
-"""A run over TLS: its own roles pass, others are refused and say why, and new certificates change nothing."""
+"""A run over TLS, with two replay servers: its roles pass, others are refused and say why, it outlives certificates."""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import signal
 from pathlib import Path
 
-from actorlearner.local import find_free_port
+from actorlearner.local import find_free_ports
 from actorlearner.runtime.lifecycle import ExitCode
 from actorlearner.tools.certificates import make_certificates
 from tests.e2e.processes import RUN_SECS, TINY, bind
@@ -27,7 +28,8 @@ def test_a_run_over_tls_refuses_strangers_and_outlives_its_certificates(processe
     """Reverb has no authentication, and to its clients a refusal is a deadline that passes."""
     assert processes.start(*documented("certs certs --hosts")).wait(60) == 0
     make_certificates(tmp_path / "other", [])
-    port = find_free_port()
+    port, second_port = find_free_ports(2)
+    both = f"--replay_address=localhost:{port},localhost:{second_port}"
 
     def start(role, *flags):
         words = [
@@ -35,11 +37,12 @@ def test_a_run_over_tls_refuses_strangers_and_outlives_its_certificates(processe
         ]
         return processes.start(*words, *ENDLESS, *flags)
 
-    server = start("replay-server")
+    server = start("replay-server", both)
+    start("replay-server", both, "--task=1", f"--port={second_port}")
     inner_port = server.await_line(r"serving replay and variables on port (\d+), to this machine only").group(1)
     assert int(inner_port) != port
-    learner = start("learner", "--num_video_episodes=0")
-    actor = start("collect-actor")
+    learner = start("learner", both, "--num_video_episodes=0")
+    actor = start("collect-actor", both, "--task=1")  # whatever is trained on comes through the second
     evaluator = start("eval-actor")
     of_another_ca = start("collect-actor", "--peer_patience_secs=5", "--tls_dir=other")
     in_the_clear = start("eval-actor", "--peer_patience_secs=5", "--tls_dir=")
@@ -56,11 +59,14 @@ def test_a_run_over_tls_refuses_strangers_and_outlives_its_certificates(processe
     server.await_line(r"W .* TLS tunnel on port \d+: (127\.0\.0\.1|::1) does not speak TLS")
 
     learner.await_line(r"evaluation at train step \d+", RUN_SECS)
+    servers = json.loads((tmp_path / "runs" / "tls" / "status.json").read_text())["replay"]["servers"]
+    assert servers == {f"localhost:{port}": True, f"localhost:{second_port}": True}
+    assert "writing to the replay server" not in actor.output  # to the first, for want of the second
     assert processes.start(*documented("certs certs --check")).wait(60) == 0
     assert processes.start(*documented("certs certs --renew")).wait(60) == 0
     for old in (actor, evaluator):
         old.send(signal.SIGKILL)
-    start("collect-actor")
+    start("collect-actor", both, "--task=1")
     start("eval-actor").await_line("TF-TRT|Gym", RUN_SECS)
     seen = learner.output.count("evaluation at train step")
     learner.await_line(r"evaluation at train step \d+", RUN_SECS, count=seen + 2)
