@@ -8,8 +8,8 @@ case ${1:-} in
 Usage: [EXPERIMENT=NAME] [SETTING=VALUE...] docker/up.sh [--gpu] [FLAG...]
 
 Runs `docker compose -f docker/compose.yaml up FLAG...` with what it writes owned by the caller, and exits with the learner's
-exit code, for scripts: `docker compose up` by itself knows only 0 and 1. Stops all containers at the end; run directory and
-images stay.
+exit code, for scripts: `docker compose up` by itself knows only 0 and 1. Ctrl-C and SIGTERM save and stop (130, 143). Stops
+all containers at the end; run directory and images stay.
 
   --gpu     the learner on GPUs: docker/compose.gpu.yaml too
   FLAG      passed on, e.g. --build, --scale collect-actor=8
@@ -37,17 +37,26 @@ if [ "$(id -u)" != 0 ]; then
   export RUN_UID=${RUN_UID:-$(id -u)} RUN_GID=${RUN_GID:-$(id -g)}
 fi
 
-# A terminal's Ctrl-C reaches compose as well, a service manager's SIGTERM this script alone. Compose then stops the
-# containers, and the learner saves; until it has, this script waits.
-asked=""
+# A terminal's Ctrl-C reaches compose as well, which stops the containers, so that the learner saves; a service manager's
+# SIGTERM reaches this script alone, and docker does not pass it on to compose in every case. Both are waited for.
+asked="" up=""
+terminate() {
+  asked=143
+  "${compose[@]}" stop >/dev/null 2>&1 &
+  [ -z "$up" ] || kill -TERM "$up" 2>/dev/null || true
+}
 trap 'asked=130' INT
-trap 'asked=143; kill -TERM "$up" 2>/dev/null || true' TERM
+trap terminate TERM
 status=0
-"${compose[@]}" up "$@" &
+COMPOSE_MENU=false "${compose[@]}" up "$@" & # its menu would keep Ctrl-C to itself
 up=$!
+[ "$asked" != 143 ] || kill -TERM "$up" 2>/dev/null || true # it came before compose had a number
 wait "$up" || status=$?
 while [ -n "$asked" ] && kill -0 "$up" 2>/dev/null; do wait "$up" || true; done
-[ -z "$asked" ] || exit "$asked"
+if [ -n "$asked" ]; then
+  "${compose[@]}" stop >/dev/null 2>&1 || true
+  exit "$asked"
+fi
 # Of those that must succeed, the first that did not tells why; one that was never started says 0 and tells nothing.
 code=0
 for service in run-directory check learner; do

@@ -46,6 +46,10 @@ def stack(tmp_path: Path) -> Iterator[Stack]:
         shutil.rmtree(stack.run_dir, ignore_errors=True)
 
 
+def await_training(stack: Stack, train_step: int) -> None:
+    await_that(lambda: stack.train_step() > train_step, "training under way", BUILD_SECS, lambda: stack.output)
+
+
 def test_what_a_caller_trains_belongs_to_them_and_a_signal_saves_it(stack: Stack):
     """Files of root in one's own folder can be neither removed nor resumed; a run cut short must not be lost."""
     endless = "train.num_iterations = 1_000_000"
@@ -53,14 +57,13 @@ def test_what_a_caller_trains_belongs_to_them_and_a_signal_saves_it(stack: Stack
     for signal, code in ((stack.press_ctrl_c, 130), (stack.terminate, 143)):
         before = stack.train_step()
         stack.start_up(*as_caller(UP_SCRIPT))
-        await_that(
-            lambda before=before: stack.train_step() > before + 200, "training", BUILD_SECS, lambda: stack.output
-        )
+        await_training(stack, before + 200)
+        reached = stack.train_step()
         signal()
         assert stack.await_up(90) == code, stack.output
         assert stack.compose("ps", "--quiet") == ""
         checkpoints = [int(path.stem[5:]) for path in (stack.run_dir / "checkpoints").glob("ckpt-*.index")]
-        assert max(checkpoints) > before
+        assert max(checkpoints) >= reached, "not saved when it was told to stop"
         assert list((stack.run_dir / "checkpoints" / "replay").glob("[0-9]*"))
 
     reached = stack.train_step()

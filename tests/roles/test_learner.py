@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import tensorflow as tf
 from tf_agents.specs import tensor_spec
 
+from actorlearner.cluster import Cluster
 from actorlearner.experiment import load_experiment
 from actorlearner.replay.mirror import Mirror
 from actorlearner.replay.resident import ResidentSource
 from actorlearner.replay.servers import ReplayServers
-from actorlearner.roles.learner import TimeShares, make_train_function
+from actorlearner.roles.learner import TimeShares, _restore_replay, make_train_function
+from actorlearner.runtime.lifecycle import Stop, Stopped
 
 NUM_UPDATES = 7
 
@@ -93,3 +97,19 @@ def test_shares_of_time_say_where_it_went():
     expected = {"waiting_share": 0.5, "computing_share": 0.2, "ingesting_share": 0.1, "between_share": 0.2}
     assert shares.take() == pytest.approx(expected)
     assert shares.take() == {**dict.fromkeys(expected, 0.0), "between_share": 1.0}
+
+
+def test_a_learner_that_is_filled_looks_up_when_it_is_asked_to_stop():
+    """Millions of transitions take a minute to read; a launcher kills what has not ended after some seconds."""
+    stop = Stop()
+
+    class Source:
+        def restore(self, counts, on_progress):
+            on_progress()
+            stop.set()
+            on_progress()
+            raise AssertionError("read on")
+
+    source: Any = Source()
+    with pytest.raises(Stopped, match="what the replay server at host:1 holds"):
+        _restore_replay(source, {}, Cluster("host:1", "host:1"), stop)

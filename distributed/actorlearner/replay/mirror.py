@@ -82,9 +82,7 @@ class Mirror:
         length = int(chunk["length"])
         ends_run = chunk["ends_run"][:, :length]
         num_environments = len(ends_run)
-        is_start = np.ones((num_environments, max(0, length - self.num_steps + 1)), bool)
-        for ahead in range(self.num_steps - 1):
-            is_start &= ~ends_run[:, ahead : ahead + is_start.shape[1]]
+        is_start = find_starts(ends_run, self.num_steps)
         acted_at = np.broadcast_to(chunk["acted_at"], chunk["ends_run"].shape)
         leaves = [leaf[:, :length] for leaf in tf.nest.flatten({"acted_at": acted_at, "step": chunk["step"]})]
         lanes, steps = np.nonzero(is_start)
@@ -244,8 +242,22 @@ class Place:
         }
 
 
+def find_starts(ends_run: np.ndarray, num_steps: int) -> np.ndarray:
+    """Returns at which steps a whole window begins, as [num_environments, num_rows - num_steps + 1].
+
+    Args:
+      ends_run: [num_environments, num_rows]: whether nothing leads from a step to the next.
+      num_steps: Steps in a window.
+    """
+    num_environments, num_rows = ends_run.shape
+    is_start = np.ones((num_environments, max(0, num_rows - num_steps + 1)), bool)
+    for ahead in range(num_steps - 1):
+        is_start &= ~ends_run[:, ahead : ahead + is_start.shape[1]]
+    return is_start
+
+
 def _num_rows_for(num_steps: int, capacity: int) -> int:
-    # Chunks overlap, at worst by a third of their length; an episode's end costs some rows more.
+    # Full chunks overlap, at worst by a third of their length; an episode's end costs some rows more.
     return int(1.1 * capacity * 3 * num_steps / (2 * num_steps + 1)) + 1_000
 
 

@@ -36,7 +36,7 @@ from tf_agents.trajectories import StepType
 
 from actorlearner.replay.base import Sampling, describe_account
 from actorlearner.replay.durable_table import EXPERIENCE_TABLE, ChunkWriter, Losses, is_chunk, read_chunks
-from actorlearner.replay.mirror import Mirror, Place
+from actorlearner.replay.mirror import Block, Mirror, Place, find_starts
 from actorlearner.replay.servers import ReplayServers
 from actorlearner.runtime.configuration import PositiveFloat, PositiveInt
 from actorlearner.runtime.devices import compute_devices, free_host_bytes
@@ -45,6 +45,9 @@ from actorlearner.runtime.messages import Unreachable
 from actorlearner.runtime.tls_tunnel import reach
 
 STREAM_TABLE = "stream"
+
+MAX_CHUNK_SECS = 30.0
+"""However empty, a chunk is sent after this time: the learner waits for it."""
 
 MAX_KNOWN_CHUNKS = 100_000
 """How many chunks are remembered, so that none is taken in twice."""
@@ -55,7 +58,7 @@ RESTORE_SILENT_SECS = 10.0
 LOOK_FOR_LOSSES_SECS = 2.0
 """Time between two looks whether a replay server has been restarted and lacks what the mirror holds."""
 
-SAVING_SECS = 120.0
+SAVING_SECS = 60.0
 """So long a server may be silent while training goes on: it hands out and takes nothing while it saves a checkpoint."""
 
 GIVE_BACK_CHUNKS = 32
@@ -82,8 +85,9 @@ class ResidentReplay:
       error_buffer: How many samples the ratio may be off at any moment; None takes those of one compiled call.
       chunk_length: Steps an actor sends in one piece, all its environments together; never less than three windows'
         length for each environment.
-      chunk_secs: A chunk that is half full is sent after this time, in seconds. For emptier ones the durable table
-        would not have room, and a restarted learner would not get back all it had.
+      chunk_secs: A chunk with half the windows of a full one is sent after this time, in seconds. The durable table has
+        room for so many as the mirror holds. Emptier ones are sent after `MAX_CHUNK_SECS`: where steps take longer than
+        half a second, lower `chunk_length`, or a restarted learner gets back a part of what it had.
       stream_length: Chunks that wait in the queue; when it is full, actors wait.
     """
 
@@ -215,7 +219,6 @@ class ChunkSink:
         self._num_steps = num_steps
         self._num_environments = num_environments
         self._num_rows = num_rows
-        self._least_rows = num_steps - 1 + math.ceil((num_rows - num_steps + 1) / 2)  # half the windows it can hold
         self._chunk_secs = chunk_secs
         self._servers = servers
         self._address = servers.mine()
@@ -247,10 +250,16 @@ class ChunkSink:
             if row:
                 self._ends_run[row - 1] |= crashed  # ... nor into it
         self._length += 1
-        is_old = now - self._opened_at > self._chunk_secs and self._length >= self._least_rows
-        if is_old or self._length == self._num_rows:
+        if self._length == self._num_rows or self._is_due(now - self._opened_at):
             self._send()
             self._opened_at = now
+
+    def _is_due(self, age_secs: float) -> bool:
+        if age_secs <= self._chunk_secs or self._length < self._num_steps:
+            return False
+        most = self._num_environments * (self._num_rows - self._num_steps + 1)
+        num_windows = np.count_nonzero(find_starts(self._ends_run[: self._length].T, self._num_steps))
+        return 2 * num_windows >= most or age_secs > max(self._chunk_secs, MAX_CHUNK_SECS)
 
     def _send(self) -> None:
         length, kept = self._length, self._num_steps - 1
@@ -373,8 +382,8 @@ class ResidentSource:
         self._losses: dict[str, Losses] = {}  # by address
         self._places: dict[int, Place] = {}  # of the chunks in the mirrors, by number, oldest first
         self._changed = threading.Condition()  # guards the counts, the chunks known, and their places
-        self._staging = threading.Lock()  # one chunk at a time: what it counts decides whether the next may come
-        self._writing = threading.Lock()  # held for moments: no mirror is written to meanwhile
+        # Mirrors have one writer at a time, and what it took counts for the next. Held for moments, as others wait.
+        self._writing = threading.Lock()
         self._closing = False
 
     def restore(self, counts: Mapping[str, Any], on_progress: Callable[[], object] = lambda: None) -> None:
@@ -650,34 +659,38 @@ class ResidentSource:
             return 0
         mirror = self._mirrors[next(self._turns) % len(self._mirrors)]
         block = mirror.make_block(chunk)
-        with self._staging:
+        while not self._closing:
             if is_held_back:
                 self._await_account()
-            if self._closing or self._known_chunks.get(number):
-                return 0
-            while not mirror.has_room(block):
-                if self._closing:
-                    return 0
-                make_room()
             with self._writing:
-                first_row = mirror.write(block)
-            place = Place(mirror, first_row, int(chunk["length"]), chunk["ends_run"], address)
-            with self._changed:
-                self._places[number] = place
-                while not next(iter(self._places.values())).is_held():
-                    del self._places[next(iter(self._places))]
-                # The bound is for what servers bring back; an actor whose clock is behind goes on sending low numbers.
-                is_new = number not in self._known_chunks and (is_held_back or number >= self._counted_before)
-                self._known_chunks[number] = True
-                if len(self._known_chunks) > max(MAX_KNOWN_CHUNKS, self._max_durable_chunks()):
-                    forgotten = next(iter(self._known_chunks))
-                    del self._known_chunks[forgotten]
-                    self._counted_before = max(self._counted_before, forgotten + 1)
-                self._num_staged += len(block.starts)
-                if not is_new:  # the checkpoint counts it: together these two stay what they were
-                    self._inserts -= len(block.starts)
-                self._changed.notify_all()
-        return len(block.starts) if is_new else 0
+                if self._known_chunks.get(number):
+                    return 0
+                is_its_turn = not is_held_back or self._ahead() <= self._error_buffer  # or another server's was quicker
+                if is_its_turn and mirror.has_room(block):
+                    return self._write(mirror, block, chunk, address, is_held_back)
+            if is_its_turn:
+                make_room()
+        return 0
+
+    def _write(self, mirror: Mirror, block: Block, chunk: Mapping[str, Any], address: str, is_held_back: bool) -> int:
+        number, num_windows = int(chunk["chunk"]), len(block.starts)
+        first_row = mirror.write(block)
+        with self._changed:
+            self._places[number] = Place(mirror, first_row, int(chunk["length"]), chunk["ends_run"], address)
+            while not next(iter(self._places.values())).is_held():
+                del self._places[next(iter(self._places))]
+            # The bound is for what servers bring back; an actor whose clock is behind goes on sending low numbers.
+            is_new = number not in self._known_chunks and (is_held_back or number >= self._counted_before)
+            self._known_chunks[number] = True
+            if len(self._known_chunks) > max(MAX_KNOWN_CHUNKS, self._max_durable_chunks()):
+                forgotten = next(iter(self._known_chunks))
+                del self._known_chunks[forgotten]
+                self._counted_before = max(self._counted_before, forgotten + 1)
+            self._num_staged += num_windows
+            if not is_new:  # the checkpoint counts it: together these two stay what they were
+                self._inserts -= num_windows
+            self._changed.notify_all()
+        return num_windows if is_new else 0
 
     def _max_durable_chunks(self) -> int:
         return self._num_durable_chunks * len(self._servers.all())
