@@ -112,8 +112,9 @@ class Mirror:
         first_row, self._next_row = self._next_row, self._next_row + block.num_rows
         starts = (first_row + block.starts) % self._num_rows
         self._write(
-            tf.constant(first_row % self._num_rows, tf.int64),
-            tf.constant(self._next_window % self._num_rows, tf.int64),
+            # Of NumPy's numbers: TensorFlow keeps a tensor for ever for each of Python's that it ever converted.
+            tf.constant(np.int64(first_row % self._num_rows)),
+            tf.constant(np.int64(self._next_window % self._num_rows)),
             tf.convert_to_tensor(starts, tf.int64),
             *block.rows,
         )
@@ -130,7 +131,7 @@ class Mirror:
 
         Nothing may be written until it returns.
         """
-        positions = tf.range(first_row, first_row + num_rows, dtype=tf.int64) % self._num_rows
+        positions = tf.constant(np.arange(first_row, first_row + num_rows) % self._num_rows)
         leaves = [
             tf.cast(tf.gather(variable, positions), spec.dtype)
             for variable, spec in zip(self._rows, tf.nest.flatten(self._spec))

@@ -113,7 +113,7 @@ def run_collect_actor(
         snapshot = weights.latest()
         if not warming_up and may_change and snapshot is not None and snapshot.version != version:
             snapshot.assign_to(policy.variables())
-            train_step.assign(snapshot.train_step)
+            train_step.assign(np.int64(snapshot.train_step))  # of each int of Python TensorFlow keeps a tensor for ever
             version, acted_at = snapshot.version, snapshot.train_step
         collector.step(acting, acted_at)
         collector.await_server(weights, stop)

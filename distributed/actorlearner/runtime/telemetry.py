@@ -71,11 +71,13 @@ class Events:
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Adds one point to each curve."""
+        import numpy as np
         import tensorflow as tf
 
         with self._open().as_default():
             for name, value in scalars.items():
-                tf.summary.scalar(name, value, step=step)
+                # NumPy's numbers: of each of Python's TensorFlow would keep a tensor for ever.
+                tf.summary.scalar(name, np.float32(value), step=np.int64(step))
         self._writer.flush()
 
     def write_text(self, name: str, text: str) -> None:
