@@ -138,7 +138,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--num_iterations",
         type=_positive,
         metavar="N",
-        help="train steps of the run with --kills (default: 5,000, and 8,000 for each)",
+        help="train steps of the run with --kills (default: as many as take 20 s for each)",
     )
     drill.add_argument("--seed", type=_non_negative, default=0, help="of roles, moments and the run (default: 0)")
     drill.add_argument("--gin_bindings", action="append", default=[], metavar="BINDING", help="may be repeated")

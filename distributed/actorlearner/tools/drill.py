@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import dataclasses
 import json
+import math
 import os
 import random
 import re
@@ -33,11 +34,16 @@ RECOVERY_SECS = 30.0  # promised
 STOP_SECS = 20.0  # promised
 MAX_RATIO_ERROR = 0.01  # promised
 END_SECS = 1_200.0
+SECS_PER_KILL = 20.0  # of training: until it is over the next role is killed
+MEASURE_SECS = 8.0
+EVALUATION_SECS = 5.0  # of training between two; three long episodes take one or two
 GIVEN_BACK = "that it had lost were given back"  # says a learner to a replay server that began anew
+
+EVAL_INTERVAL = 2_000  # train steps
 
 # Small enough to be over soon, often enough saved to lose little.
 BINDINGS = (
-    "train.eval_interval = 2_000",
+    f"train.eval_interval = {EVAL_INTERVAL}",
     "train.log_interval = 500",
     "train.num_eval_episodes = 3",
     "train.policy_save_interval = 1_000_000_000",
@@ -107,6 +113,10 @@ class Run:
         self.pending: set[int] = set()  # train steps whose evaluation was under way when something was killed
         self.launcher: Optional[subprocess.Popen[bytes]] = None
         self._output_path = folder / "launcher.log"
+
+    def evaluate_every(self, num_steps: int) -> None:
+        """Changes the drill's own setting, from the next start on; the user's stands."""
+        self._bindings.insert(len(BINDINGS), f"train.eval_interval = {num_steps}")
 
     def start(self, num_iterations: int) -> None:
         """Starts `actorlearner train` on the directory; returns at once."""
@@ -568,7 +578,8 @@ def run_drill(
       experiment: A shipped experiment or a gin file.
       faults: Names from `FAULTS`, in this order; empty for all, unless `num_kills` is given.
       num_kills: So many SIGKILLs of random roles during one run that then must end by itself.
-      num_iterations: Train steps of the run with kills; by default 5,000 and 8,000 for each kill.
+      num_iterations: Train steps of the run with kills; by default as many as it makes in `SECS_PER_KILL` for each, at
+        the speed of its first seconds.
       seed: Of the choice of roles and moments, and of the run.
       gin_bindings: On top of the drill's own.
       folder: Keeps the run there; else it is in a temporary directory, removed when every promise held.
@@ -580,7 +591,7 @@ def run_drill(
     outcomes: list[Outcome] = []
     try:
         if num_kills:
-            steps = _kill_at_random(run, num_kills, num_iterations or 1_000 * (5 + 8 * num_kills), seed)
+            steps = _kill_at_random(run, num_kills, num_iterations, seed)
         else:
             steps = _inject(run, faults or tuple(FAULTS))
         for outcome in steps:
@@ -635,8 +646,9 @@ def _inject(run: Run, faults: Sequence[str]) -> Iterator[Outcome]:
     yield _end(run, num_iterations)
 
 
-def _kill_at_random(run: Run, num_kills: int, num_iterations: int, seed: int) -> Iterator[Outcome]:
+def _kill_at_random(run: Run, num_kills: int, num_iterations: Optional[int], seed: int) -> Iterator[Outcome]:
     chance = random.Random(seed)
+    num_iterations = num_iterations or _fit_to_machine(run, SECS_PER_KILL * (num_kills + 1))
     started_at = time.time()
     run.start(num_iterations)
     run.await_training(started_at)
@@ -647,6 +659,25 @@ def _kill_at_random(run: Run, num_kills: int, num_iterations: int, seed: int) ->
             break
         yield kill_role(run, chance.choice(ROLES))
     yield _end(run, num_iterations)
+
+
+def _fit_to_machine(run: Run, secs: float) -> int:
+    """Returns how many train steps take about so long here, and spaces evaluations: machines differ by ten times.
+
+    Begins the run, and stops it.
+    """
+    started_at = time.time()
+    run.start(MANY_ITERATIONS)
+    first, since = run.await_training(started_at)["train_step"], time.monotonic()
+    time.sleep(MEASURE_SECS)
+    last, until = run.status()["train_step"], time.monotonic()
+    assert run.launcher is not None
+    run.launcher.send_signal(signal.SIGTERM)
+    run.wait(PATIENCE_SECS)
+    steps_per_sec = (last - first) / (until - since)
+    # Its multiples were evaluated in this beginning, too.
+    run.evaluate_every(EVAL_INTERVAL * math.ceil(EVALUATION_SECS * steps_per_sec / EVAL_INTERVAL))
+    return 1_000 * math.ceil((last + secs * steps_per_sec) / 1_000)
 
 
 def _end(run: Run, num_iterations: int) -> Outcome:
