@@ -110,7 +110,6 @@ class Run:
         self.temporary = folder / "tmp"
         self.temporary.mkdir(parents=True)
         self.mark = uuid.uuid4().hex
-        self.pending: set[int] = set()  # train steps whose evaluation was under way when something was killed
         self.launcher: Optional[subprocess.Popen[bytes]] = None
         self._output_path = folder / "launcher.log"
 
@@ -299,7 +298,6 @@ def kill_role(run: Run, role: str, number: int = signal.SIGKILL) -> Outcome:
     outcome, before, since = _before(run, f"{signal.Signals(number).name} {role}")
     killed_at, pid = time.time(), run.pid(role)
     pending = set(before.get("pending_evaluations", []))
-    run.pending |= pending
     num_given_back = run.log("learner-0").count(GIVEN_BACK)
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
@@ -676,7 +674,7 @@ def _fit_to_machine(run: Run, secs: float) -> int:
     run.wait(PATIENCE_SECS)
     steps_per_sec = (last - first) / (until - since)
     # Its multiples were evaluated in this beginning, too.
-    run.evaluate_every(EVAL_INTERVAL * math.ceil(EVALUATION_SECS * steps_per_sec / EVAL_INTERVAL))
+    run.evaluate_every(EVAL_INTERVAL * max(1, math.ceil(EVALUATION_SECS * steps_per_sec / EVAL_INTERVAL)))
     return 1_000 * math.ceil((last + secs * steps_per_sec) / 1_000)
 
 
