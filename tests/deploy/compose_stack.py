@@ -56,10 +56,13 @@ class Stack:
         return ended.stdout
 
     def start_up(self, *command: str) -> None:
-        """Starts the documented command, or another, in a process group of its own."""
+        """Starts the documented command, or another, in a process group of its own.
+
+        With the shell's own answer to SIGINT: a test run in the background has it ignored, and so would a script be.
+        """
         with self._log.open("ab") as log:
             self._up = subprocess.Popen(
-                command or [*COMPOSE, "up"],
+                ["env", "--default-signal=INT", *(command or [*COMPOSE, "up"])],
                 cwd=CHECKOUT,
                 env=self.environment,
                 stdout=log,

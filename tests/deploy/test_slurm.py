@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -79,10 +80,12 @@ class Slurm:
     def start_now(self, *jobs: str) -> None:
         """Spares requeued jobs the two minutes that Slurm would let them wait; to be asked again until they run.
 
-        Slurm sets the time when all of a job's processes are gone, which may be after it is in the queue.
+        Slurm sets the time when all of a job's processes are gone, which may be after it is in the queue; and a node
+        refuses for good what was requeued within the second in which it starts ("Job credential revoked").
         """
         for job in jobs:
-            if self.ctl("squeue", "-h", f"-j{job}", "-o%T").strip() == "PENDING":
+            state, queued_at = self.ctl("squeue", "-h", f"-j{job}", "-o%T %V").split() or ("", "")
+            if state == "PENDING" and (datetime.now() - datetime.fromisoformat(queued_at)).total_seconds() > 2:
                 self.ctl(*documented("Slurm", "scontrol update JobId=123 StartTime=now", **{"123": job}))
 
     def await_life(self, number: int) -> None:
@@ -92,7 +95,10 @@ class Slurm:
             self.start_now(self.job)
             return self.log.count(f"life {number}:") > 0
 
-        await_that(has_begun, f"life {number} of the learner's job", 120, self.log.read, every_secs=1.0)
+        def evidence() -> str:
+            return self.log.read() + self.ctl("scontrol", "show", "job", self.job) + self.ctl("sinfo", "--list-reasons")
+
+        await_that(has_begun, f"life {number} of the learner's job", 120, evidence, every_secs=1.0)
 
     def preempt(self) -> None:
         """Tells the batch script alone, as Slurm does with --signal before it takes the node away."""

@@ -58,7 +58,9 @@ class Hosts:
         for name in NAMES:
             Log(self._folder / f"sshd-{name}.log").await_text("listening", 20)
 
-    def launch(self, verb: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def launch(
+        self, verb: str, *arguments: str, num_iterations: int = 10_000_000
+    ) -> subprocess.CompletedProcess[str]:
         """Runs launch/ssh.sh on the controller's host."""
         command = {
             "start": documented(SECTION, "launch/ssh.sh start"),
@@ -73,7 +75,7 @@ class Hosts:
             **dict(setting.split("=", 1) for setting in documented(SECTION, command_of_settings)[1:]),
             "LEARNER_HOST": "root@gpu1",
             "ACTORS_PER_HOST": "1",
-            "GIN_BINDINGS": "train.num_iterations = 30_000; train.eval_interval = 15_000; "
+            "GIN_BINDINGS": f"train.num_iterations = {num_iterations}; train.eval_interval = 15_000; "
             "learner.checkpoint_interval_secs = 5.0",
             "LEARNER_FLAGS": "--num_video_episodes=0",
             "RUN_DIR": str(self._root_dir),
@@ -147,7 +149,9 @@ def test_training_over_ssh_outlives_a_partition_resumes_after_stop_and_ends_by_i
     assert re.search("gpu1: learner +stopped", cut_stop.stdout), cut_stop.stdout
 
     hosts.join("cpu2")
-    assert hosts.launch("start").returncode == 0  # cpu2's actor runs on, and finds the new server
+    stopped_at = int(re.findall(r"stopped at train step (\d+)", hosts.log("learner"))[-1])
+    end = stopped_at // 1_000 * 1_000 + 20_000  # endless until here: a fast host would have ended before it was stopped
+    assert hosts.launch("start", num_iterations=end).returncode == 0  # cpu2's actor runs on, and finds the new server
     await_that(lambda: "restored" in hosts.log("learner"), "the second life", START_SECS, lambda: hosts.log("learner"))
     await_that(
         lambda: "ended with exit code 0" in hosts.log("learner"),
