@@ -72,6 +72,10 @@ def run_bench(arguments: argparse.Namespace) -> int:
         except SideFailed as error:
             report["failures"][name] = str(error)
             console.print(f"{name} failed: {error}", style="red", markup=False, highlight=False)
+        except (KeyboardInterrupt, SystemExit):
+            if not report["failures"]:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
         report["rows"] = [row.to_json() for row in rows]
         arguments.output.write_text(json.dumps(report, indent=2) + "\n")  # now: the next one may be interrupted
     machine = report["machine"]

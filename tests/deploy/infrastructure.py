@@ -7,6 +7,8 @@ SLURM_CLUSTER  a program: `up` and `down`; `ctl COMMAND...` runs it where sbatch
                node's daemon back. Nodes: gpu1 in partition gpu, cpu1 and cpu2 in partition cpu, hosts of LAB_HOSTS
 LAB_HOSTS      a program: `up` and `down`, for the hosts that HOSTS names; `on HOST COMMAND...` runs it there; `cut
                HOST` and `join HOST` take its network away and give it back
+
+Of Debian's packages: openssh-server, stunnel4, prometheus.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -55,6 +58,12 @@ def documented(section: str, command: str, **replaced: str) -> list[str]:
         assert old in command
         command = command.replace(old, new)
     return shlex.split(command)
+
+
+def needed_command(name: str, package: str) -> None:
+    """Skips the test when a command is not installed."""
+    if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin"):
+        pytest.skip(f"there is no {name}: apt-get install {package}")
 
 
 def needed_engine() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -153,3 +154,10 @@ def test_dockerignore_lets_through_what_the_image_copies():
         for source in line.split()[1:-1]
     }
     assert copied and {f"!{source}" for source in copied} <= set(ignored)
+
+
+def test_the_dashboard_asks_the_data_source_that_grafana_is_given():
+    grafana = DOCKER / "monitoring" / "grafana"
+    sources = yaml.safe_load((grafana / "provisioning" / "datasources" / "prometheus.yaml").read_text())
+    panels = json.loads((grafana / "dashboards" / "actorlearner.json").read_text())["panels"]
+    assert {panel["datasource"]["uid"] for panel in panels} == {source["uid"] for source in sources["datasources"]}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from actorlearner.tools.certificates import make_certificates
-from tests.deploy.infrastructure import CHECKOUT, Log, await_that, documented, needed_program, run
+from tests.deploy.infrastructure import CHECKOUT, Log, await_that, documented, needed_command, needed_program, run
 
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(1200)]
 
@@ -27,6 +27,7 @@ class Hosts:
 
     def __init__(self, folder: Path):
         self._program = needed_program("LAB_HOSTS")
+        needed_command("sshd", "openssh-server")
         self._folder = folder
         self._sshds: list[subprocess.Popen[bytes]] = []
         self._root_dir = folder / "run"  # the same path on every host, and on each another directory

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from actorlearner.local import find_free_port
 from actorlearner.runtime.messages import Unreachable, read_server_info
 from actorlearner.runtime.tls_tunnel import open_to_peers
 from actorlearner.tools.certificates import make_certificates
+from tests.deploy.infrastructure import needed_command
 
 OPERATIONS = (Path(__file__).resolve().parents[2] / "docs" / "operations.md").read_text()
 
@@ -22,8 +22,7 @@ pytestmark = pytest.mark.deploy
 
 def test_a_stock_client_comes_through_stunnel(serve, tmp_path, eventually):
     """What the relays speak is plain TLS."""
-    if not shutil.which("stunnel"):
-        pytest.fail("there is no stunnel: apt-get install stunnel4")
+    needed_command("stunnel", "stunnel4")
     make_certificates(tmp_path / "certs", [])
     port, local_port = find_free_port(), find_free_port()
     server = serve([reverb.Table.queue("some", 10)])

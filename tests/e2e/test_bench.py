@@ -53,13 +53,14 @@ def test_a_pair_is_measured_and_written_down(processes, folder, tmp_path):
     assert not processes_in(folder)
 
 
-def test_a_stopped_bench_leaves_no_process(processes, folder, eventually):
+def test_a_stopped_bench_leaves_no_process_and_no_file(processes, folder, eventually):
     """What goes on in the background is in every later measurement."""
     bench = processes.start("bench", "--only", "collect-cartpole")
     eventually(lambda: len(processes_in(folder)) >= 3, secs=60)  # the side, its server and its actor
     bench.send(signal.SIGTERM)
     assert bench.wait(60) == 143
     eventually(lambda: not processes_in(folder), secs=10)
+    assert not list(folder.iterdir())
 
 
 def test_an_unknown_subject_is_refused_with_the_list(processes):
