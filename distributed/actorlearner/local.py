@@ -90,9 +90,9 @@ class Timing:
     num_short_lives: int = 5  # in a row; then the role is given up
     num_kills: int = 25  # in a row, each in a short life; then too
     end_by_themselves_secs: float = 15.0  # actors, once the learner has ended
-    stop_actors_secs: float = 4.0  # from SIGTERM to SIGKILL; with the two below, all have stopped within 20 s
+    stop_actors_secs: float = 4.0  # from SIGTERM to SIGKILL
     stop_learner_secs: float = 8.0  # it saves a checkpoint
-    stop_replay_server_secs: float = 7.0  # it saves the replay
+    stop_secs: float = 19.0  # all roles; replay servers have what the others left of it: a large replay takes its time
     second_signal_secs: float = 0.5  # signals closer together are one: `timeout` and shells deliver theirs twice
     old_error_secs: float = 10.0  # an error of a role that does not exit is shown after this
     old_status_secs: float = 10.0
@@ -824,19 +824,20 @@ class _Launcher:
 
     def _stop_in_order(self) -> None:
         """Stops whom the others depend on last: actors, learner (which saves), replay server."""
-        timing = self._timing
-        for roles, secs in (
+        timing, deadline = self._timing, time.monotonic() + self._timing.stop_secs
+        for roles, most_secs in (
             (self._actors, timing.stop_actors_secs),
             ([self._learner], timing.stop_learner_secs),
-            (self._replay_servers, timing.stop_replay_server_secs),
+            (self._replay_servers, timing.stop_secs),
         ):
+            secs = min(most_secs, deadline - time.monotonic())
             for role in roles:
                 role.restart_at = None
                 if role.process is not None:
                     role.process.terminate()
             if not self._wait(roles, secs, num_signals=2):
                 names = ", ".join(role.name for role in roles if role.process is not None)
-                why = "a second signal" if len(self._signals) >= 2 else f"no end within {secs:g} s of SIGTERM"
+                why = "a second signal" if len(self._signals) >= 2 else f"no end within {secs:.2g} s of SIGTERM"
                 self._say(f"killing {names}: {why}")
                 self._kill(roles)
 

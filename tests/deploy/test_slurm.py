@@ -191,6 +191,18 @@ def test_training_outlives_an_actors_node_a_preemption_and_a_requeue_and_ends_by
     slurm.log.await_text("is saved: learner and replay", START_SECS, count=saved + 2)
     assert slurm.log.count("is process") == lives, "no role of the learner's job was started again"
 
+    # An actor's time is up.
+    actor = next(iter(slurm.actors()))
+    slurm.ctl("scancel", "--batch", "--signal=USR1", actor)
+    logs.append(slurm.actor_log("eval-actor", 0))
+    await_that(lambda: any(log.count("SIGUSR1: going back into the queue") for log in logs), "the actor's requeue", 60)
+
+    def is_at_work_again() -> bool:
+        slurm.start_now(actor)
+        return actor in slurm.actors()
+
+    await_that(is_at_work_again, f"{actor} at work again", 120, every_secs=1.0)
+
     # Preempted in the middle.
     slurm.preempt()
     slurm.log.await_text("going back into the queue", 60, count=2)

@@ -20,7 +20,7 @@ import pytest
 from cryptography import x509
 
 from actorlearner.tools.certificates import make_certificates
-from tests.deploy.infrastructure import CHECKOUT, await_that, run
+from tests.deploy.infrastructure import CHECKOUT, await_that, needed_engine, run
 
 FILES = [CHECKOUT / "docker" / name for name in ("compose.yaml", "compose.tls.yaml")]
 COMPOSE = ["docker", "compose", *(word for path in FILES for word in ("-f", str(path)))]
@@ -120,6 +120,7 @@ class Stack:
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """A run without an end, over TLS."""
+    needed_engine()
     stack = Stack(tmp_path_factory.mktemp("stack"))
     try:
         stack.up()

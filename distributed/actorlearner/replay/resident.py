@@ -403,13 +403,13 @@ class ResidentSource:
         self._counted_before = counts.get("counted_before", 0)
         self._inserts = counts.get("inserts", 0)
         self._samples = counts.get("samples", 0)
-        num_new = 0
+        num_new, have_come = 0, bool(chunks)
         for number in sorted(chunks):  # in the order they were sent: the oldest leave first
-            address, chunk = chunks[number]
+            address, chunk = chunks.pop(number)  # not to hold the replay twice
             num_new += self._stage(chunk, address, make_room=self._ingest)
             self._ingest()
             on_progress()
-        if chunks:
+        if have_come:
             logging.info(
                 "%d windows came back from the replay server%s, %d of them inserted after the checkpoint",
                 self._num_windows(),

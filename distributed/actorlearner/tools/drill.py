@@ -34,6 +34,8 @@ RECOVERY_SECS = 30.0  # promised
 STOP_SECS = 20.0  # promised
 MAX_RATIO_ERROR = 0.01  # promised
 END_SECS = 1_200.0
+STALL_SECS = 30.0  # longer than it takes to notice a host that has vanished
+SAVE_SECS = 2.0  # a small replay is saved within this time
 SECS_PER_KILL = 20.0  # of training: until it is over the next role is killed
 MEASURE_SECS = 8.0
 EVALUATION_SECS = 5.0  # of training between two; three long episodes take one or two
@@ -159,6 +161,15 @@ class Run:
             return 0
         found = re.search(rf"^{re.escape(setting)} = (\d+)", lines, re.MULTILINE)
         return int(found[1]) if found else 0
+
+    def metrics(self, kind: str) -> list[dict[str, Any]]:
+        """Returns the points of a kind in the run's metrics, the oldest first; a line under way is left out."""
+        points = []
+        with contextlib.suppress(OSError):
+            for line in (self.root_dir / "metrics.jsonl").read_text().splitlines():
+                with contextlib.suppress(ValueError):
+                    points.append(json.loads(line))
+        return [point for point in points if point["kind"] == kind]
 
     def has_mirror(self) -> bool:
         """Returns whether the learner holds the replay, and can give it back to its server."""
@@ -313,10 +324,11 @@ def kill_role(run: Run, role: str, number: int = signal.SIGKILL) -> Outcome:
         _judge_recovery(outcome, since)
         _compare(run, outcome, before, after)
         outcome.train_step_after = int(first[1]) if first else 0
-        if held and before.get("replay"):
-            outcome.transitions_lost = max(0, before["replay"]["held"] - int(held[1]))
+        if run.has_mirror() and before.get("replay"):
+            came_back = int(held[1]) if held else 0
+            outcome.transitions_lost = max(0, before["replay"]["held"] - came_back)
             if outcome.transitions_lost > 0.01 * before["replay"]["held"]:
-                outcome.broken.append(f"only {held[1]} of {before['replay']['held']} transitions came back")
+                outcome.broken.append(f"only {came_back} of {before['replay']['held']} transitions came back")
     elif role == "eval-actor-0":
         await_(lambda: "ready to evaluate" in run.log(role), "eval actor that is ready")
         # While train steps are faster than episodes snapshots queue up: the first result is progress, the rest is work.
@@ -335,6 +347,23 @@ def kill_role(run: Run, role: str, number: int = signal.SIGKILL) -> Outcome:
         _compare(run, outcome, before, run.status())
         if role == "replay-server-0" and run.has_mirror():
             _await_return(run, outcome, num_given_back)
+    return outcome
+
+
+def stall_role(run: Run, role: str) -> Outcome:
+    """Stops a role's process for a while, as a host or a network that hangs does: nobody may give up, all go on."""
+    outcome, before, _ = _before(run, f"{role} stalls for {STALL_SECS:.0f} s")
+    lives = {name: run.pid(name) for name in ROLES}
+    os.kill(lives[role], signal.SIGSTOP)
+    try:
+        time.sleep(STALL_SECS)
+    finally:
+        os.kill(lives[role], signal.SIGCONT)
+    since = time.monotonic()
+    _await_steps(run, 500)
+    _judge_recovery(outcome, since)
+    _compare(run, outcome, before, run.status())
+    outcome.broken += [f"{name} was started again" for name in ROLES if run.pid(name) != lives[name]]
     return outcome
 
 
@@ -384,8 +413,18 @@ def _resume(run: Run, outcome: Outcome, before: dict[str, Any], within_secs: flo
     outcome.train_step_after = int(first[1]) if first else 0
     if not outcome.train_step_after:
         outcome.broken.append("began anew")
-    if held and before.get("replay"):
-        outcome.transitions_lost = max(0, before["replay"]["held"] - int(held[1]))
+    if run.has_mirror() and before.get("replay"):
+        outcome.transitions_lost = max(0, before["replay"]["held"] - (int(held[1]) if held else 0))
+
+
+def _judge_loss(run: Run, outcome: Outcome, before: dict[str, Any], killed_at: float) -> None:
+    """What was there `checkpoint_interval_secs` before a death of all, at `killed_at`, must be there again."""
+    saved_at = killed_at - run.configured("learner.checkpoint_interval_secs") - SAVE_SECS
+    points = [point for point in run.metrics("train") if point["time"] <= saved_at]
+    unsaved = before.get("environment_steps", 0) - (points[-1]["environment_steps"] if points else 0)
+    most = unsaved + 0.01 * before.get("replay", {}).get("held", 0)
+    if (outcome.transitions_lost or 0) > most:
+        outcome.broken.append(f"{outcome.transitions_lost:,} transitions lost, at most {most:,.0f} were not saved")
 
 
 def _await_no_process(run: Run, outcome: Outcome, secs: float) -> None:
@@ -401,6 +440,7 @@ def _await_no_process(run: Run, outcome: Outcome, secs: float) -> None:
 def kill_everything(run: Run, fault: str = "SIGKILL everything", *, roles: bool = True) -> Outcome:
     """Kills the launcher and every role at once, as a power cut would, and starts again."""
     outcome, before, _ = _before(run, fault)
+    killed_at = time.time()
     assert run.launcher is not None
     for pid in [run.launcher.pid, *([run.pid(role) for role in ROLES] if roles else [])]:
         with contextlib.suppress(ProcessLookupError):
@@ -408,6 +448,7 @@ def kill_everything(run: Run, fault: str = "SIGKILL everything", *, roles: bool 
     run.launcher.wait(PATIENCE_SECS)
     _await_no_process(run, outcome, 5.0)
     _resume(run, outcome, before)
+    _judge_loss(run, outcome, before, killed_at)
     return outcome
 
 
@@ -440,6 +481,7 @@ def stop(run: Run, fault: str = "SIGTERM launcher", *, damage: Optional[Callable
 def stop_twice(run: Run) -> Outcome:
     """A second signal stops at once."""
     outcome, before, since = _before(run, "SIGTERM launcher twice")
+    killed_at = time.time()
     assert run.launcher is not None
     run.launcher.send_signal(signal.SIGTERM)
     time.sleep(0.7)  # signals closer together count as one
@@ -449,6 +491,7 @@ def stop_twice(run: Run) -> Outcome:
         outcome.broken.append(f"ended after {time.monotonic() - since:.0f} s")
     _await_no_process(run, outcome, 1.0)
     _resume(run, outcome, before)
+    _judge_loss(run, outcome, before, killed_at)
     return outcome
 
 
@@ -543,6 +586,11 @@ FAULTS: dict[str, Callable[[Run], Outcome]] = {
     "kill-collect-actor": lambda run: kill_role(run, "collect-actor-0"),
     "kill-eval-actor": lambda run: kill_role(run, "eval-actor-0"),
     "stop-learner": lambda run: kill_role(run, "learner-0", signal.SIGTERM),
+    "stop-replay-server": lambda run: kill_role(run, "replay-server-0", signal.SIGTERM),
+    "stop-collect-actor": lambda run: kill_role(run, "collect-actor-0", signal.SIGTERM),
+    "stop-eval-actor": lambda run: kill_role(run, "eval-actor-0", signal.SIGTERM),
+    "stall-learner": lambda run: stall_role(run, "learner-0"),
+    "stall-replay-server": lambda run: stall_role(run, "replay-server-0"),
     "garbage": send_garbage,
     "stray-insert": insert_stray,
     "kill-launcher": kill_launcher,
