@@ -202,8 +202,12 @@ class RunDirectory:
     def write_text(self, path: Path, text: str) -> None:
         """Replaces `path` by `text`."""
         temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
-        temporary.write_text(text)
-        os.replace(temporary, path)
+        try:
+            temporary.write_text(text)
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
 
     def add_metrics(self, kind: str, values: dict[str, Any]) -> None:
         """Appends one line to metrics.jsonl."""

@@ -112,6 +112,8 @@ class RunRecord:
             try:
                 self._take_reports()
                 self._directory.write_json(self._directory.status, self._status())
+            except OSError as error:  # a full disk, say: the learner's own next write ends the run, and says so
+                logging.warning("the status was not written: %s", error)
             except Exception:  # the record must go on, whatever one row or one write brings
                 logging.exception("keeping the record failed")
 

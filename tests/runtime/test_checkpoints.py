@@ -48,6 +48,18 @@ def test_only_the_newest_checkpoints_are_kept_also_over_restarts(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("*.index")) == ["ckpt-3.index", "ckpt-4.index"]
 
 
+def test_the_reason_is_found_among_what_tensorflow_puts_around_it():
+    """As it writes it of a full disk, from a compiled function."""
+    message = (
+        "Graph execution error:\n\nDetected at node SaveV2_1 defined at (most recent call last):\n"
+        '  File "learner.py", line 9, in <module>\n\nckpt-2_temp/part-0; No space left on device\n'
+        "\t [[{{node SaveV2_1}}]]\nHint: If you want to see a list of allocated tensors when OOM happens ...\n"
+        " [Op:__inference_write_49]"
+    )
+    error = tf.errors.ResourceExhaustedError(None, None, message)
+    assert find_reason(error) == "ckpt-2_temp/part-0; No space left on device"
+
+
 def test_a_disk_that_fills_up_leaves_the_checkpoint_before_and_names_the_reason(tmp_path):
     """Half a checkpoint taken for the newest, or one that took the last good one with it, ends a run of days."""
     checkpoints, train_step, _ = make(tmp_path, shape=(10_000,), step=4, value=1.0)

@@ -173,11 +173,13 @@ def wait_until(
 
 def find_reason(error: BaseException) -> str:
     """Returns the line of an error's message that says why; TensorFlow's compiled functions put others around it."""
-    lines = [line for line in str(error).splitlines() if line.strip() and not line.lstrip().startswith("[[")]
-    if not lines:
-        return type(error).__name__
-    # "Graph execution error:", where in the program, and then the reason.
-    return lines[-1].partition(" [Op:")[0].strip() if lines[0].startswith("Graph execution error") else lines[0]
+    lines = [line.partition("[Op:")[0].strip() for line in str(error).splitlines()]
+    lines = [line for line in lines if line] or [type(error).__name__]
+    if not lines[0].startswith("Graph execution error"):
+        return lines[0]
+    # "Graph execution error:", where in the program, the reason, "[[{{node ...}}]]", hints.
+    nodes = [index for index, line in enumerate(lines) if line.startswith("[[")]
+    return lines[nodes[0] - 1 if nodes else -1]
 
 
 def _is_disk_full(error: BaseException) -> bool:

@@ -31,6 +31,7 @@ from rich.table import Table
 ROLES = ("learner-0", "replay-server-0", "collect-actor-0", "eval-actor-0")
 PATIENCE_SECS = 300.0  # for anything to happen at all; then the drill has found a hang
 RECOVERY_SECS = 30.0  # promised
+MEDIAN_SECS = 15.0  # promised, of many kills
 STOP_SECS = 20.0  # promised
 MAX_RATIO_ERROR = 0.01  # promised
 END_SECS = 1_200.0
@@ -658,6 +659,9 @@ def run_drill(
             f"time to recover: median {recoveries[len(recoveries) // 2]:.1f} s, longest {recoveries[-1]:.1f} s, "
             f"of {len(recoveries)}"
         )
+        if num_kills and recoveries[len(recoveries) // 2] > MEDIAN_SECS:
+            outcomes[-1].broken.append(f"median over the promised {MEDIAN_SECS:.0f} s")
+            console.print(f"broken: {outcomes[-1].broken[-1]}", highlight=False)
     held = all(not outcome.broken for outcome in outcomes)
     if json_path:
         content = {
@@ -747,6 +751,10 @@ def _end(run: Run, num_iterations: int) -> Outcome:
     outcome.broken += _find_miscounts(run, run.status())
     left = [path.name for path in run.temporary.iterdir()]
     left += [str(path) for path in run.root_dir.rglob("*") if path.name.endswith((".tmp", "_temp", ".new", ".old"))]
+    port = re.search(r"serving replay and variables on port (\d+)", run.log("replay-server-0"))
+    with socket.socket() as client:
+        if port and not client.connect_ex(("localhost", int(port[1]))):
+            outcome.broken.append(f"port {port[1]} is still open")
     if left:
         outcome.broken.append(f"{len(left)} files left behind: {', '.join(sorted(left)[:3])} ...")
     return outcome
