@@ -68,14 +68,15 @@ def test_every_overlay_renders_and_fits_the_schemas_strictly(overlay: str):
     assert set(pods(objects)) == set(ROLES)
     for role, pod in pods(objects).items():
         (container,) = pod["spec"]["containers"]
-        assert container["image"] == f"actorlearner:{'gpu' if overlay == 'gpu' else 'cpu'}"
+        assert container["image"] == f"actorlearner:{'gpu' if overlay.startswith('gpu') else 'cpu'}"
         gpus = container["resources"]["limits"].get("nvidia.com/gpu")
-        assert gpus == ("1" if (overlay, role) == ("gpu", "learner") else None)
+        assert gpus == ("1" if overlay.startswith("gpu") and role == "learner" else None)
 
 
-def test_over_tls_each_pod_has_its_own_roles_certificate_and_no_other():
+@pytest.mark.parametrize(("overlay", "without"), [("tls", "cpu"), ("gpu-tls", "gpu")])
+def test_over_tls_each_pod_has_its_own_roles_certificate_and_no_other(overlay: str, without: str):
     """With the replay server's key an actor could pass for it."""
-    objects = render("tls")
+    objects = render(overlay)
     (settings,) = [thing for thing in objects if thing["kind"] == "ConfigMap"]
     assert settings["data"]["ACTORLEARNER_TLS_DIR"] == "/tls"
     for role, pod in pods(objects).items():
@@ -85,7 +86,7 @@ def test_over_tls_each_pod_has_its_own_roles_certificate_and_no_other():
         (mount,) = [mount for mount in container["volumeMounts"] if mount["name"] == volume["name"]]
         assert mount == {"name": volume["name"], "mountPath": f"/tls/{role}", "readOnly": True}
         assert {"configMapRef": {"name": "settings"}} in container["envFrom"]
-    in_the_clear = render("cpu")
+    in_the_clear = render(without)
     assert "tls" not in str(in_the_clear).lower()
     policies = [thing for thing in objects if thing["kind"] == "NetworkPolicy"]
     assert policies and all(policy in in_the_clear for policy in policies)
