@@ -392,6 +392,12 @@ def test_an_actor_whose_clock_is_behind_is_counted_by_a_restarted_learner(replay
     source.close()
 
 
+def test_a_queue_that_runs_dry_is_read_again_at_once(replay, address, spec):
+    """tf.data's thread that tunes an iterator held up its end for half a minute: an actor's death stopped training."""
+    source = make_source(replay, address, spec)
+    assert source._read_queue(address).options().autotune.enabled is False
+
+
 def test_several_replicas_each_hold_a_share(replay, address, spec, eventually):
     """Two whole copies would halve what fits; a share that stays empty would train on nothing."""
     sink = replay.make_sink(ReplayServers([address]), sample())

@@ -41,7 +41,7 @@ from actorlearner.replay.servers import ReplayServers
 from actorlearner.runtime.configuration import PositiveFloat, PositiveInt
 from actorlearner.runtime.devices import compute_devices, free_host_bytes
 from actorlearner.runtime.lifecycle import ExitCode, RoleError
-from actorlearner.runtime.messages import Unreachable
+from actorlearner.runtime.messages import Unreachable, without_tuning
 from actorlearner.runtime.tls_tunnel import reach
 
 STREAM_TABLE = "stream"
@@ -730,9 +730,9 @@ class ResidentSource:
                 logging.warning("%s; what it holds is read when it is back", error)
         return chunks, were_read
 
-    def _read_queue(self, address: str) -> reverb.TrajectoryDataset:
+    def _read_queue(self, address: str) -> tf.data.Dataset:
         """Returns what the queue hands out, one chunk after another; ends when nothing came for a second."""
-        return reverb.TrajectoryDataset.from_table_signature(
+        dataset = reverb.TrajectoryDataset.from_table_signature(
             reach(address),
             STREAM_TABLE,
             max_in_flight_samples_per_worker=2,
@@ -740,3 +740,4 @@ class ResidentSource:
             rate_limiter_timeout_ms=1_000,
             get_signature_timeout_secs=5,
         )
+        return without_tuning(dataset)

@@ -19,7 +19,7 @@ from tf_agents.trajectories import StepType
 from actorlearner.replay.base import Sampling, describe_account
 from actorlearner.replay.servers import ReplayServers
 from actorlearner.runtime.configuration import PositiveFloat, PositiveInt
-from actorlearner.runtime.messages import Unreachable, read_server_info
+from actorlearner.runtime.messages import Unreachable, read_server_info, without_tuning
 from actorlearner.runtime.tls_tunnel import reach
 
 REPLAY_TABLE = "uniform_table"
@@ -153,10 +153,9 @@ class UniformReplay:
                 num_workers_per_iterator=1 if self.rate_limiter == "queue" else self.num_workers,
                 rate_limiter_timeout_ms=int(self.wait_secs * 1000),
             )
-            return (
-                dataset.batch(per_replica, drop_remainder=True)
-                .map(lambda sample: (sample.data, read_stamps(sample.info.priority)))
-                .prefetch(2)
+            batches = dataset.batch(per_replica, drop_remainder=True)
+            return without_tuning(
+                batches.map(lambda sample: (sample.data, read_stamps(sample.info.priority))).prefetch(2)
             )
 
         return ServerSampledSource(address, batch_size, strategy, make_dataset)

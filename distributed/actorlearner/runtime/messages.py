@@ -172,13 +172,24 @@ def take(
     rows = []
     try:
         # The limiter's time-out is kept by the server: when that has gone silent, it does not help.
-        for row in each_within(timeout_secs + 1.0, dataset, f"table '{table}' at {address}"):
+        for row in each_within(timeout_secs + 1.0, without_tuning(dataset), f"table '{table}' at {address}"):
             rows.append(tree.map_structure(np.asarray, row.data))
     except (tf.errors.OpError, Unreachable) as error:
         if not rows:
             raise Unreachable(f"reading table '{table}' at {address} failed: {error}") from error
         logging.warning("reading table '%s' at %s broke off after %d rows: %s", table, address, len(rows), error)
     return rows
+
+
+def without_tuning(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """Returns the dataset, whose iterators end at once.
+
+    tf.data has a thread tune each iterator. It sleeps twice as long every time, up to a minute, and whoever ends the
+    iterator may wait until it wakes: half a minute in which nothing is read.
+    """
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return dataset.with_options(options)
 
 
 class BoardReader:
