@@ -830,7 +830,7 @@ class _Launcher:
             ([self._learner], timing.stop_learner_secs),
             (self._replay_servers, timing.stop_secs),
         ):
-            secs = min(most_secs, deadline - time.monotonic())
+            secs = max(0.0, min(most_secs, deadline - time.monotonic()))
             for role in roles:
                 role.restart_at = None
                 if role.process is not None:
