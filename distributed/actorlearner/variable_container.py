@@ -144,15 +144,14 @@ def read_version(address: str, timeout_secs: float = 5.0) -> Optional[Version]:
     Raises:
       Unreachable: The server does not answer within the deadline.
     """
-    return _read_version(_make_version_reader(address), timeout_secs)
+    return _to_version(_make_version_reader(address).read(timeout_secs))
 
 
 def _make_version_reader(address: str) -> BoardReader:
     return BoardReader(address, VERSION_TABLE, VERSION_SIGNATURE)
 
 
-def _read_version(reader: BoardReader, timeout_secs: float = 5.0) -> Optional[Version]:
-    row = reader.read(timeout_secs)
+def _to_version(row: Optional[Any]) -> Optional[Version]:
     if row is None:
         return None
     return Version(
@@ -396,7 +395,7 @@ class Subscriber:
     def _refresh(self) -> None:
         while not self._closing.is_set():
             try:
-                version = _read_version(self._versions)
+                version = _to_version(self._versions.read_newer())
                 if version is not None and version != self._version:
                     self._heard_at = time.monotonic()
                     if self._is_newer(version):

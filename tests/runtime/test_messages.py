@@ -61,6 +61,17 @@ def test_a_strangers_row_on_a_board_is_passed_over_until_the_next_is_put(address
     assert int(reader.read()["number"]) == 2
 
 
+def test_a_board_is_read_again_only_when_something_was_put_there(address):
+    """Actors look twenty times a second; a reading costs the environment three milliseconds."""
+    sender, reader = messages.Sender(address), messages.BoardReader(address, "board", SIGNATURE)
+    assert reader.read_newer() is None
+    for number in (1, 1, 2):  # the same row again is news as well: a heartbeat
+        sender.put("board", row(number), 30)
+        assert int(reader.read_newer()["number"]) == number
+        assert reader.read_newer() is None
+    assert int(reader.read()["number"]) == 2
+
+
 def test_a_queue_hands_out_each_row_once_oldest_first(address):
     """A report taken twice would count its steps twice."""
     sender = messages.Sender(address)

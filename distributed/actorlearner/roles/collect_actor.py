@@ -75,15 +75,16 @@ def run_collect_actor(
     events = Events(events_folder)
     agent, train_step = experiment.make_agent()
     policy = agent.collect_policy
+    variables = policy.variables()  # asked once: it walks through all of the agent
     servers = ReplayServers(cluster.replay_addresses, cluster.task)
     servers.await_tables(
         experiment.replay.table_signatures(agent.collect_data_spec), stop=stop, deadline_secs=cluster.peer_patience_secs
     )
     variable_container.await_container(
-        cluster.variables_address, policy.variables(), stop=stop, deadline_secs=cluster.peer_patience_secs
+        cluster.variables_address, variables, stop=stop, deadline_secs=cluster.peer_patience_secs
     )
     servers.watch(cluster.variables_address)
-    weights = Subscriber(cluster.variables_address, policy.variables(), refresh_interval_secs=refresh_interval_secs)
+    weights = Subscriber(cluster.variables_address, variables, refresh_interval_secs=refresh_interval_secs)
     wait_until(  # a restarted actor must know that training is under way, or it acts at random
         weights.has_looked,
         lambda: f"the variable container at {cluster.variables_address} to say how far training is",
@@ -112,7 +113,7 @@ def run_collect_actor(
             logging.info("the replay is warm: acting with the collect policy from here on")
         snapshot = weights.latest()
         if not warming_up and may_change and snapshot is not None and snapshot.version != version:
-            snapshot.assign_to(policy.variables())
+            snapshot.assign_to(variables)
             train_step.assign(np.int64(snapshot.train_step))  # of each int of Python TensorFlow keeps a tensor for ever
             version, acted_at = snapshot.version, snapshot.train_step
         collector.step(acting, acted_at)
