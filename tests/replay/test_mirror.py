@@ -84,6 +84,22 @@ def test_a_full_mirror_has_room_again_once_the_oldest_have_left(spec):
     assert mirror.has_room(block)
 
 
+def test_a_full_mirror_has_room_for_several_chunks_in_each_call_where_more_follow(spec):
+    """With room for one in each call, actors of short episodes wait for a learner that could take more."""
+    mirror = Mirror(spec, num_steps=2, capacity=20_000)
+    block = mirror.make_block(as_chunk(*[episode(0, 1)] * 20))  # two rows for each window: rows run out first
+    while mirror.has_room(block, more_follow=True):
+        mirror.write(block)
+    mirror.reveal()
+    num_held, num_chunks = mirror.num_chunks, 0
+    while mirror.has_room(block, more_follow=True):
+        mirror.write(block)
+        num_chunks += 1
+    assert num_chunks >= 5
+    mirror.reveal()
+    assert mirror.num_windows > 0.98 * 20 * num_held
+
+
 def test_a_compiled_call_draws_whole_windows_while_chunks_are_written(spec):
     """Half an old window and half a new one would be a transition that never was."""
     mirror = Mirror(spec, num_steps=2, capacity=40)

@@ -98,10 +98,14 @@ class Mirror:
             ]
         return Block(rows, num_rows, lanes * length + steps)
 
-    def has_room(self, block: Block) -> bool:
-        """Returns whether `write` may be called; if not, the next `reveal` makes the room. For the writing thread."""
+    def has_room(self, block: Block, *, more_follow: bool = False) -> bool:
+        """Returns whether `write` may be called; if not, the next `reveal` makes the room. For the writing thread.
+
+        Where `more_follow`, that is a hundredth of the mirror: a call draws for long, and else ended with one chunk.
+        """
         has_room = self._next_row + block.num_rows - self._oldest_row <= self._num_rows
-        self._num_wanted_rows = 0 if has_room else block.num_rows
+        num_rows = max(block.num_rows, self._num_rows // 100) if more_follow else block.num_rows
+        self._num_wanted_rows = 0 if has_room else num_rows
         return has_room
 
     def write(self, block: Block) -> int:

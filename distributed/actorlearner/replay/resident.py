@@ -666,7 +666,7 @@ class ResidentSource:
                 if self._known_chunks.get(number):
                     return 0
                 is_its_turn = not is_held_back or self._ahead() <= self._error_buffer  # or another server's was quicker
-                if is_its_turn and mirror.has_room(block):
+                if is_its_turn and mirror.has_room(block, more_follow=is_held_back):
                     return self._write(mirror, block, chunk, address, is_held_back)
             if is_its_turn:
                 make_room()
