@@ -58,6 +58,8 @@ MAY_IMPORT = {
         "runtime",
         "variable_container",
     },
+    "tools.tcp_wire": set(),
+    "tools.drill": {"tools.tcp_wire"},
     "tools": {"cluster", "experiment", "replay", "run_directory", "runtime", "variable_container"},
 }
 

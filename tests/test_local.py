@@ -260,6 +260,18 @@ def test_of_several_replay_servers_each_listens_on_its_own_port_and_the_first_ha
     assert len(set(local.find_free_ports(20))) == 20
 
 
+def test_all_but_the_replay_server_go_through_the_proxy_in_front_of_it():
+    """A role that goes round it never feels what happens there."""
+    options = local.LocalOptions("dqn_cartpole", Path("runs/x"), via="127.0.0.1:9", command=("actorlearner",))
+    for kind in ("learner", "eval-actor", "collect-actor"):
+        command = local.role_command(options, kind, task=0, ports=[1])
+        assert {"--replay_address=127.0.0.1:9", "--variables_address=127.0.0.1:9"} < set(command)
+    server = local.role_command(options, "replay-server", task=0, ports=[1])
+    assert {"--replay_address=127.0.0.1:1", "--variables_address=127.0.0.1:1", "--port=1"} < set(server)
+    with pytest.raises(ValueError, match="via is 127.0.0.1:9, a proxy in front of one replay server"):
+        dataclasses.replace(options, num_replay_servers=2)
+
+
 def test_only_the_learner_sees_the_gpus():
     """TensorFlow takes all of a GPU's memory in every process that sees it."""
     environ = {"CUDA_VISIBLE_DEVICES": "0,1", "TF_CPP_MIN_LOG_LEVEL": "0"}

@@ -54,6 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_argument("--num_collect_actors", type=int, default=1, metavar="N", help="collect actors (default: 1)")
     train.add_argument("--num_eval_actors", type=int, default=1, metavar="N", help="eval actors (default: 1)")
     train.add_argument("--num_replay_servers", type=int, default=1, metavar="N", help="replay servers (default: 1)")
+    train.add_argument("--via", default="", help=argparse.SUPPRESS)  # the drill's wire in front of the replay server
     _add_learner_flags(train)
 
     server = _add(commands, "replay-server", _replay_server, "serve replay and variables", [experiment, peers])
@@ -126,7 +127,10 @@ def make_parser() -> argparse.ArgumentParser:
 
     drill = _add(commands, "drill", _drill, "do to a small run what happens to long ones; say which promises held", [])
     drill.add_argument("experiment", metavar="EXPERIMENT", help="a shipped experiment or a gin file")
-    drill.add_argument("--fault", action="append", default=[], metavar="NAME", help="may be repeated (default: all)")
+    drill.add_argument(
+        "--fault", action="append", default=[], metavar="NAME",
+        help="such as kill-learner; may be repeated; any other word lists them (default: all, some 15 minutes)",
+    )  # fmt: skip
     drill.add_argument(
         "--kills",
         type=_non_negative,
@@ -303,6 +307,7 @@ def _seconds(text: str) -> float:
 
 def _train(arguments: argparse.Namespace) -> int:
     from actorlearner import local
+    from actorlearner.cluster import check_address
 
     name = Path(arguments.experiment).stem
     root_dir = arguments.root_dir or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -328,6 +333,8 @@ def _train(arguments: argparse.Namespace) -> int:
     if not arguments.num_eval_actors:
         bindings.append("train.eval_interval = 0")  # nobody would ever take what is due
     try:
+        if arguments.via:
+            check_address("via", arguments.via)
         options = local.LocalOptions(
             experiment=arguments.experiment,
             root_dir=root_dir,
@@ -341,6 +348,7 @@ def _train(arguments: argparse.Namespace) -> int:
                 f"--peer_patience_secs={arguments.peer_patience_secs:g}",
                 f"--hang_secs={arguments.hang_secs:g}",
             ),
+            via=arguments.via,
         )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

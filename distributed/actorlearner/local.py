@@ -114,6 +114,7 @@ class LocalOptions:
       gin_bindings: Handed to every role, in this order.
       learner_flags: Further flags of the learner alone, such as `--strategy=mirrored`.
       role_flags: Further flags of every role.
+      via: "HOST:PORT" of a proxy in front of the one replay server, by which the other roles reach it; "" for none.
       command: What a role's own arguments are appended to.
       timing: How patient the launcher is.
     """
@@ -127,6 +128,7 @@ class LocalOptions:
     gin_bindings: tuple[str, ...] = ()
     learner_flags: tuple[str, ...] = ()
     role_flags: tuple[str, ...] = ()
+    via: str = ""
     command: tuple[str, ...] = (sys.executable, "-m", "actorlearner")
     timing: Timing = Timing()
 
@@ -137,11 +139,16 @@ class LocalOptions:
             raise ValueError(f"num_eval_actors is {self.num_eval_actors}; it must be 0 or more")
         if self.num_replay_servers < 1:
             raise ValueError(f"num_replay_servers is {self.num_replay_servers}; training needs at least 1")
+        if self.via and self.num_replay_servers > 1:
+            raise ValueError(
+                f"via is {self.via}, a proxy in front of one replay server, but num_replay_servers is "
+                f"{self.num_replay_servers}; give one of the two"
+            )
 
 
 def role_command(options: LocalOptions, kind: str, task: int, ports: Sequence[int]) -> list[str]:
     """Returns the command line of one role. Each replay server listens on one of `ports`; the others find it there."""
-    addresses = [f"127.0.0.1:{port}" for port in ports]
+    addresses = [options.via] if options.via and kind != REPLAY_SERVER else [f"127.0.0.1:{port}" for port in ports]
     command = [
         *options.command,
         kind,

@@ -17,7 +17,14 @@ import tensorflow as tf
 
 from tests.e2e.processes import RUN_SECS, Process, Processes, bind
 
-FAULTS = ("kill-replay-server", "kill-learner", "stray-insert", "kill-everything", "damage-checkpoints")
+FAULTS = (
+    "kill-replay-server",
+    "kill-learner",
+    "stray-insert",
+    "lose-network",
+    "kill-everything",
+    "damage-checkpoints",
+)
 DRILL_SECS = 500.0  # a quiet machine needs a quarter of it; less than the test may take
 
 
@@ -73,6 +80,13 @@ def test_training_outlives_its_replay_server(drill: Drill):
 def test_a_strangers_insert_ends_nobody(drill: Drill):
     """Reverb's server takes it, and the next to sample it fails."""
     assert not broken(drill.outcomes["insert with a wrong signature"]), drill.process.output
+
+
+def test_a_minute_without_a_network_ends_nobody(drill: Drill):
+    """Who has lost its peer without a word waits for ever elsewhere (reverb#4, #144)."""
+    outcome = drill.outcomes["network lost for 60 s"]
+    assert not broken(outcome), drill.process.output
+    assert outcome["train_step_after"] > outcome["train_step_before"]
 
 
 @pytest.mark.parametrize("fault", ["SIGKILL everything", "damaged checkpoints"])

@@ -10,27 +10,32 @@ from pathlib import Path
 import pytest
 
 from actorlearner.local import find_free_port
+from actorlearner.tools.tcp_wire import Wire
 from tests.e2e.processes import RUN_SECS, TINY, Process, Processes, bind
-from tests.e2e.tcp_wire import Wire
 
 STALL_SECS = 8.0  # longer than any one answer is waited for
 ACTORS = ("collect-actor", "eval-actor")
 
 
 @pytest.fixture
-def wire() -> Iterator[Wire]:
-    with Wire(find_free_port()) as wire:
+def port() -> int:
+    return find_free_port()
+
+
+@pytest.fixture
+def wire(port: int) -> Iterator[Wire]:
+    with Wire(lambda: port) as wire:
         yield wire
 
 
 def _start_all(
-    processes: Processes, *wires: Wire, patience_secs: float, bindings: tuple[str, ...]
+    processes: Processes, port: int, *wires: Wire, patience_secs: float, bindings: tuple[str, ...]
 ) -> dict[str, Process]:
     """Starts the replay server and the learner on one side, and both actors at the other end of each wire.
 
     Of the second wire their task, and the number in their name, is 1.
     """
-    near = f"127.0.0.1:{wires[0].to_port}"
+    near = f"127.0.0.1:{port}"
     started: dict[str, Process] = {}
 
     def start(role: str, address: str, task: int = 0) -> None:
@@ -57,10 +62,10 @@ def _phase(folder: Path) -> str:
     return json.loads(status.read_text())["phase"] if status.exists() else ""
 
 
-def test_a_run_goes_on_after_its_actors_were_stalled_and_cut_off(processes, tmp_path, wire, eventually):
+def test_a_run_goes_on_after_its_actors_were_stalled_and_cut_off(processes, tmp_path, port, wire, eventually):
     """Elsewhere a reader whose server has gone silent waits for ever (reverb#4, #144)."""
     started = _start_all(
-        processes, wire, patience_secs=300, bindings=("train.num_iterations = 1000", "train.eval_interval = 200")
+        processes, port, wire, patience_secs=300, bindings=("train.num_iterations = 1000", "train.eval_interval = 200")
     )
     started["learner-0"].await_line("train step 50:", RUN_SECS)
     wire.stall()
@@ -79,12 +84,12 @@ def test_a_run_goes_on_after_its_actors_were_stalled_and_cut_off(processes, tmp_
     assert [evaluation["train_step"] for evaluation in summary["evaluations"]] == list(range(0, 1001, 200))
 
 
-def test_past_their_patience_roles_end_and_say_whom_they_waited_for(processes, wire):
+def test_past_their_patience_roles_end_and_say_whom_they_waited_for(processes, port, wire):
     """A role that waits for a dead peer for ever costs a machine, and nobody is told."""
     stalled = wire
-    with Wire(stalled.to_port) as cut:
+    with Wire(lambda: port) as cut:
         bindings = ("train.num_iterations = 1_000_000",)
-        started = _start_all(processes, stalled, cut, patience_secs=20, bindings=bindings)
+        started = _start_all(processes, port, stalled, cut, patience_secs=20, bindings=bindings)
         started["learner-0"].await_line("train step 50:", RUN_SECS)
         for task in (0, 1):
             started[f"collect-actor-{task}"].await_line("acting with the collect policy", RUN_SECS)

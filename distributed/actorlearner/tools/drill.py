@@ -1,6 +1,7 @@
 """Drill: runs an experiment small, does to it what happens to long runs, and says which promises held.
 
-Every fault is real: processes are killed, files damaged, bytes sent to the port. Imports nothing heavy.
+Every fault is real: processes are killed, files damaged, connections cut, bytes sent to the port. Network faults come
+last, when the other roles reach the replay server by a wire of the drill's own. Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from typing import Any, Optional
 from rich.console import Console
 from rich.table import Table
 
+from actorlearner.tools.tcp_wire import Wire
+
 ROLES = ("learner-0", "replay-server-0", "collect-actor-0", "eval-actor-0")
 PATIENCE_SECS = 300.0  # for anything to happen at all; then the drill has found a hang
 RECOVERY_SECS = 30.0  # promised
@@ -36,6 +39,7 @@ STOP_SECS = 20.0  # promised
 MAX_RATIO_ERROR = 0.01  # promised
 END_SECS = 1_200.0
 STALL_SECS = 30.0  # longer than it takes to notice a host that has vanished
+PARTITION_SECS = 60.0
 SAVE_SECS = 2.0  # a small replay is saved within this time
 SECS_PER_KILL = 20.0  # of training: until it is over the next role is killed
 MEASURE_SECS = 8.0
@@ -71,12 +75,12 @@ for table in ("stream", "experience", "uniform_table"):
 """
 
 
-_LIBC = ctypes.CDLL(None)  # loaded here: little is safe between fork and exec
+_PRCTL = ctypes.CDLL(None).prctl  # looked up here: little is safe between fork and exec
 
 
 def _die_with_parent() -> None:
     """For `preexec_fn`: however the drill ends, its launcher ends too, and what that started."""
-    _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    _PRCTL(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 class Hang(Exception):
@@ -114,6 +118,7 @@ class Run:
         self.temporary.mkdir(parents=True)
         self.mark = uuid.uuid4().hex
         self.launcher: Optional[subprocess.Popen[bytes]] = None
+        self.wire: Optional[Wire] = None
         self._output_path = folder / "launcher.log"
 
     def evaluate_every(self, num_steps: int) -> None:
@@ -128,6 +133,8 @@ class Run:
             *(f"--root_dir={self.root_dir}", f"--seed={self._seed}", "--num_video_episodes=0"),
             *(f"--gin_bindings={binding}" for binding in bindings),
         ]
+        if self.wire:
+            command.append(f"--via={self.wire.address}")
         environment = {**os.environ, "ACTORLEARNER_DRILL": self.mark, "TMPDIR": str(self.temporary)}
         with open(self._output_path, "ab") as output:
             self.launcher = subprocess.Popen(
@@ -189,6 +196,11 @@ class Run:
     def pid(self, role: str) -> int:
         """Returns the process id of a role's newest life; 0 before the first."""
         match = re.match(r"(?:--- )?.* process (\d+): ", self.log(role))
+        return int(match[1]) if match else 0
+
+    def port(self) -> int:
+        """Returns the port of the replay server's newest life; 0 as long as it does not listen."""
+        match = re.search(r"serving replay and variables on port (\d+)", self.log("replay-server-0"))
         return int(match[1]) if match else 0
 
     def processes(self) -> list[int]:
@@ -351,20 +363,68 @@ def kill_role(run: Run, role: str, number: int = signal.SIGKILL) -> Outcome:
     return outcome
 
 
-def stall_role(run: Run, role: str) -> Outcome:
-    """Stops a role's process for a while, as a host or a network that hangs does: nobody may give up, all go on."""
-    outcome, before, _ = _before(run, f"{role} stalls for {STALL_SECS:.0f} s")
-    lives = {name: run.pid(name) for name in ROLES}
-    os.kill(lives[role], signal.SIGSTOP)
-    try:
-        time.sleep(STALL_SECS)
-    finally:
-        os.kill(lives[role], signal.SIGCONT)
+def _survive(run: Run, fault: str, inject: Callable[[], None]) -> Outcome:
+    """Does something and sees whether training goes on, in the same processes."""
+    outcome, before, _ = _before(run, fault)
+    lives = {role: run.pid(role) for role in ROLES}
+    inject()
     since = time.monotonic()
-    _await_steps(run, 500)
+    _await_steps(run, 0)
     _judge_recovery(outcome, since)
+    _await_steps(run, 500)
     _compare(run, outcome, before, run.status())
-    outcome.broken += [f"{name} was started again" for name in ROLES if run.pid(name) != lives[name]]
+    for role, pid in lives.items():
+        if run.pid(role) != pid or not _is_alive(pid):
+            outcome.broken.append(f"{role} died")
+    return outcome
+
+
+def stall_role(run: Run, role: str) -> Outcome:
+    """Stops a role's process for a while, as a host that hangs does: nobody may give up, all go on."""
+
+    def inject() -> None:
+        pid = run.pid(role)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            time.sleep(STALL_SECS)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
+    return _survive(run, f"{role} stalls for {STALL_SECS:.0f} s", inject)
+
+
+def break_network(run: Run, how: str) -> Outcome:
+    """Breaks the wire between the replay server and all others for a while: the learner says that it waits, all go on.
+
+    "stalled": nothing arrives, and then all of it. "lost": nothing arrives, and then each connection is found dead.
+    "cut": each connection ends, and new ones are refused.
+    """
+    wire = run.wire
+    assert wire is not None
+    said_at: list[float] = []
+
+    def inject() -> None:
+        broken_at, mended_at = time.time(), time.monotonic() + PARTITION_SECS
+        if how == "cut":
+            wire.cut()
+        else:
+            wire.stall()
+        try:
+            while time.monotonic() < mended_at:
+                status = run.status()
+                if status.get("phase") == "waiting" and status["time"] > broken_at + 1.0:
+                    said_at.append(time.monotonic())
+                time.sleep(0.1)
+            if how == "lost":
+                wire.cut()
+        finally:
+            wire.mend()
+
+    outcome = _survive(run, f"network {how} for {PARTITION_SECS:.0f} s", inject)
+    if not said_at:
+        outcome.broken.append("the learner did not say that it waits")
+    due = set(run.status().get("pending_evaluations", []))
+    _await_results(run, due, min(1, len(due)))
     return outcome
 
 
@@ -521,43 +581,29 @@ def damage_checkpoints(run: Run) -> Outcome:
     return outcome
 
 
-def _goes_on(run: Run, fault: str, inject: Callable[[str, int], None]) -> Outcome:
-    """Does something at the port and sees whether training goes on, in the same processes."""
-    outcome, before, since = _before(run, fault)
-    pids = {role: run.pid(role) for role in ROLES}
-    match = re.search(r"serving replay and variables on port (\d+)", run.log("replay-server-0"))
-    assert match is not None
-    inject("127.0.0.1", int(match[1]))
-    since = time.monotonic()
-    _await_steps(run, 500)
-    _judge_recovery(outcome, since)
-    _compare(run, outcome, before, run.status())
-    died = [role for role in ROLES if run.pid(role) != pids[role]]
-    if died:
-        outcome.broken.append(f"{', '.join(died)} died")
-    return outcome
-
-
 def send_garbage(run: Run) -> Outcome:
     """Sends what is no gRPC to the port."""
 
-    def inject(host: str, port: int) -> None:
+    def inject() -> None:
+        port = run.port()
+        assert port
         for opening in (b"", b"GET / HTTP/1.1\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"):
-            with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=5.0) as connection:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5.0) as connection:
                 connection.sendall(opening + random.Random(0).randbytes(1 << 16))
 
-    return _goes_on(run, "garbage to the port", inject)
+    return _survive(run, "garbage to the port", inject)
 
 
 def insert_stray(run: Run) -> Outcome:
     """Lets a client insert what does not fit the tables' signatures."""
 
-    def inject(host: str, port: int) -> None:
-        command = [sys.executable, "-c", _STRAY, f"{host}:{port}"]
+    def inject() -> None:
+        assert run.port()
+        command = [sys.executable, "-c", _STRAY, f"127.0.0.1:{run.port()}"]
         ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECS)
         (run.folder / "stray.log").write_text(ended.stdout + ended.stderr)
 
-    return _goes_on(run, "insert with a wrong signature", inject)
+    return _survive(run, "insert with a wrong signature", inject)
 
 
 def fill_disk(run: Run) -> Outcome:
@@ -600,7 +646,11 @@ FAULTS: dict[str, Callable[[Run], Outcome]] = {
     "stop-twice": stop_twice,
     "damage-checkpoints": damage_checkpoints,
     "full-disk": fill_disk,
+    "stall-network": lambda run: break_network(run, "stalled"),
+    "lose-network": lambda run: break_network(run, "lost"),
+    "cut-network": lambda run: break_network(run, "cut"),
 }
+NETWORK_FAULTS = {name for name in FAULTS if name.endswith("-network")}
 
 
 # --- The drill --------------------------------------------------------------------------------------------------------
@@ -619,11 +669,11 @@ def run_drill(
 ) -> int:
     """Returns 0 when every promise held, 1 when one did not; prints a table.
 
-    Blocks for about half a minute per fault on two cores.
+    Blocks for about half a minute per fault on two cores, a minute and a half for those of the network.
 
     Args:
       experiment: A shipped experiment or a gin file.
-      faults: Names from `FAULTS`, in this order; empty for all, unless `num_kills` is given.
+      faults: Names from `FAULTS`, in this order, those of the network last; empty for all, unless `num_kills` is given.
       num_kills: So many SIGKILLs of random roles during one run that then must end by itself.
       num_iterations: Train steps of the run with kills; by default as many as it makes in `SECS_PER_KILL` for each, at
         the speed of its first seconds.
@@ -679,18 +729,24 @@ def run_drill(
 
 
 def _inject(run: Run, faults: Sequence[str]) -> Iterator[Outcome]:
-    started_at = time.time()
-    run.start(MANY_ITERATIONS)
-    run.await_training(started_at)
-    for name in faults:
-        _await_steps(run, 1_000)
-        if name == "kill-eval-actor":
-            await_(lambda: run.status().get("pending_evaluations"), "evaluation under way")
-        yield FAULTS[name](run)
+    for on_a_wire in (False, True):
+        chosen = [name for name in faults if (name in NETWORK_FAULTS) == on_a_wire]
+        if chosen:
+            with contextlib.ExitStack() as stack:
+                run.wire = stack.enter_context(Wire(run.port)) if on_a_wire else None
+                started_at = time.time()
+                run.start(MANY_ITERATIONS)
+                run.await_training(started_at)
+                for name in chosen:
+                    _await_steps(run, 1_000)
+                    if name == "kill-eval-actor":
+                        await_(lambda: run.status().get("pending_evaluations"), "evaluation under way")
+                    yield FAULTS[name](run)
+                assert run.launcher is not None
+                run.launcher.send_signal(signal.SIGTERM)
+                run.wait(PATIENCE_SECS)
+    run.wire = None
     # The end, soon: the same run with few train steps left.
-    assert run.launcher is not None
-    run.launcher.send_signal(signal.SIGTERM)
-    run.wait(PATIENCE_SECS)
     num_iterations = (int(run.status()["train_step"]) // 1_000 + 2) * 1_000
     run.start(num_iterations)
     yield _end(run, num_iterations)
@@ -751,10 +807,9 @@ def _end(run: Run, num_iterations: int) -> Outcome:
     outcome.broken += _find_miscounts(run, run.status())
     left = [path.name for path in run.temporary.iterdir()]
     left += [str(path) for path in run.root_dir.rglob("*") if path.name.endswith((".tmp", "_temp", ".new", ".old"))]
-    port = re.search(r"serving replay and variables on port (\d+)", run.log("replay-server-0"))
     with socket.socket() as client:
-        if port and not client.connect_ex(("localhost", int(port[1]))):
-            outcome.broken.append(f"port {port[1]} is still open")
+        if run.port() and not client.connect_ex(("localhost", run.port())):
+            outcome.broken.append(f"port {run.port()} is still open")
     if left:
         outcome.broken.append(f"{len(left)} files left behind: {', '.join(sorted(left)[:3])} ...")
     return outcome

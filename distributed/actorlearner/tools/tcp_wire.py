@@ -1,18 +1,26 @@
-"""A wire between two processes that can be stalled, cut and mended: a TCP proxy."""
+"""A wire between processes that can be stalled, cut and mended: a TCP proxy.
+
+peers --> [wire, on a port of its own] --> the port that `find_port` names at that moment
+"""
 
 from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable, Coroutine
 from types import TracebackType
-from typing import Optional
+from typing import Any, Optional
 
 
 class Wire:
-    """Carries every connection to its own address on to `port` of this machine, until told otherwise."""
+    """Carries every connection to its own address on to a port of this machine, until told otherwise.
 
-    def __init__(self, port: int):
-        self.to_port = port
+    Args:
+      find_port: Returns the port, for each new connection; 0 as long as nobody listens.
+    """
+
+    def __init__(self, find_port: Callable[[], int]):
+        self._find_port = find_port
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="wire", daemon=True)
         self._writers: set[asyncio.StreamWriter] = set()
@@ -37,7 +45,7 @@ class Wire:
         return f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
 
     def stall(self) -> None:
-        """Lets nothing through, without a word to either side: connections stay open, and new ones are taken."""
+        """Lets nothing through, not even that one side has gone: connections stay open, and new ones are taken."""
         self._run(self._set(flows=False, cut=False))
 
     def cut(self) -> None:
@@ -45,10 +53,10 @@ class Wire:
         self._run(self._set(flows=True, cut=True))
 
     def mend(self) -> None:
-        """Lets everything through again, beginning with what a stall held back."""
+        """Lets everything through again, beginning with what a stall held back; a cut has lost that."""
         self._run(self._set(flows=True, cut=False))
 
-    def _run(self, coroutine) -> None:
+    def _run(self, coroutine: Coroutine[Any, Any, None]) -> None:
         asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(10)
 
     async def _open(self) -> None:
@@ -84,8 +92,10 @@ class Wire:
         self._writers.add(near)
         try:
             await self._flows.wait()
-            far_reader, far = await asyncio.open_connection("127.0.0.1", self.to_port)
-        except (OSError, asyncio.CancelledError):  # nobody listens there, or the wire is closed
+            if near.transport.is_closing() or near_reader.at_eof():
+                raise ConnectionAbortedError("it has gone meanwhile")
+            far_reader, far = await asyncio.open_connection("127.0.0.1", self._find_port())
+        except (OSError, asyncio.CancelledError):  # nobody listens there, or one end or the wire is closed
             near.transport.abort()
             self._writers.discard(near)
             return
@@ -97,8 +107,14 @@ class Wire:
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            while data := await reader.read(1 << 16):
+            while True:
+                try:
+                    data = await reader.read(1 << 16)
+                except ConnectionError:
+                    data = b""
                 await self._flows.wait()
+                if not data:
+                    break
                 writer.write(data)
                 await writer.drain()
         except ConnectionError:
