@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-import shlex
 import subprocess
 import sys
 import time
@@ -14,7 +12,6 @@ import pytest
 
 import actorlearner
 from actorlearner import cli
-from actorlearner.cluster import Cluster
 
 ROLES = ["replay-server", "learner", "collect-actor", "eval-actor"]
 TOOLS = ["video", "report", "check", "health", "await-end", "metrics", "certs", "drill", "bench"]
@@ -64,18 +61,6 @@ def test_every_role_takes_the_same_flags(command):
     )  # fmt: skip
     assert arguments.gin_bindings == ["train.batch_size = 1", "train.log_interval = 2"]
     assert (arguments.replay_address, arguments.variables_address, arguments.task) == ("a:1", "b:2", 3)
-
-
-def test_the_documented_commands_for_several_replay_servers_are_understood():
-    """A flag that was renamed stays in the manual."""
-    operations = (SOURCE_ROOT.parent / "docs" / "operations.md").read_text()
-    section = operations.partition("## When one replay server is not enough\n")[2].partition("\n## ")[0]
-    commands = re.findall(r"^\.venv/bin/actorlearner (.*)$", section, re.MULTILINE)
-    assert len(commands) == 7
-    for command in commands:
-        arguments = cli.make_parser().parse_args(shlex.split(command))
-        if "replay_address" in arguments:
-            Cluster(arguments.replay_address, "a:1", arguments.task)
 
 
 def test_the_version_is_the_packages(capsys):

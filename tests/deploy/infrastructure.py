@@ -14,8 +14,6 @@ Of Debian's packages: openssh-server, stunnel4, prometheus.
 from __future__ import annotations
 
 import os
-import re
-import shlex
 import shutil
 import subprocess
 import time
@@ -34,30 +32,6 @@ def needed_program(variable: str) -> str:
     if not program:
         pytest.skip(f"{variable} is not set: tests/deploy/infrastructure.py says what it names")
     return program
-
-
-def documented_commands(section: str) -> list[str]:
-    """Returns the commands of a section of docs/operations.md, without their comments."""
-    text = (CHECKOUT / "docs" / "operations.md").read_text()
-    (body,) = re.findall(rf"^## {section}$(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
-    blocks = re.findall(r"^```bash\n(.*?)^```", body, re.MULTILINE | re.DOTALL)
-    lines = [re.sub(r"\s+# .*", "", line) for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line]
-
-
-def documented(section: str, command: str, **replaced: str) -> list[str]:
-    """Returns the words of `command`, which docs/operations.md must have in this section, to be run by a test.
-
-    Args:
-      section: The section's heading.
-      command: The command as it stands there.
-      replaced: What a test needs other than it stands there, as `old=new`; each is in the command.
-    """
-    assert command in documented_commands(section), f"docs/operations.md, {section}, has no such command: {command}"
-    for old, new in replaced.items():
-        assert old in command
-        command = command.replace(old, new)
-    return shlex.split(command)
 
 
 def needed_command(name: str, package: str) -> None:

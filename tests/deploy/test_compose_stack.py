@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 
 from tests.deploy.compose_stack import BUILD_SECS, END_SECS, RECOVERY_SECS, START_SECS, Stack, docker
-from tests.deploy.infrastructure import await_that, documented, needed_engine
+from tests.deploy.infrastructure import await_that, needed_engine
+from tests.documented_commands import documented
 
 RUNNING_ROLES = ("replay-server", "learner", "collect-actor", "eval-actor")
 FULL = 92_000  # train steps of dqn_cartpole

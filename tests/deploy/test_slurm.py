@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from actorlearner.tools.certificates import make_certificates
-from tests.deploy.infrastructure import CHECKOUT, Log, await_that, documented, needed_program, run
+from tests.deploy.infrastructure import CHECKOUT, Log, await_that, needed_program, run
+from tests.documented_commands import documented
 
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(1200)]
 

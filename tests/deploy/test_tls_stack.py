@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 import ssl
 import subprocess
 import sys
@@ -21,10 +20,10 @@ from cryptography import x509
 
 from actorlearner.tools.certificates import make_certificates
 from tests.deploy.infrastructure import CHECKOUT, await_that, needed_engine, run
+from tests.documented_commands import documented
 
 FILES = [CHECKOUT / "docker" / name for name in ("compose.yaml", "compose.tls.yaml")]
 COMPOSE = ["docker", "compose", *(word for path in FILES for word in ("-f", str(path)))]
-OPERATIONS = (CHECKOUT / "docs" / "operations.md").read_text()
 ROLES = ("replay-server", "learner", "collect-actor", "eval-actor")
 GIN_BINDINGS = "\n".join(
     [
@@ -91,11 +90,13 @@ class Stack:
 
     def outside(self, certs: Path | None, *flags: str, name: str | None = None) -> list[str]:
         """Returns the documented command of an actor on another machine, which reaches what the host publishes."""
-        (documented,) = re.findall(r"^docker run .* collect-actor .*$", OPERATIONS, re.MULTILINE)
-        words = shlex.split(
-            documented.replace("gpu1:8008", f"localhost:{self.port}")
-            .replace("$PWD/certs", str(certs))
-            .replace("$(id -u)", str(USER))
+        here = {"gpu1:8008": f"localhost:{self.port}", "$PWD/certs": str(certs), "$(id -u)": str(USER)}
+        words = documented(
+            "TLS between machines",
+            'docker run --detach --init --read-only --tmpfs /tmp --user "$(id -u)" '
+            '--volume "$PWD/certs/collect-actor:/tls/collect-actor:ro" --env ACTORLEARNER_TLS_DIR=/tls '
+            "actorlearner:cpu collect-actor dqn_cartpole --replay_address=gpu1:8008 --root_dir=/tmp/run --task=100",
+            **here,
         )
         words.remove("--detach")
         words[2:2] = ["--rm", "--network=host", *(["--name", name] if name else [])]

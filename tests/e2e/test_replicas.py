@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.documented_commands import documented
 from tests.e2e.conftest import FinishedRun
 from tests.e2e.processes import RUN_SECS, START_SECS, Processes, bind
 
@@ -76,15 +77,17 @@ def test_two_replicas_with_two_replay_servers_train_to_the_end_with_the_same_glo
     Each server has an actor and checkpoints of its own; each replica's mirror gets chunks of both. The experiment is
     the configuration that another run saved: that it can be given back is shown here too.
     """
+    command = documented(
+        "When one replay server is not enough",
+        ".venv/bin/actorlearner train dqn_cartpole --num_replay_servers=2 --num_collect_actors=4",
+        **{"dqn_cartpole": str(finished_run.root_dir / "operative_config.gin"), "actors=4": "actors=2"},
+    )
     train = processes.start(
-        "train",
-        finished_run.root_dir / "operative_config.gin",
+        *command[1:],
         "--root_dir=run",
         "--seed=3",
         "--strategy=mirrored",
         "--num_logical_cpus=2",
-        "--num_replay_servers=2",
-        "--num_collect_actors=2",
         "--num_video_episodes=0",
         *bind("train.num_iterations = 100"),
     )

@@ -10,14 +10,35 @@ from typing import Any
 from actorlearner.local import find_free_ports
 from actorlearner.replay.resident import STREAM_TABLE
 from actorlearner.runtime.messages import read_server_info
+from tests.documented_commands import documented
 from tests.e2e.processes import RUN_SECS, START_SECS, TINY, Process, Processes, bind
 
+SECTION = "When one replay server is not enough"
 ENDLESS = (
     *TINY,
     "train.num_iterations = 1_000_000_000",
     "train.eval_interval = 0",
     "learner.checkpoint_interval_secs = 2.0",
     "resident_replay.chunk_length = 20",
+)
+FIRST = (
+    ".venv/bin/actorlearner replay-server dqn_cartpole --replay_address=host1:8008,host2:8008 --task=0 "
+    "--root_dir=runs/cartpole"
+)
+SECOND = (
+    ".venv/bin/actorlearner replay-server dqn_cartpole --replay_address=host1:8008,host2:8008 --task=1 "
+    "--root_dir=runs/cartpole"
+)
+THIRD = (
+    ".venv/bin/actorlearner replay-server dqn_cartpole --advertise=host3:8008 --variables_address=host1:8008 --task=2 "
+    "--root_dir=runs/cartpole"
+)
+LEARNER = (
+    ".venv/bin/actorlearner learner dqn_cartpole --replay_address=host1:8008,host2:8008 --root_dir=runs/cartpole"
+)
+ACTOR = (
+    ".venv/bin/actorlearner collect-actor dqn_cartpole --replay_address=host1:8008,host2:8008 "
+    "--root_dir=runs/cartpole --task=0"
 )
 SHORT_SECS = 45.0  # for what takes some seconds on a quiet machine
 
@@ -31,9 +52,12 @@ class Run:
         self._eventually = eventually
         self.first, self.second, self.third = (f"localhost:{port}" for port in find_free_ports(3))
 
-    def start(self, role: str, *flags: str, bindings: tuple[str, ...] = ENDLESS) -> Process:
-        addresses = f"--replay_address={self.first},{self.second}"
-        return self._processes.start(role, "dqn_cartpole", addresses, "--root_dir=run", *flags, *bind(*bindings))
+    def start(self, command: str, *flags: str) -> Process:
+        """Starts a documented command; its hosts are ports here."""
+        hosts = {"host1:8008": self.first, "host2:8008": self.second, "host3:8008": self.third}
+        here = {host: address for host, address in hosts.items() if host in command}
+        arguments = documented(SECTION, command, **here, **{"runs/cartpole": "run"})[1:]
+        return self._processes.start(*arguments, *flags, *bind(*ENDLESS))
 
     def status(self) -> dict[str, Any]:
         try:
@@ -72,11 +96,11 @@ def is_ratio_kept(replay: dict[str, Any]) -> bool:
 def test_a_run_outlives_a_replay_server_takes_it_back_takes_in_another_and_resumes(processes, tmp_path, eventually):
     """Actors bound to a dead server would wait for ever, and one that is added would stay empty."""
     run = Run(processes, tmp_path, eventually)
-    run.start("replay-server", "--task=0")
-    second = run.start("replay-server", "--task=1")
-    learner = run.start("learner")
+    run.start(FIRST)
+    second = run.start(SECOND)
+    learner = run.start(LEARNER)
     # Of two servers task 5 takes the second, of three the third.
-    actors = [run.start("collect-actor", f"--task={task}") for task in (0, 5)]
+    actors = [run.start(ACTOR), run.start(ACTOR, "--task=5")]
     learner.await_line("train step 50:", RUN_SECS)
     run.await_read(run.first, run.second)
     second.await_line("saved the replay", SHORT_SECS)
@@ -87,13 +111,13 @@ def test_a_run_outlives_a_replay_server_takes_it_back_takes_in_another_and_resum
     actors[1].await_line(f"writing to the replay server at {run.first}", SHORT_SECS)
     run.await_steps()
 
-    second = run.start("replay-server", "--task=1")
+    second = run.start(SECOND)
     second.await_line("restoring the replay's checkpoint", START_SECS)
     run.await_servers(first=True, second=True)
     actors[1].await_line(f"writing to the replay server at {run.second}", SHORT_SECS)
     run.await_read(run.first, run.second)
 
-    third = run.start("replay-server", "--task=2", f"--advertise={run.third}", f"--variables_address={run.first}")
+    third = run.start(THIRD)
     third.await_line(f"joined the run at {run.first} as {run.third}", START_SECS)
     run.await_servers(first=True, second=True, third=True)
     actors[1].await_line(f"writing to the replay server at {run.third}", SHORT_SECS)
@@ -102,7 +126,7 @@ def test_a_run_outlives_a_replay_server_takes_it_back_takes_in_another_and_resum
     learner.send(signal.SIGTERM)
     assert learner.wait(SHORT_SECS) == 143, learner.output
     before = run.status()
-    learner = run.start("learner")
+    learner = run.start(LEARNER)
     came_back = learner.await_line(r"(\d+) windows came back from the replay servers, (\d+) of them", START_SECS)
     eventually(lambda: run.status()["process"] == learner.pid and run.status()["phase"] == "training", SHORT_SECS)
     assert int(came_back[1]) > 0.95 * before["replay"]["held"]

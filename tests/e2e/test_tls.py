@@ -3,39 +3,40 @@
 from __future__ import annotations
 
 import json
-import re
-import shlex
 import signal
-from pathlib import Path
 
 from actorlearner.local import find_free_ports
 from actorlearner.runtime.lifecycle import ExitCode
 from actorlearner.tools.certificates import make_certificates
+from tests.documented_commands import documented
 from tests.e2e.processes import RUN_SECS, TINY, bind
 
-CHECKOUT = Path(__file__).parents[2]
+SECTION = "TLS between machines"
+ROLES = {
+    "replay-server": "actorlearner replay-server dqn_cartpole --tls_dir=certs --port=8008 --root_dir=runs/tls",
+    "learner": "actorlearner learner dqn_cartpole --tls_dir=certs --replay_address=gpu1:8008 --root_dir=runs/tls",
+    "collect-actor": (
+        "actorlearner collect-actor dqn_cartpole --tls_dir=certs --replay_address=gpu1:8008 --root_dir=runs/tls"
+    ),
+    "eval-actor": "actorlearner eval-actor dqn_cartpole --tls_dir=certs --replay_address=gpu1:8008",
+}
 ENDLESS = bind(*TINY, "train.num_iterations = 1_000_000", "train.eval_interval = 200")
-
-
-def documented(start: str) -> list[str]:
-    """Returns the arguments of the command of docs/operations.md that starts so."""
-    text = (CHECKOUT / "docs" / "operations.md").read_text()
-    (command,) = re.findall(rf"^actorlearner {start} .*$", text, re.MULTILINE)
-    return shlex.split(command, comments=True)[1:]
 
 
 def test_a_run_over_tls_refuses_strangers_and_outlives_its_certificates(processes, tmp_path):
     """Reverb has no authentication, and to its clients a refusal is a deadline that passes."""
-    assert processes.start(*documented("certs certs --hosts")).wait(60) == 0
+
+    def run_certs(command):
+        assert processes.start(*documented(SECTION, command)[1:]).wait(60) == 0
+
+    run_certs("actorlearner certs certs --hosts gpu1 10.0.0.7")
     make_certificates(tmp_path / "other", [])
     port, second_port = find_free_ports(2)
     both = f"--replay_address=localhost:{port},localhost:{second_port}"
 
     def start(role, *flags):
-        words = [
-            word.replace("gpu1", "localhost").replace("8008", str(port)) for word in documented(f"{role} +dqn_cartpole")
-        ]
-        return processes.start(*words, *ENDLESS, *flags)
+        here = {"8008": str(port)} if role == "replay-server" else {"gpu1:8008": f"localhost:{port}"}
+        return processes.start(*documented(SECTION, ROLES[role], **here)[1:], *ENDLESS, *flags)
 
     server = start("replay-server", both)
     second = start("replay-server", both, "--task=1", f"--port={second_port}")
@@ -62,8 +63,8 @@ def test_a_run_over_tls_refuses_strangers_and_outlives_its_certificates(processe
     servers = json.loads((tmp_path / "runs" / "tls" / "status.json").read_text())["replay"]["servers"]
     assert servers.keys() == {f"localhost:{port}", f"localhost:{second_port}"}
     second.await_line(r"saved the replay under train step \d+: [1-9]\d* items", RUN_SECS)
-    assert processes.start(*documented("certs certs --check")).wait(60) == 0
-    assert processes.start(*documented("certs certs --renew")).wait(60) == 0
+    run_certs("actorlearner certs certs --check --within_days=30")
+    run_certs("actorlearner certs certs --renew --days=365")
     for old in (actor, evaluator):
         old.send(signal.SIGKILL)
     start("collect-actor", both, "--task=1")
