@@ -144,6 +144,22 @@ def test_the_phase_reaches_every_subscriber(address, publish, subscriber, eventu
         eventually(lambda phase=phase: subscriber.phase() is phase)
 
 
+def test_the_end_reaches_a_subscriber_that_could_not_pull_the_weights_at_once(address, eventually):
+    """Whoever has read of the end once and forgets it with an error goes on collecting for nobody."""
+    messages.Sender(address).put(variable_container.VARIABLES_TABLE, {"stray": np.zeros(5, np.float32)}, 30)
+    sender = messages.Sender(address)
+    news = {"version": 9, "train_step": 3, "phase": Phase.OVER, "learner": 4, "heartbeat": 1, "num_chunks": 0}
+    sender.put(variable_container.VERSION_TABLE, {name: np.int64(value) for name, value in news.items()}, 30)
+    subscriber = Subscriber(address, VARIABLES, refresh_interval_secs=0.02)
+    eventually(lambda: num_pulls(address) >= 3)
+    assert not subscriber.has_looked()
+    weights = {"policy_variables": [np.ones(2, np.float32), np.float32(1)], "train_step": np.int64(3)}
+    sender.put(variable_container.VARIABLES_TABLE, weights, 30)
+    eventually(lambda: subscriber.phase() is Phase.OVER)
+    subscriber.close()
+    assert subscriber.latest().variables[0].tolist() == [1.0, 1.0]
+
+
 def test_a_living_learner_is_heard_and_a_silent_one_is_not(address, publish, subscriber, eventually):
     """Actors tell a slow learner from a dead one by it."""
     publisher = publish(address)

@@ -147,7 +147,10 @@ class LocalOptions:
 
 
 def role_command(options: LocalOptions, kind: str, task: int, ports: Sequence[int]) -> list[str]:
-    """Returns the command line of one role. Each replay server listens on one of `ports`; the others find it there."""
+    """Returns the command line of one role.
+
+    Each replay server listens on one of `ports`; the others find it there, or at `options.via`.
+    """
     addresses = [options.via] if options.via and kind != REPLAY_SERVER else [f"127.0.0.1:{port}" for port in ports]
     command = [
         *options.command,

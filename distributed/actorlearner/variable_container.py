@@ -393,14 +393,16 @@ class Subscriber:
         self._closing.set()
 
     def _refresh(self) -> None:
+        unheeded: Optional[Version] = None  # read, but its weights could not be pulled yet
         while not self._closing.is_set():
             try:
-                version = _to_version(self._versions.read_newer())
+                version = unheeded = _to_version(self._versions.read_newer()) or unheeded
                 if version is not None and version != self._version:
                     self._heard_at = time.monotonic()
                     if self._is_newer(version):
                         self._pull(version)
                     self._version = version
+                unheeded = None
                 self._has_looked.set()
             except Unreachable as error:
                 logging.debug("%s", error)

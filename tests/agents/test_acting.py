@@ -90,6 +90,39 @@ def test_state_is_kept_per_environment_and_begins_anew_with_an_episode():
     assert calls(middle, middle) == [2, 4]
 
 
+class Remembering(Counting):
+    """Its action is the observation of two calls before, kept in its state."""
+
+    def __init__(self):
+        actions = tensor_spec.BoundedTensorSpec((3,), tf.float32, 0.0, 100.0)
+        super(Counting, self).__init__(SPEC, actions, policy_state_spec=[OBSERVATION, OBSERVATION])
+
+    def _action(self, time_step, policy_state, seed):
+        before, last = policy_state
+        return policy_step.PolicyStep(tf.identity(before), [last, time_step.observation], ())
+
+
+def test_what_a_state_keeps_is_not_written_over_by_the_environments():
+    """TensorFlow takes numpy's memory without a copy where it is aligned: a state would change behind its policy."""
+    acting = CompiledActing(Remembering(), 2)
+    time_step = observe(0, 0)
+    memory = np.zeros(6 + 16, np.float32)
+    start = -memory.ctypes.data % 64 // 4
+    time_step = time_step._replace(observation=memory[start : start + 6].reshape(2, 3))
+    seen = []
+    for number in range(1, 7):
+        time_step.observation[:] = number
+        seen.append(acting.act(time_step).action[:, 0].tolist())
+    assert seen[2:] == [[1, 1], [2, 2], [3, 3], [4, 4]]
+
+
+@pytest.mark.parametrize("wrong", [np.zeros((2, 3), np.float64), np.zeros((2, 4), np.float32)])
+def test_columns_that_the_policy_does_not_take_are_refused(wrong):
+    """A policy that reduces over what is too long acts on noise without a word."""
+    with pytest.raises(ValueError, match=r"float(64|32)\[2, (3|4)\] where the policy takes float32\[2, 3\]"):
+        CompiledActing(Counting(), 2).act(observe(0, 0)._replace(observation=wrong))
+
+
 def test_a_recurrent_network_acts_as_the_policy_itself_does():
     """Its state is a nest of several tensors."""
     network = actor_distribution_rnn_network.ActorDistributionRnnNetwork(

@@ -35,6 +35,7 @@ class CompiledActing:
         self._num_environments = num_environments
         self._initial_state = policy.get_initial_state(num_environments)
         self._state = self._initial_state
+        self._has_state = bool(tf.nest.flatten(self._initial_state))
         specs = tensor_spec.add_outer_dim(policy.time_step_spec, num_environments)
         state_specs = tensor_spec.add_outer_dim(policy.policy_state_spec, num_environments)
 
@@ -58,13 +59,17 @@ class CompiledActing:
         ]
         self._captured = self._function.captured_inputs
         self._output_types = [output.dtype for output in self._function.outputs]
+        self._is_checked = False
 
     def act(self, time_step: ts.TimeStep) -> policy_step.PolicyStep:
         """Returns actions for `num_environments` environments. See `Acting.act`."""
         self._begin_anew(time_step)
-        inputs = [
-            column if unused is None else unused for column, unused in zip(tree.flatten(time_step), self._unused)
-        ]
+        columns = tree.flatten(time_step)
+        if not self._is_checked:
+            self._check(columns)
+        if self._has_state:  # it may keep a column, whose memory the environments write over
+            columns = [np.array(column) for column in columns]
+        inputs = [column if unused is None else unused for column, unused in zip(columns, self._unused)]
         # The operation that calling the function comes down to. On the way there Python takes five times as long as it.
         outputs = iter(
             tf.raw_ops.StatefulPartitionedCall(
@@ -81,9 +86,20 @@ class CompiledActing:
         action, info = tree.map_structure(np.asarray, (action, info))
         return policy_step.PolicyStep(action, (), info)
 
+    def _check(self, columns: list[np.ndarray]) -> None:
+        """Returns when the columns are what the policy takes: the operation would not say. Raises `ValueError`."""
+        for column, placeholder in zip(columns, self._function.inputs):
+            is_of_type = column.dtype == placeholder.dtype.as_numpy_dtype
+            if not is_of_type or not placeholder.shape.is_compatible_with(column.shape):
+                raise ValueError(
+                    f"the environments give {column.dtype}{list(column.shape)} where the policy takes "
+                    f"{placeholder.dtype.name}{list(placeholder.shape)} for '{placeholder.op.name}'"
+                )
+        self._is_checked = True
+
     def _begin_anew(self, time_step: ts.TimeStep) -> None:
         """Resets the policy's state where an episode begins."""
-        if not tf.nest.flatten(self._state):
+        if not self._has_state:
             return
         first = time_step.step_type == StepType.FIRST
         if first.any():

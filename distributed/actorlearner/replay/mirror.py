@@ -101,11 +101,14 @@ class Mirror:
     def has_room(self, block: Block, *, more_follow: bool = False) -> bool:
         """Returns whether `write` may be called; if not, the next `reveal` makes the room. For the writing thread.
 
-        Where `more_follow`, that is a hundredth of the mirror: a call draws for long, and else ended with one chunk.
+        Where `more_follow`, it makes room for at least a hundredth of the mirror, or four such chunks: a compiled call
+        takes long, and with room for one chunk the others would wait for the next.
         """
         has_room = self._next_row + block.num_rows - self._oldest_row <= self._num_rows
-        num_rows = max(block.num_rows, self._num_rows // 100) if more_follow else block.num_rows
-        self._num_wanted_rows = 0 if has_room else num_rows
+        self._num_wanted_rows = 0 if has_room else block.num_rows
+        if more_follow and not has_room:
+            at_most = max(block.num_rows, self._num_rows // 20)
+            self._num_wanted_rows = min(at_most, max(4 * block.num_rows, self._num_rows // 100))
         return has_room
 
     def write(self, block: Block) -> int:

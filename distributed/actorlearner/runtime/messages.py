@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Optional, TypeVar
 
@@ -25,6 +26,9 @@ T = TypeVar("T")
 
 Signature = Any
 """A nest of `tf.TensorSpec`: one row, without a time dimension."""
+
+OLD_SECS = 2.0
+"""A board's row that was read so long ago is read again, also when nothing seems to have been put there since."""
 
 
 def make_board(name: str, signature: Signature) -> reverb.Table:
@@ -201,6 +205,7 @@ class BoardReader:
         self._signature = signature
         self._client: Optional[reverb.Client] = None
         self._num_puts_read = 0
+        self._read_at = 0.0
 
     def read(self, timeout_secs: float = 5.0) -> Optional[Any]:
         """Returns the row as a nest of numpy arrays, or None while nothing has been put there.
@@ -216,15 +221,16 @@ class BoardReader:
     def read_newer(self, timeout_secs: float = 5.0) -> Optional[Any]:
         """Returns the row as `read` does, but None when nothing was put there since the last call; that costs less.
 
-        It goes by how often something was put there. Where a server that began anew has come to just the same number,
-        its row is returned after the next put.
+        It goes by how often something was put there. After `OLD_SECS` the row is returned in any case: a server that
+        began anew may have come to the same number.
         """
         table = self._look(timeout_secs)
         num_puts = table.rate_limiter_info.insert_stats.completed
-        if not table.current_size or num_puts == self._num_puts_read:
+        is_read = num_puts == self._num_puts_read and time.monotonic() - self._read_at < OLD_SECS
+        if not table.current_size or is_read:
             return None
         row = self._sample(timeout_secs)
-        self._num_puts_read = num_puts
+        self._num_puts_read, self._read_at = num_puts, time.monotonic()
         return row
 
     def _look(self, timeout_secs: float) -> schema_pb2.TableInfo:

@@ -369,9 +369,8 @@ def _survive(run: Run, fault: str, inject: Callable[[], None]) -> Outcome:
     lives = {role: run.pid(role) for role in ROLES}
     inject()
     since = time.monotonic()
-    _await_steps(run, 0)
-    _judge_recovery(outcome, since)
     _await_steps(run, 500)
+    _judge_recovery(outcome, since)
     _compare(run, outcome, before, run.status())
     for role, pid in lives.items():
         if run.pid(role) != pid or not _is_alive(pid):
@@ -397,7 +396,7 @@ def break_network(run: Run, how: str) -> Outcome:
     """Breaks the wire between the replay server and all others for a while: the learner says that it waits, all go on.
 
     "stalled": nothing arrives, and then all of it. "lost": nothing arrives, and then each connection is found dead.
-    "cut": each connection ends, and new ones are refused.
+    "cut": each connection ends, and each new one at once.
     """
     wire = run.wire
     assert wire is not None
@@ -423,8 +422,8 @@ def break_network(run: Run, how: str) -> Outcome:
     outcome = _survive(run, f"network {how} for {PARTITION_SECS:.0f} s", inject)
     if not said_at:
         outcome.broken.append("the learner did not say that it waits")
-    due = set(run.status().get("pending_evaluations", []))
-    _await_results(run, due, min(1, len(due)))
+    due = set(await_(lambda: run.status().get("pending_evaluations"), "evaluation under way"))
+    _await_results(run, due, 1)
     return outcome
 
 
@@ -742,14 +741,18 @@ def _inject(run: Run, faults: Sequence[str]) -> Iterator[Outcome]:
                     if name == "kill-eval-actor":
                         await_(lambda: run.status().get("pending_evaluations"), "evaluation under way")
                     yield FAULTS[name](run)
-                assert run.launcher is not None
-                run.launcher.send_signal(signal.SIGTERM)
-                run.wait(PATIENCE_SECS)
+                _stop(run)
     run.wire = None
     # The end, soon: the same run with few train steps left.
     num_iterations = (int(run.status()["train_step"]) // 1_000 + 2) * 1_000
     run.start(num_iterations)
     yield _end(run, num_iterations)
+
+
+def _stop(run: Run) -> None:
+    assert run.launcher is not None
+    run.launcher.send_signal(signal.SIGTERM)
+    run.wait(PATIENCE_SECS)
 
 
 def _kill_at_random(run: Run, num_kills: int, num_iterations: Optional[int], seed: int) -> Iterator[Outcome]:
@@ -777,9 +780,7 @@ def _fit_to_machine(run: Run, secs: float) -> int:
     first, since = run.await_training(started_at)["train_step"], time.monotonic()
     time.sleep(MEASURE_SECS)
     last, until = run.status()["train_step"], time.monotonic()
-    assert run.launcher is not None
-    run.launcher.send_signal(signal.SIGTERM)
-    run.wait(PATIENCE_SECS)
+    _stop(run)
     steps_per_sec = (last - first) / (until - since)
     # Its multiples were evaluated in this beginning, too.
     run.evaluate_every(EVAL_INTERVAL * max(1, math.ceil(EVALUATION_SECS * steps_per_sec / EVAL_INTERVAL)))

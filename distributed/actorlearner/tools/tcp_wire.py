@@ -110,15 +110,15 @@ class Wire:
             while True:
                 try:
                     data = await reader.read(1 << 16)
-                except ConnectionError:
+                except OSError:
                     data = b""
                 await self._flows.wait()
                 if not data:
                     break
                 writer.write(data)
                 await writer.drain()
-        except ConnectionError:
-            pass
-        finally:
+            writer.close()  # once what was written is out
+        except (OSError, asyncio.CancelledError):
             writer.transport.abort()
+        finally:
             self._writers.discard(writer)
