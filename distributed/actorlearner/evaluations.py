@@ -34,7 +34,7 @@ class _Pending:
 class EvaluationLedger:
     """Sends each due snapshot out once and keeps its weights on disk until it is known whether they are the best.
 
-    Thread-safe: the learner's loop requests, its recorder thread records and looks for evaluations that were lost.
+    Thread-safe: the learner's loop requests, its recorder's thread sends, records and looks for those that were lost.
     """
 
     def __init__(
@@ -53,7 +53,6 @@ class EvaluationLedger:
         self._lease_secs = lease_secs
         self._looked_at = -math.inf
         self._sending = threading.Lock()
-        self._is_server_away = False
         self._results_file = folder / "results.json"
         self._lock = threading.Lock()
         self._results: dict[int, dict[str, Any]] = self._read_results()
@@ -68,7 +67,10 @@ class EvaluationLedger:
         return {result["train_step"]: result for result in json.loads(self._results_file.read_text())}
 
     def request(self, snapshot: Snapshot, purpose: Purpose = Purpose.PERIODIC, *, environment_steps: int = 0) -> None:
-        """Queues a snapshot, taken after `environment_steps`, for evaluation; each train step once."""
+        """Notes that a snapshot, taken after `environment_steps`, is due for evaluation; each train step once.
+
+        Never blocks on the network: `send_unsent` hands it to the queue.
+        """
         pending = _Pending(EvaluationRequest(snapshot, purpose), environment_steps)
         with self._lock:
             if purpose is Purpose.DELIVERED:
@@ -80,11 +82,9 @@ class EvaluationLedger:
                     self._weights_file(snapshot.train_step), *snapshot.variables, environment_steps=environment_steps
                 )
                 self._pending[snapshot.train_step] = pending
-        if not self._is_server_away:  # else the recorder thread sends it, and training goes on meanwhile
-            self.send_unsent()
 
     def request_owed(self, train_step: int) -> None:
-        """Queues again what the learner before this one, which ended at `train_step`, still waited for.
+        """Notes as due again what the learner before this one, which ended at `train_step`, still waited for.
 
         Its server and eval actors may be gone. If they are not, a snapshot may be played twice; it is recorded once.
         """
@@ -99,7 +99,6 @@ class EvaluationLedger:
                     continue
                 snapshot, environment_steps = read
                 self._pending[step] = _Pending(EvaluationRequest(snapshot, Purpose.PERIODIC), environment_steps)
-        self.send_unsent()
 
     def send_unsent(self) -> None:
         """Hands requests to the queue, again if its server was away or nobody answered for `retry_secs`.
@@ -119,9 +118,7 @@ class EvaluationLedger:
                     )
                 try:
                     self._requests.put(pending.request)
-                    self._is_server_away = False
                 except Unreachable as error:
-                    self._is_server_away = True
                     logging.warning("evaluation of train step %d not queued yet: %s", train_step, error)
                     return
                 pending.sent_at = pending.alive_at = time.monotonic()

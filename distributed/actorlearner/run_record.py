@@ -42,6 +42,7 @@ class RunRecord:
         self._crashes: dict[str, int] = counts.get("crashes", {})
         self._started_at = time.monotonic()
         self._train_step = 0
+        self._train_step_time: Optional[float] = None
         self._phase = "waiting"
         self._waiting_for: Optional[str] = None
         self._reports: dict[int, reports.CollectReport] = {}
@@ -50,8 +51,13 @@ class RunRecord:
         self._rates_lock = threading.Lock()  # the loop and the thread both ask for the status
         self._train_events, self._eval_events = Events(directory.train_events), Events(directory.eval_events)
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._keep, name="record", daemon=True)
-        self._thread.start()
+        # Two: taking reports may wait for a server that is away, and then above all the status must be true.
+        self._threads = [
+            threading.Thread(target=self._every_second, args=(do,), name=name, daemon=True)
+            for name, do in (("reports", self._take_reports), ("status", self._write_status))
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def environment_steps(self) -> int:
@@ -65,6 +71,8 @@ class RunRecord:
         return self._wall_secs_before + time.monotonic() - self._started_at
 
     def note_train_step(self, step: int) -> None:
+        if step > self._train_step:
+            self._train_step_time = time.time()
         self._train_step = step
         with self._rates_lock:
             self._train_rate.update(step)
@@ -77,7 +85,7 @@ class RunRecord:
     def note_phase(self, phase: str) -> None:
         """Says so in status.json at once: the launcher tells by it whether an actor that ended has done its work."""
         self._phase = phase
-        self._directory.write_json(self._directory.status, self._status())
+        self._write_status()
 
     def save_configuration(self, operative_config: str) -> None:
         """Writes the operative configuration beside the run and to TensorBoard."""
@@ -107,11 +115,10 @@ class RunRecord:
             "train", {"train_step": step, "environment_steps": self.environment_steps, **values}
         )
 
-    def _keep(self) -> None:
+    def _every_second(self, do: Callable[[], None]) -> None:
         while not self._closing.wait(1.0):
             try:
-                self._take_reports()
-                self._directory.write_json(self._directory.status, self._status())
+                do()
             except OSError as error:  # a full disk, say: the learner's own next write ends the run, and says so
                 logging.warning("the status was not written: %s", error)
             except Exception:  # the record must go on, whatever one row or one write brings
@@ -153,6 +160,9 @@ class RunRecord:
         )
         self._directory.add_metrics("evaluation", entry)
 
+    def _write_status(self) -> None:
+        self._directory.write_json(self._directory.status, self._status())
+
     def _status(self) -> dict[str, Any]:
         num_iterations = self._experiment.schedule.num_iterations
         with self._rates_lock:
@@ -161,6 +171,7 @@ class RunRecord:
         return {
             "phase": self._phase,
             "train_step": self._train_step,
+            "train_step_time": self._train_step_time,
             "num_iterations": num_iterations,
             "train_steps_per_sec": train_rate,
             "environment_steps": self.environment_steps,
@@ -204,5 +215,6 @@ class RunRecord:
     def close(self) -> None:
         """Takes the last reports and stops; blocks at most some seconds."""
         self._closing.set()
-        self._thread.join(timeout=15)
-        self._directory.write_json(self._directory.status, self._status())
+        for thread in self._threads:
+            thread.join(timeout=15)
+        self._write_status()

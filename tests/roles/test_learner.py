@@ -14,7 +14,7 @@ from actorlearner.experiment import load_experiment
 from actorlearner.replay.mirror import Mirror
 from actorlearner.replay.resident import ResidentSource
 from actorlearner.replay.servers import ReplayServers
-from actorlearner.roles.learner import TimeShares, _restore_replay, make_train_function
+from actorlearner.roles.learner import PublishInterval, TimeShares, _restore_replay, make_train_function
 from actorlearner.runtime.lifecycle import Stop, Stopped
 
 NUM_UPDATES = 7
@@ -97,6 +97,21 @@ def test_shares_of_time_say_where_it_went():
     expected = {"waiting_share": 0.5, "computing_share": 0.2, "ingesting_share": 0.1, "between_share": 0.2}
     assert shares.take() == pytest.approx(expected)
     assert shares.take() == {**dict.fromkeys(expected, 0.0), "between_share": 1.0}
+
+
+def test_weights_are_published_after_the_train_steps_and_the_seconds_asked_for():
+    """By the clock alone a machine three times as fast collects with weights three times as many train steps old."""
+    now = 0.0
+    interval = PublishInterval(train_steps=100, secs=1.0, clock=lambda: now)
+    interval.begin(36)
+    now = 5.0
+    assert not interval.is_over(108)
+    assert interval.is_over(144)
+    interval.begin(144)
+    now = 5.9
+    assert not interval.is_over(1_000)
+    now = 6.0
+    assert interval.is_over(1_000)
 
 
 def test_a_learner_that_is_filled_looks_up_when_it_is_asked_to_stop():

@@ -9,6 +9,7 @@ its own, from which each finished checkpoint is moved away, without the rows tha
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import fcntl
@@ -20,7 +21,7 @@ import shutil
 import threading
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Optional
 
@@ -341,8 +342,8 @@ class TableCheckpoints:
             blocked_secs = time.monotonic() - started_at
             shutil.rmtree(new, ignore_errors=True)
             written.rename(new)
-            num_items = _leave_out_others(new, set(self._described))
-            (new / _ABOUT).write_text(self._describe(new, train_step, num_items))
+            items = _leave_out_others(new, set(self._described))
+            (new / _ABOUT).write_text(self._describe(new, train_step, items))
             new.rename(self.folder / name)
         except (OSError, RuntimeError, reverb.errors.ReverbError, tf.errors.OpError) as error:
             for leftover in (new, *self._writing.glob("*")):
@@ -361,7 +362,7 @@ class TableCheckpoints:
             "saved the replay under train step %d: %s items in %.1f s, of which %.1f s without inserts; %d checkpoints "
             "take %.1f MB",
             train_step,
-            f"{num_items:,}",
+            f"{sum(items.values()):,}",
             time.monotonic() - started_at,
             blocked_secs,
             len(self._all()),
@@ -369,12 +370,13 @@ class TableCheckpoints:
         )
         return self.folder / name
 
-    def _describe(self, path: Path, train_step: int, num_items: int) -> str:
+    def _describe(self, path: Path, train_step: int, items: Mapping[str, int]) -> str:
         files = {file.name: [file.stat().st_size, _checksum(file)] for file in sorted(path.iterdir())}
         about = {
             "train_step": train_step,
             "time": time.time(),
-            "num_items": num_items,
+            "num_items": sum(items.values()),
+            "items": dict(items),
             "num_bytes": sum(size for size, _ in files.values()),
             "tables": self._described,
             "files": files,
@@ -417,14 +419,15 @@ def _checksum(path: Path) -> int:
     return checksum
 
 
-def _leave_out_others(path: Path, tables: set[str]) -> int:
-    """Returns how many items a checkpoint of Reverb's holds once the tables not in `tables` were taken out of it.
+def _leave_out_others(path: Path, tables: set[str]) -> dict[str, int]:
+    """Returns how many items of each table a checkpoint of Reverb's holds; those not in `tables` are taken out of it.
 
     Boards and queues of requests matter to living processes only: brought back, they would tell actors that training is
     over, or that old weights are the newest.
     """
-    _keep_records(path / "tables.tfrecord", lambda record: _table_of(record) in tables)
-    return _keep_records(path / "items.tfrecord", lambda record: _table_of_item(record) in tables)
+    _keep_records(path / "tables.tfrecord", _table_of, tables)
+    items = _keep_records(path / "items.tfrecord", _table_of_item, tables)
+    return {table: items[table] for table in sorted(tables)}
 
 
 def _table_of(record: bytes) -> str:
@@ -435,15 +438,16 @@ def _table_of_item(record: bytes) -> str:
     return schema_pb2.PrioritizedItem.FromString(record).table
 
 
-def _keep_records(path: Path, is_kept: Any) -> int:
-    """Returns how many records of a compressed record file were kept."""
+def _keep_records(path: Path, table_of: Callable[[bytes], str], tables: set[str]) -> collections.Counter[str]:
+    """Returns how many records of each of `tables` a compressed record file holds; others are taken out of it."""
     kept = path.with_name(path.name + ".kept")
-    num_kept = 0
+    num_kept: collections.Counter[str] = collections.Counter()
     with tf.io.TFRecordWriter(str(kept), tf.io.TFRecordOptions(compression_type="ZLIB")) as writer:
         for batch in tf.data.TFRecordDataset(str(path), compression_type="ZLIB").batch(1_000).as_numpy_iterator():
             for record in batch:
-                if is_kept(record):
+                table = table_of(record)
+                if table in tables:
                     writer.write(record)
-                    num_kept += 1
+                    num_kept[table] += 1
     kept.replace(path)
     return num_kept

@@ -34,7 +34,7 @@ from actorlearner.replay.servers import ReplayServers, refuse_several
 from actorlearner.run_directory import RunDirectory
 from actorlearner.run_record import RunRecord
 from actorlearner.runtime.checkpoints import Checkpoints
-from actorlearner.runtime.configuration import NonNegativeFloat, PositiveFloat, operative_config
+from actorlearner.runtime.configuration import NonNegativeFloat, NonNegativeInt, PositiveFloat, operative_config
 from actorlearner.runtime.devices import has_one_gpu
 from actorlearner.runtime.health import beat
 from actorlearner.runtime.lifecycle import SAY_EVERY_SECS, ExitCode, RoleError, Stop, Stopped, find_reason, wait_until
@@ -53,6 +53,7 @@ def run_learner(
     versions: dict[str, str],
     stop: Stop,
     *,
+    publish_interval: NonNegativeInt = 0,
     publish_interval_secs: NonNegativeFloat = 1.0,
     checkpoint_interval_secs: NonNegativeFloat = 60.0,
     evaluation_retry_secs: PositiveFloat = 900.0,
@@ -69,6 +70,8 @@ def run_learner(
       strategy: The agent's variables live under it; the batch is divided over its replicas.
       versions: Of the packages at work, for the summary.
       stop: Set on SIGTERM; looked at between calls of the compiled loop. A checkpoint is saved before returning.
+      publish_interval: Fewest train steps between two publishes: how old the weights that collect are then does not
+        depend on how fast the machine is.
       publish_interval_secs: Least time between two publishes, in seconds.
       checkpoint_interval_secs: Time between two checkpoints, in seconds.
       evaluation_retry_secs: A snapshot without a result is evaluated again after this time, in seconds.
@@ -146,7 +149,8 @@ def run_learner(
     )
     try:
         record.save_configuration(operative_config())
-        loop.run(stop, publish_interval_secs=publish_interval_secs, checkpoint_interval_secs=checkpoint_interval_secs)
+        publish = PublishInterval(publish_interval, publish_interval_secs)
+        loop.run(stop, publish, checkpoint_interval_secs=checkpoint_interval_secs)
         record.note_phase("final evaluation")
         publisher.announce(Phase.EVALUATING)
         finish(experiment, agent, train_step, export, ledger, record, stop, evaluation_patience_secs)
@@ -378,6 +382,24 @@ class TimeShares:
         return {**shares, "between_share": max(0.0, 1.0 - sum(shares.values()))}
 
 
+class PublishInterval:
+    """The time between two publishes of weights: at least so many train steps, and so many seconds."""
+
+    def __init__(self, train_steps: int, secs: float, clock: Callable[[], float] = time.monotonic):
+        self._train_steps = train_steps
+        self._secs = secs
+        self._clock = clock
+        self.begin(0)
+
+    def begin(self, step: int) -> None:
+        """Notes that weights are published now, at train step `step`."""
+        self._published, self._published_at = step, self._clock()
+
+    def is_over(self, step: int) -> bool:
+        """Returns whether both have passed at train step `step`."""
+        return step - self._published >= self._train_steps and self._clock() - self._published_at >= self._secs
+
+
 class TrainingLoop:
     """Calls the compiled function until `num_iterations`; all else is done between two calls."""
 
@@ -418,7 +440,7 @@ class TrainingLoop:
         # A call may block inside Reverb, where no signal reaches it; this thread does, the loop looks at the clock.
         self._caller = concurrent.futures.ThreadPoolExecutor(1, "train")
 
-    def run(self, stop: Stop, *, publish_interval_secs: float, checkpoint_interval_secs: float) -> None:
+    def run(self, stop: Stop, publish_interval: PublishInterval, *, checkpoint_interval_secs: float) -> None:
         """Trains to the last train step, saving on the way and at the end.
 
         Raises:
@@ -438,7 +460,7 @@ class TrainingLoop:
                     self._export.prepare()
                 self._await_first_data(stop)
             self._publisher.announce(Phase.TRAINING)
-            published_at = time.monotonic()
+            publish_interval.begin(step)
             saved_at = -math.inf  # at once: learners that die young, one after the other, would save the replay never
             self._shares.take()  # what came before was no training
             while step < self._schedule.num_iterations:
@@ -454,8 +476,10 @@ class TrainingLoop:
                 self._record.note_train_step(step)
                 now = time.monotonic()
                 is_wanted = step == self._schedule.num_iterations or self._is_evaluation_due(step)
-                if (is_wanted and step > before) or self._is_due(now - published_at, publish_interval_secs):
-                    published_at = now
+                # In lock-step weights change between chunks only.
+                is_due = publish_interval.is_over(step) and not self._schedule.lock_step
+                if is_due or (is_wanted and step > before):
+                    publish_interval.begin(step)
                     self._publish(step)
                 if scalars is not None and step % self._schedule.log_interval == 0:
                     self._record.log_training(step, {**scalars, **self._shares.take()})
@@ -467,9 +491,6 @@ class TrainingLoop:
         finally:
             self._save(with_replay=True)
             self._replay_checkpoints.wait(secs=3.0)
-
-    def _is_due(self, secs: float, interval_secs: float) -> bool:
-        return not self._schedule.lock_step and secs >= interval_secs  # in lock-step weights change between chunks only
 
     def _answer_chunk(self, step: int) -> None:
         """In lock-step: lets the actor go on, with the weights that its last chunk led to."""

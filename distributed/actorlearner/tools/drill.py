@@ -36,6 +36,7 @@ PATIENCE_SECS = 300.0  # for anything to happen at all; then the drill has found
 RECOVERY_SECS = 30.0  # promised
 MEDIAN_SECS = 15.0  # promised, of many kills
 STOP_SECS = 20.0  # promised
+TRAIN_ON_SECS = 1.0  # promised, after the replay server's death; the learner gives its word that often
 MAX_RATIO_ERROR = 0.01  # promised
 END_SECS = 1_200.0
 STALL_SECS = 30.0  # longer than it takes to notice a host that has vanished
@@ -98,11 +99,24 @@ class Outcome:
     train_step_before: Optional[int] = None
     train_step_after: Optional[int] = None
     ratio_error: Optional[float] = None
+    mirror_steps: Optional[int] = None  # train steps made while the replay server was dead
+    mirror_secs: Optional[float] = None  # from its death to the last of them
+    held_again_secs: Optional[float] = None  # until it held again what it had saved
     broken: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def verdict(self) -> str:
         return "; ".join(self.broken) or "held"
+
+    @property
+    def remarks(self) -> str:
+        """What the columns have no room for; may be empty."""
+        found = []
+        if self.mirror_steps is not None:
+            found.append(f"{self.mirror_steps:,} train steps from the mirror in {self.mirror_secs or 0.0:.1f} s")
+        if self.held_again_secs is not None:
+            found.append(f"checkpoint held again after {self.held_again_secs:.1f} s")
+        return ", ".join(found)
 
 
 class Run:
@@ -179,6 +193,19 @@ class Run:
                     points.append(json.loads(line))
         return [point for point in points if point["kind"] == kind]
 
+    def saved_items(self) -> dict[str, int]:
+        """Returns what the newest checkpoint of the replay holds of each table; empty before the first."""
+        abouts = []
+        for path in (self.root_dir / "checkpoints" / "replay").glob("*-*/about.json"):
+            with contextlib.suppress(FileNotFoundError):  # an older one, removed just now
+                abouts.append(json.loads(path.read_text()))
+        return dict(max(abouts, key=lambda about: about["time"])["items"]) if abouts else {}
+
+    def held_items(self) -> dict[str, int]:
+        """Returns what the replay server's newest life held of each table when it began to serve."""
+        found = re.findall(r"^.*the replay holds (.*)$", self.log("replay-server-0"), re.MULTILINE)
+        return {table: int(count.replace(",", "")) for count, table in re.findall(r"([\d,]+) in '(\w+)'", found[-1])}
+
     def has_mirror(self) -> bool:
         """Returns whether the learner holds the replay, and can give it back to its server."""
         try:
@@ -211,6 +238,15 @@ class Run:
                 if self.mark.encode() in (entry / "environ").read_bytes():
                     found.append(int(entry.name))
         return found
+
+    def await_status(self, since: float) -> dict[str, Any]:
+        """Returns the learner's first account of itself after `since` (unix seconds). Raises `Hang`."""
+
+        def newest() -> Optional[dict[str, Any]]:
+            status = self.status()
+            return status if status.get("time", 0.0) > since else None
+
+        return dict(await_(newest, "status of the learner"))
 
     def await_training(self, since: float, first_step: Optional[int] = None) -> dict[str, Any]:
         """Returns the status once a learner's life begun after `since` (unix seconds) trains. Raises `Hang`."""
@@ -319,7 +355,11 @@ def _judge_recovery(outcome: Outcome, since: float) -> None:
 
 def kill_role(run: Run, role: str, number: int = signal.SIGKILL) -> Outcome:
     """Kills one role and waits until it does again what it is there for."""
+    is_dead_server = role == "replay-server-0" and number == signal.SIGKILL
+    if is_dead_server:
+        run.await_status(time.time())  # train steps after this one are made without a server
     outcome, before, since = _before(run, f"{signal.Signals(number).name} {role}")
+    saved = run.saved_items()
     killed_at, pid = time.time(), run.pid(role)
     pending = set(before.get("pending_evaluations", []))
     num_given_back = run.log("learner-0").count(GIVEN_BACK)
@@ -329,6 +369,8 @@ def kill_role(run: Run, role: str, number: int = signal.SIGKILL) -> Outcome:
         await_(lambda: not _is_alive(pid), f"end of {role}")
         if time.monotonic() - since > STOP_SECS:
             outcome.broken.append(f"stopped after {time.monotonic() - since:.0f} s, promised {STOP_SECS:.0f} s")
+    if is_dead_server and run.has_mirror():
+        _judge_training_on(run, outcome, before, killed_at)
     await_(lambda: run.pid(role) not in (0, pid), f"new life of {role}")
     if role == "learner-0":
         after = run.await_training(killed_at)
@@ -354,6 +396,9 @@ def kill_role(run: Run, role: str, number: int = signal.SIGKILL) -> Outcome:
     else:
         word = "serving replay" if role == "replay-server-0" else "acting with the collect policy"
         await_(lambda: word in run.log(role), f"sign of life of {role}")
+        if is_dead_server:
+            _note_server_away(run, outcome, before, killed_at)
+            _judge_held(run, outcome, saved, since)
         steps = run.status().get("environment_steps", 0)
         await_(lambda: run.status().get("environment_steps", 0) > steps, "new environment steps")
         _judge_recovery(outcome, since)
@@ -361,6 +406,44 @@ def kill_role(run: Run, role: str, number: int = signal.SIGKILL) -> Outcome:
         if role == "replay-server-0" and run.has_mirror():
             _await_return(run, outcome, num_given_back)
     return outcome
+
+
+def _judge_training_on(run: Run, outcome: Outcome, before: dict[str, Any], killed_at: float) -> None:
+    """The learner draws from its mirror: its next word must tell of a new train step, if its account allows one.
+
+    Raises `Hang`.
+    """
+
+    def trained(status: dict[str, Any]) -> bool:
+        return bool(status["train_step"] > before["train_step"] and status["train_step_time"] > killed_at)
+
+    account = before["replay"]
+    is_allowed = account["ahead"] + account["error_buffer"] >= run.configured("train.batch_size")
+    status = run.await_status(killed_at + TRAIN_ON_SECS / 2)
+    if is_allowed and not trained(status):
+        await_(lambda: trained(run.status()), "train step from the mirror")
+        secs = run.status()["train_step_time"] - killed_at
+        outcome.broken.append(f"trained on after {secs:.1f} s, promised {TRAIN_ON_SECS:.0f} s")
+
+
+def _note_server_away(run: Run, outcome: Outcome, before: dict[str, Any], killed_at: float) -> None:
+    """Notes how far training came without the server: as far as samples per insert allow, then it waits for steps."""
+    status = run.status()
+    if run.has_mirror() and status.get("process") == before.get("process"):
+        outcome.mirror_steps = status["train_step"] - before["train_step"]
+        outcome.mirror_secs = max(0.0, status["train_step_time"] - killed_at)
+
+
+def _judge_held(run: Run, outcome: Outcome, saved: dict[str, int], since: float) -> None:
+    """The server holds again what its last checkpoint did, but for the queue, which is read as soon as it is there."""
+    secs = time.monotonic() - since
+    held = run.held_items()
+    outcome.held_again_secs = secs
+    if secs > RECOVERY_SECS:
+        outcome.broken.append(f"held its checkpoint again after {secs:.0f} s, promised {RECOVERY_SECS:.0f} s")
+    for table, count in saved.items():
+        if table != "stream" and held.get(table, 0) < count:
+            outcome.broken.append(f"holds {held.get(table, 0):,} of {count:,} items saved of '{table}'")
 
 
 def _survive(run: Run, fault: str, inject: Callable[[], None]) -> Outcome:
@@ -819,7 +902,8 @@ def _end(run: Run, num_iterations: int) -> Outcome:
 def _describe(outcome: Outcome) -> str:
     secs = "" if outcome.recovery_secs is None else f" after {outcome.recovery_secs:.1f} s"
     steps = f"train step {outcome.train_step_before} -> {outcome.train_step_after}"
-    return f"{outcome.fault}: {steps}{secs}: {outcome.verdict}"
+    remarks = f" ({outcome.remarks})" if outcome.remarks else ""
+    return f"{outcome.fault}: {steps}{secs}: {outcome.verdict}{remarks}"
 
 
 def make_table(outcomes: Sequence[Outcome]) -> Table:
@@ -833,6 +917,6 @@ def make_table(outcomes: Sequence[Outcome]) -> Table:
             "" if outcome.evaluations_lost is None else f"{outcome.evaluations_lost:,}",
             f"{outcome.train_step_before} -> {outcome.train_step_after}",
             "" if outcome.ratio_error is None else f"{outcome.ratio_error:.2%}",
-            outcome.verdict,
+            f"{outcome.verdict}, {outcome.remarks}" if outcome.remarks else outcome.verdict,
         )
     return table
