@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import threading
 import time
 from pathlib import Path
 from typing import IO, Any, Optional
@@ -201,7 +202,7 @@ class RunDirectory:
 
     def write_text(self, path: Path, text: str) -> None:
         """Replaces `path` by `text`."""
-        temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
+        temporary = path.with_name(path.name + f".{os.getpid()}.{threading.get_ident()}.tmp")
         try:
             temporary.write_text(text)
             os.replace(temporary, path)

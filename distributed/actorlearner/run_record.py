@@ -48,12 +48,13 @@ class RunRecord:
         self._reports: dict[int, reports.CollectReport] = {}
         self.attendance = reports.Attendance()
         self._train_rate, self._collect_rate = Rate(), Rate()
-        self._rates_lock = threading.Lock()  # the loop and the thread both ask for the status
+        self._rates_lock = threading.Lock()  # the loop and a thread both ask for them
+        self._status_lock = threading.Lock()  # both write the status, the newer one last
         self._train_events, self._eval_events = Events(directory.train_events), Events(directory.eval_events)
         self._closing = threading.Event()
         # Two: taking reports may wait for a server that is away, and then above all the status must be true.
         self._threads = [
-            threading.Thread(target=self._every_second, args=(do,), name=name, daemon=True)
+            threading.Thread(target=self._every_second, args=(name, do), name=name, daemon=True)
             for name, do in (("reports", self._take_reports), ("status", self._write_status))
         ]
         for thread in self._threads:
@@ -69,6 +70,12 @@ class RunRecord:
 
     def _wall_secs(self) -> float:
         return self._wall_secs_before + time.monotonic() - self._started_at
+
+    def note_restored(self, step: int) -> None:
+        """Notes the train step that this learner goes on from; it made none yet."""
+        self._train_step = step
+        with self._rates_lock:
+            self._train_rate.update(step)
 
     def note_train_step(self, step: int) -> None:
         if step > self._train_step:
@@ -94,12 +101,7 @@ class RunRecord:
 
     def log_training(self, step: int, scalars: dict[str, float]) -> None:
         """Writes one point of training to the log, TensorBoard and metrics.jsonl."""
-        status = self._status()
-        values = {
-            **scalars,
-            "train_steps_per_sec": status["train_steps_per_sec"],
-            "environment_steps_per_sec": status["environment_steps_per_sec"],
-        }
+        values = {**scalars, **self._rates()}
         logging.info(
             "train step %d: loss %.4f, %.0f train steps/s, %.0f environment steps/s, %.0f%% waiting for data, "
             "data %.0f train steps old",
@@ -115,16 +117,17 @@ class RunRecord:
             "train", {"train_step": step, "environment_steps": self.environment_steps, **values}
         )
 
-    def _every_second(self, do: Callable[[], None]) -> None:
+    def _every_second(self, name: str, do: Callable[[], None]) -> None:
         while not self._closing.wait(1.0):
             try:
                 do()
             except OSError as error:  # a full disk, say: the learner's own next write ends the run, and says so
-                logging.warning("the status was not written: %s", error)
+                logging.warning("the record's %s: %s", name, error)
             except Exception:  # the record must go on, whatever one row or one write brings
-                logging.exception("keeping the record failed")
+                logging.exception("the record's %s", name)
 
     def _take_reports(self) -> None:
+        self._ledger.send_unsent()
         try:
             for words in reports.take_last_words(self._cluster.variables_address):
                 self.attendance.note_end(words)
@@ -161,21 +164,27 @@ class RunRecord:
         self._directory.add_metrics("evaluation", entry)
 
     def _write_status(self) -> None:
-        self._directory.write_json(self._directory.status, self._status())
+        with self._status_lock:
+            self._directory.write_json(self._directory.status, self._status())
+
+    def _rates(self) -> dict[str, Any]:
+        with self._rates_lock:
+            return {
+                "train_steps_per_sec": self._train_rate.update(self._train_step),
+                "environment_steps_per_sec": self._collect_rate.update(self.environment_steps),
+            }
 
     def _status(self) -> dict[str, Any]:
         num_iterations = self._experiment.schedule.num_iterations
-        with self._rates_lock:
-            train_rate = self._train_rate.update(self._train_step)
-            collect_rate = self._collect_rate.update(self.environment_steps)
+        rates = self._rates()
+        train_rate = rates["train_steps_per_sec"]
         return {
             "phase": self._phase,
             "train_step": self._train_step,
             "train_step_time": self._train_step_time,
             "num_iterations": num_iterations,
-            "train_steps_per_sec": train_rate,
             "environment_steps": self.environment_steps,
-            "environment_steps_per_sec": collect_rate,
+            **rates,
             "environment_crashes": sum(self._crashes.values()),
             "last_evaluation": self._ledger.newest(),
             "seconds_left": (num_iterations - self._train_step) / train_rate if train_rate else None,
@@ -213,8 +222,9 @@ class RunRecord:
         )
 
     def close(self) -> None:
-        """Takes the last reports and stops; blocks at most some seconds."""
+        """Stops, and says in status.json how far the run came; blocks at most 15 seconds."""
         self._closing.set()
+        deadline = time.monotonic() + 15
         for thread in self._threads:
-            thread.join(timeout=15)
+            thread.join(timeout=max(0.0, deadline - time.monotonic()))
         self._write_status()

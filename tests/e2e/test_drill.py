@@ -77,6 +77,19 @@ def test_training_outlives_its_replay_server(drill: Drill):
     assert outcome["transitions_lost"] == 0
 
 
+def test_training_goes_on_from_the_mirror_until_its_server_is_back(processes: Processes, tmp_path: Path):
+    """Whoever samples from the server stands still without it. Samples per insert, which are exact, allow it here."""
+    process = processes.start(
+        "drill", "dqn_cartpole", "--fault=kill-replay-server",
+        f"--root_dir={tmp_path}", f"--json={tmp_path}/drill.json",
+        *bind("train.num_environments = 4", "train.batch_size = 32", "resident_replay.error_buffer = 1e9"),
+    )  # fmt: skip
+    process.wait(DRILL_SECS)
+    outcome = json.loads((tmp_path / "drill.json").read_text())["outcomes"][0]
+    assert not broken(outcome), process.output
+    assert outcome["mirror_secs"] > outcome["held_again_secs"] - 3.0, "a status is a second old at most"
+
+
 def test_a_strangers_insert_ends_nobody(drill: Drill):
     """Reverb's server takes it, and the next to sample it fails."""
     assert not broken(drill.outcomes["insert with a wrong signature"]), drill.process.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,8 @@ def test_what_was_saved_comes_back_and_what_only_the_living_understand_does_not(
     checkpoints, client = start()
     insert(client, 1, 2, 3)
     messages.Sender(client.server_address).put("board", {"phase": np.int64(2)}, timeout_secs=5)
-    checkpoints.save(client, train_step=7)
+    saved = checkpoints.save(client, train_step=7)
+    assert json.loads((saved / "about.json").read_text())["items"] == {"kept": 3}
     _, client = start()
     assert held(client) == {1.0, 2.0, 3.0}
     info = client.server_info(timeout=5)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 
 import pytest
@@ -42,37 +41,36 @@ def test_a_missing_account_is_not_taken_for_one_that_fits():
     assert _ratio_error({"replay": {**ACCOUNT, "ahead": -129_280.0}}) == pytest.approx(0.04)
 
 
-def write_status(run, **values):
-    (run.root_dir / "status.tmp").write_text(json.dumps(values))
-    (run.root_dir / "status.tmp").rename(run.root_dir / "status.json")
+KILLED_AT = 1_000.0
 
 
-def judge_training_on(run, account, train_step, train_step_time):
-    """Returns what the drill finds broken when this is the learner's word a second after its server's death."""
-    killed_at, outcome = time.time() - 1.0, Outcome("a dead server")
-    write_status(run, time=time.time(), train_step=train_step, train_step_time=killed_at + train_step_time)
-    thread = threading.Thread(
-        target=_judge_training_on, args=(run, outcome, {"train_step": 700, "replay": account}, killed_at), daemon=True
-    )
-    thread.start()
-    thread.join(timeout=0.5)
-    if thread.is_alive():  # it waits for the learner to train after all
-        write_status(run, time=time.time(), train_step=701, train_step_time=killed_at + 2.5)
-        thread.join(timeout=30.0)
-    assert not thread.is_alive()
+def judge_training_on(*words, account=ACCOUNT):
+    """Returns what is found broken of a learner that said at that second: this train step, made at that second."""
+    said = [
+        {
+            "phase": "training",
+            "replay": account,
+            "time": KILLED_AT + at,
+            "train_step": step,
+            "train_step_time": KILLED_AT + made,
+        }
+        for at, step, made in ((-0.1, 700, -0.1), *words)
+    ]
+    outcome = Outcome("a dead server")
+    _judge_training_on(outcome, said, KILLED_AT, batch_size=128)
     return outcome.broken
 
 
-def test_a_learner_that_trains_on_without_its_server_is_told_from_one_that_only_waits(run):
-    """A learner that stood still until its server was back would else recover as fast."""
-    assert judge_training_on(run, ACCOUNT, 760, 0.3) == []
-    (broken,) = judge_training_on(run, ACCOUNT, 760, -0.1)
-    assert broken == "trained on after 2.5 s, promised 1 s"
+def test_a_learner_that_trains_on_without_its_server_is_told_from_one_that_stands_still():
+    """A learner that only waits for its server would else recover as fast."""
+    assert judge_training_on((0.9, 760, 0.8), (1.9, 820, 1.8), (4.9, 900, 4.8)) == []
+    assert judge_training_on((0.9, 700, -0.1), (1.9, 700, -0.1))
+    assert judge_training_on((0.9, 750, 0.01), (1.9, 750, 0.01)), "only the call ended that was under way"
 
 
-def test_a_learner_whose_account_allows_no_train_step_need_not_make_one(run):
+def test_a_learner_whose_account_allows_no_train_step_need_not_make_one():
     """Samples per insert are exact, also while no inserts can come."""
-    assert judge_training_on(run, {**ACCOUNT, "ahead": -6_300.0}, 700, -0.1) == []
+    assert judge_training_on((1.9, 750, 0.01), account={**ACCOUNT, "ahead": -6_300.0}) == []
 
 
 @pytest.mark.parametrize(("holds", "is_broken"), [("1,000", False), ("999", True)])
@@ -80,7 +78,13 @@ def test_a_server_that_holds_less_than_its_last_checkpoint_is_named(run, holds, 
     """It answers again all the same, and actors and learner go on with what is left."""
     checkpoint = run.root_dir / "checkpoints" / "replay" / "500-2"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "about.json").write_text(json.dumps({"time": 2.0, "items": {"experience": 1_000, "stream": 4}}))
+    (checkpoint / "about.json").write_text(json.dumps(
+        {
+            "time": 2.0,
+            "items": {"experience": 1_000, "stream": 4},
+            "tables": {"experience": {"max_times_sampled": 0}, "stream": {"max_times_sampled": 1}},
+        }
+    ))
     (run.root_dir / "logs").mkdir()
     (run.root_dir / "logs" / "replay-server-0.log").write_text(
         f"--- 2026 process 7: replay-server\nI 12:00:00 the replay holds 0 in 'stream', {holds} in 'experience'\n"

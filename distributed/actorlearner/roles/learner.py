@@ -70,9 +70,9 @@ def run_learner(
       strategy: The agent's variables live under it; the batch is divided over its replicas.
       versions: Of the packages at work, for the summary.
       stop: Set on SIGTERM; looked at between calls of the compiled loop. A checkpoint is saved before returning.
-      publish_interval: Fewest train steps between two publishes: how old the weights that collect are then does not
-        depend on how fast the machine is.
-      publish_interval_secs: Least time between two publishes, in seconds.
+      publish_interval: Fewest train steps between two publishes; the call that makes them is ended first. By time alone
+        a faster machine would collect with weights that are more train steps old.
+      publish_interval_secs: Least time between two publishes, in seconds; both must have passed.
       checkpoint_interval_secs: Time between two checkpoints, in seconds.
       evaluation_retry_secs: A snapshot without a result is evaluated again after this time, in seconds.
       evaluation_lease_secs: A snapshot is evaluated again when no eval actor has been at work on it for this time, in
@@ -448,7 +448,7 @@ class TrainingLoop:
           RoleError: No data came for longer than the deadline (UNAVAILABLE); a checkpoint was saved.
         """
         step = int(self._train_step.numpy())
-        self._record.note_train_step(step)
+        self._record.note_restored(step)
         if step:  # going on: actors need not warm up again
             self._publisher.announce(Phase.TRAINING)
         self._publish(step)
@@ -576,6 +576,7 @@ class TrainingLoop:
             now = int(self._train_step.numpy())
             if now != reached:
                 reached, moved_at = now, time.monotonic()
+                self._record.note_train_step(now)
                 beat()
             elif time.monotonic() - moved_at > 5.0:  # far longer than an update
                 if self._source.can_fuse:  # then drawing never waits: actors are not the reason

@@ -99,11 +99,9 @@ def run_replay_server(
     checkpoints = TableCheckpoints(RunDirectory(root_dir).replay_checkpoints(task), replay_tables) if root_dir else None
     if not checkpoints:
         logging.warning("without --root_dir the replay is not saved: it ends with this process")
-    address = f"localhost:{port}"
     with beat_meanwhile(CHECKPOINT_SECS):  # the tables are read before the port opens
         checkpointer = checkpoints.make_checkpointer() if checkpoints else None
         server = _serve([*replay_tables, *other_tables], port, checkpointer)
-        tables = read_server_info(address, timeout_secs=CHECKPOINT_SECS)
     is_closed = (local_only or tunnel_only) and _close_to_other_machines(port)
     if tunnel_only and not is_closed:
         server.stop()
@@ -112,6 +110,8 @@ def run_replay_server(
             "server where it may close its port, or without --tls_dir behind a tunnel and a firewall of your own.",
             ExitCode.USAGE,
         )
+    address = f"localhost:{port}"
+    tables = read_server_info(address, timeout_secs=60)
     held = ", ".join(f"{tables[table.name].current_size:,} in '{table.name}'" for table in replay_tables)
     logging.info("the replay holds %s", held)
     logging.info("serving replay and variables on port %d%s", port, ", to this machine only" if is_closed else "")

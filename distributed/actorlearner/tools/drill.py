@@ -36,7 +36,7 @@ PATIENCE_SECS = 300.0  # for anything to happen at all; then the drill has found
 RECOVERY_SECS = 30.0  # promised
 MEDIAN_SECS = 15.0  # promised, of many kills
 STOP_SECS = 20.0  # promised
-TRAIN_ON_SECS = 1.0  # promised, after the replay server's death; the learner gives its word that often
+STANDSTILL_SECS = 1.0  # promised at most, of a learner whose replay server is dead, while it may train
 MAX_RATIO_ERROR = 0.01  # promised
 END_SECS = 1_200.0
 STALL_SECS = 30.0  # longer than it takes to notice a host that has vanished
@@ -194,17 +194,26 @@ class Run:
         return [point for point in points if point["kind"] == kind]
 
     def saved_items(self) -> dict[str, int]:
-        """Returns what the newest checkpoint of the replay holds of each table; empty before the first."""
+        """Returns how many items the newest checkpoint of the replay holds of each table; empty before the first.
+
+        Queues are left out: they are read as soon as their server is there.
+        """
         abouts = []
-        for path in (self.root_dir / "checkpoints" / "replay").glob("*-*/about.json"):
-            with contextlib.suppress(FileNotFoundError):  # an older one, removed just now
-                abouts.append(json.loads(path.read_text()))
-        return dict(max(abouts, key=lambda about: about["time"])["items"]) if abouts else {}
+        for path in (self.root_dir / "checkpoints" / "replay").glob("*/about.json"):
+            if re.fullmatch(r"\d+-\d+", path.parent.name):
+                with contextlib.suppress(FileNotFoundError):  # an older one, removed just now
+                    abouts.append(json.loads(path.read_text()))
+        if not abouts:
+            return {}
+        newest = max(abouts, key=lambda about: about["time"])
+        queues = {name for name, settings in newest["tables"].items() if settings["max_times_sampled"] == 1}
+        return {table: count for table, count in newest["items"].items() if table not in queues}
 
     def held_items(self) -> dict[str, int]:
         """Returns what the replay server's newest life held of each table when it began to serve."""
-        found = re.findall(r"^.*the replay holds (.*)$", self.log("replay-server-0"), re.MULTILINE)
-        return {table: int(count.replace(",", "")) for count, table in re.findall(r"([\d,]+) in '(\w+)'", found[-1])}
+        found = re.search(r"the replay holds (.*)", self.log("replay-server-0"))
+        counts = re.findall(r"([\d,]+) in '(\w+)'", found[1]) if found else []
+        return {table: int(count.replace(",", "")) for count, table in counts}
 
     def has_mirror(self) -> bool:
         """Returns whether the learner holds the replay, and can give it back to its server."""
@@ -240,11 +249,11 @@ class Run:
         return found
 
     def await_status(self, since: float) -> dict[str, Any]:
-        """Returns the learner's first account of itself after `since` (unix seconds). Raises `Hang`."""
+        """Returns the learner's first account of itself after `since` (unix seconds), or its last. Raises `Hang`."""
 
         def newest() -> Optional[dict[str, Any]]:
             status = self.status()
-            return status if status.get("time", 0.0) > since else None
+            return status if status.get("time", 0.0) > since or _has_trained(status) else None
 
         return dict(await_(newest, "status of the learner"))
 
@@ -272,6 +281,10 @@ def await_(condition: Callable[[], Any], what: str, secs: float = PATIENCE_SECS)
             return result
         time.sleep(0.05)
     raise Hang(f"no {what} within {secs:.0f} s")
+
+
+def _has_trained(status: dict[str, Any]) -> bool:
+    return status.get("phase", "waiting") not in ("training", "waiting")
 
 
 def _await_steps(run: Run, num_steps: int) -> None:
@@ -359,18 +372,21 @@ def kill_role(run: Run, role: str, number: int = signal.SIGKILL) -> Outcome:
     if is_dead_server:
         run.await_status(time.time())  # train steps after this one are made without a server
     outcome, before, since = _before(run, f"{signal.Signals(number).name} {role}")
-    saved = run.saved_items()
-    killed_at, pid = time.time(), run.pid(role)
+    pid, saved = run.pid(role), run.saved_items()
     pending = set(before.get("pending_evaluations", []))
     num_given_back = run.log("learner-0").count(GIVEN_BACK)
+    killed_at = time.time()
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
     if number == signal.SIGTERM:
         await_(lambda: not _is_alive(pid), f"end of {role}")
         if time.monotonic() - since > STOP_SECS:
             outcome.broken.append(f"stopped after {time.monotonic() - since:.0f} s, promised {STOP_SECS:.0f} s")
-    if is_dead_server and run.has_mirror():
-        _judge_training_on(run, outcome, before, killed_at)
+    if is_dead_server:
+        said = _await_new_server(run, pid)
+        _judge_held(run, outcome, saved, since)
+        if run.has_mirror():
+            _judge_training_on(outcome, [before, *said], killed_at, run.configured("train.batch_size"))
     await_(lambda: run.pid(role) not in (0, pid), f"new life of {role}")
     if role == "learner-0":
         after = run.await_training(killed_at)
@@ -396,9 +412,6 @@ def kill_role(run: Run, role: str, number: int = signal.SIGKILL) -> Outcome:
     else:
         word = "serving replay" if role == "replay-server-0" else "acting with the collect policy"
         await_(lambda: word in run.log(role), f"sign of life of {role}")
-        if is_dead_server:
-            _note_server_away(run, outcome, before, killed_at)
-            _judge_held(run, outcome, saved, since)
         steps = run.status().get("environment_steps", 0)
         await_(lambda: run.status().get("environment_steps", 0) > steps, "new environment steps")
         _judge_recovery(outcome, since)
@@ -408,41 +421,53 @@ def kill_role(run: Run, role: str, number: int = signal.SIGKILL) -> Outcome:
     return outcome
 
 
-def _judge_training_on(run: Run, outcome: Outcome, before: dict[str, Any], killed_at: float) -> None:
-    """The learner draws from its mirror: its next word must tell of a new train step, if its account allows one.
+def _await_new_server(run: Run, pid: int) -> list[dict[str, Any]]:
+    """Returns what the learner said of itself until a replay server serves that is not process `pid`. Raises `Hang`."""
+    said: list[dict[str, Any]] = []
 
-    Raises `Hang`.
+    def serves() -> bool:
+        status = run.status()
+        if status and (not said or status["time"] > said[-1]["time"]):
+            said.append(status)
+        return run.pid("replay-server-0") not in (0, pid) and "serving replay" in run.log("replay-server-0")
+
+    await_(serves, "new life of replay-server-0")
+    return said
+
+
+def _judge_training_on(outcome: Outcome, said: Sequence[dict[str, Any]], killed_at: float, batch_size: int) -> None:
+    """The learner draws from its mirror: without its server it trains on, as far as samples per insert allow.
+
+    Args:
+      outcome: Gets what is found.
+      said: The learner's accounts of itself, from one just before the server's death to its return.
+      killed_at: When the server died, in unix seconds.
+      batch_size: Samples in a train step.
     """
-
-    def trained(status: dict[str, Any]) -> bool:
-        return bool(status["train_step"] > before["train_step"] and status["train_step_time"] > killed_at)
-
-    account = before["replay"]
-    is_allowed = account["ahead"] + account["error_buffer"] >= run.configured("train.batch_size")
-    status = run.await_status(killed_at + TRAIN_ON_SECS / 2)
-    if is_allowed and not trained(status):
-        await_(lambda: trained(run.status()), "train step from the mirror")
-        secs = run.status()["train_step_time"] - killed_at
-        outcome.broken.append(f"trained on after {secs:.1f} s, promised {TRAIN_ON_SECS:.0f} s")
-
-
-def _note_server_away(run: Run, outcome: Outcome, before: dict[str, Any], killed_at: float) -> None:
-    """Notes how far training came without the server: as far as samples per insert allow, then it waits for steps."""
-    status = run.status()
-    if run.has_mirror() and status.get("process") == before.get("process"):
-        outcome.mirror_steps = status["train_step"] - before["train_step"]
-        outcome.mirror_secs = max(0.0, status["train_step_time"] - killed_at)
+    last = said[-1]
+    outcome.mirror_steps = last["train_step"] - said[0]["train_step"]
+    outcome.mirror_secs = max(0.0, (last["train_step_time"] or 0.0) - killed_at)
+    for status in said:
+        account = status["replay"]
+        is_allowed = account["ahead"] + account["error_buffer"] >= batch_size and not _has_trained(status)
+        secs = status["time"] - max(killed_at, status["train_step_time"] or 0.0)
+        if is_allowed and secs > STANDSTILL_SECS:
+            outcome.broken.append(
+                f"stood still for {secs:.1f} s after its server's death, promised {STANDSTILL_SECS:.0f} s at most"
+            )
+            return
 
 
 def _judge_held(run: Run, outcome: Outcome, saved: dict[str, int], since: float) -> None:
-    """The server holds again what its last checkpoint did, but for the queue, which is read as soon as it is there."""
+    """A server that serves again holds what its last checkpoint did."""
     secs = time.monotonic() - since
     held = run.held_items()
-    outcome.held_again_secs = secs
-    if secs > RECOVERY_SECS:
+    if saved:
+        outcome.held_again_secs = secs
+    if saved and secs > RECOVERY_SECS:
         outcome.broken.append(f"held its checkpoint again after {secs:.0f} s, promised {RECOVERY_SECS:.0f} s")
     for table, count in saved.items():
-        if table != "stream" and held.get(table, 0) < count:
+        if held.get(table, 0) < count:
             outcome.broken.append(f"holds {held.get(table, 0):,} of {count:,} items saved of '{table}'")
 
 
