@@ -40,9 +40,11 @@ def read(directory: RunDirectory) -> dict[str, float]:
 
 
 def test_the_newest_numbers_are_told_and_what_is_no_number_is_left_out(directory):
-    directory.write_json(directory.status, {**directory.read_json(directory.status), "time": time.time() - 30.0})
+    times = {"time": time.time() - 30.0, "train_step_time": time.time() - 90.0}
+    directory.write_json(directory.status, {**directory.read_json(directory.status), **times})
     values = read(directory)
     assert 30 <= values.pop("actorlearner_status_age_seconds") < 60
+    assert 90 <= values.pop("actorlearner_train_step_age_seconds") < 120
     assert values == {
         "actorlearner_phase{'phase': 'training'}": 1,
         "actorlearner_train_step": 7,

@@ -73,11 +73,14 @@ class RunCollector:
         if isinstance(status, dict):
             age_secs = max(0.0, time.time() - status.get("time", 0.0))
             yield from _gauge("status_age_seconds", age_secs, "since the learner's last word")
+            if status.get("train_step_time"):
+                age_secs = max(0.0, time.time() - status["train_step_time"])
+                yield from _gauge("train_step_age_seconds", age_secs, "since the last train step")
             phase = GaugeMetricFamily("actorlearner_phase", "what the learner is at", labels=["phase"])
             phase.add_metric([str(status.get("phase"))], 1)
             yield phase
             for name, value in status.items():
-                if name not in ("time", "process"):
+                if name not in ("time", "train_step_time", "process"):
                     yield from _gauge(name, value, f"{name} of status.json")
             for name, value in (status.get("replay") or {}).items():
                 yield from _gauge(f"replay_{name}", value, f"the replay's {name}")
