@@ -352,4 +352,4 @@ class _EpisodeWriter:
     def close(self, timeout_secs: float) -> None:
         """Sends what is pending; gives up, with what is left, after `timeout_secs` seconds."""
         with contextlib.suppress(reverb.errors.ReverbError, RuntimeError):  # unconfirmed items count for nobody
-            self._writer.flush(timeout_ms=int(timeout_secs * 1000))
+            self._writer.flush(timeout_ms=max(1, int(timeout_secs * 1000)))  # for Reverb 0 has no end
