@@ -34,7 +34,7 @@ class _Pending:
 class EvaluationLedger:
     """Sends each due snapshot out once and keeps its weights on disk until it is known whether they are the best.
 
-    Thread-safe: the learner's loop requests, its record's thread sends, records and looks for those that were lost.
+    Thread-safe: the learner's loop requests, its record's threads send, record and look for those that were lost.
     """
 
     def __init__(

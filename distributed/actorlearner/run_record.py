@@ -14,6 +14,7 @@ from actorlearner.cluster import Cluster
 from actorlearner.evaluations import EvaluationLedger
 from actorlearner.experiment import Experiment
 from actorlearner.run_directory import RunDirectory
+from actorlearner.runtime import messages
 from actorlearner.runtime.messages import Unreachable
 from actorlearner.runtime.telemetry import Events, Rate
 
@@ -52,10 +53,11 @@ class RunRecord:
         self._status_lock = threading.Lock()  # both write the status, the newer one last
         self._train_events, self._eval_events = Events(directory.train_events), Events(directory.eval_events)
         self._closing = threading.Event()
-        # Two: taking reports may wait for a server that is away, and then above all the status must be true.
+        # Each its own: two of them wait for a server that is away, and then above all the status must be true.
+        work = {"reports": self._take_reports, "evaluations": ledger.send_unsent, "status": self._write_status}
         self._threads = [
             threading.Thread(target=self._every_second, args=(name, do), name=name, daemon=True)
-            for name, do in (("reports", self._take_reports), ("status", self._write_status))
+            for name, do in work.items()
         ]
         for thread in self._threads:
             thread.start()
@@ -127,8 +129,9 @@ class RunRecord:
                 logging.exception("the record's %s", name)
 
     def _take_reports(self) -> None:
-        self._ledger.send_unsent()
         try:
+            # Asked first: a server that is back would be noticed late after a question that waits longer.
+            messages.ask_for_life(self._cluster.variables_address, timeout_secs=2.0)
             for words in reports.take_last_words(self._cluster.variables_address):
                 self.attendance.note_end(words)
             for report in reports.take_collect_reports(self._cluster.variables_address):
