@@ -140,3 +140,9 @@ def test_check_names_what_is_wrong_before_anything_starts(tmp_path):
     assert ended.returncode == 73
     ended = run("check", "dqn_cartpole", f"--root_dir={tmp_path / 'run'}")
     assert (ended.returncode, ended.stdout) == (0, "dqn_cartpole can be started\n")
+
+
+def test_only_may_be_given_once_for_all_subjects_or_once_for_each():
+    """The last one alone would be measured, and the others be missed in the table."""
+    for flags in (["--only", "weights", "minitaur"], ["--only", "weights", "--only", "minitaur"]):
+        assert cli.make_parser().parse_args(["bench", *flags]).only == ["weights", "minitaur"]

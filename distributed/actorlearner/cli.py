@@ -253,7 +253,7 @@ def _add_learner_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_bench_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--only", nargs="+", metavar="NAME",
+        "--only", nargs="+", action="extend", metavar="NAME",
         help="learner, learner-gpu, minitaur, collect-minitaur, collect-cartpole, weights, scaling, tls, "
         "replay-servers and endurance (default: all but the last two)",
     )  # fmt: skip
