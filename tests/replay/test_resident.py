@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import socket
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -12,8 +16,8 @@ import tensorflow as tf
 from tf_agents.replay_buffers import reverb_replay_buffer, reverb_utils
 from tf_agents.specs import tensor_spec
 
-from actorlearner.replay import resident
-from actorlearner.replay.durable_table import EXPERIENCE_TABLE, Losses, read_chunks
+from actorlearner.replay import durable_table, resident
+from actorlearner.replay.durable_table import EXPERIENCE_TABLE, ChunkWriter, Losses, read_chunks
 from actorlearner.replay.mirror import Mirror, find_starts
 from actorlearner.replay.resident import STREAM_TABLE, ResidentReplay
 from actorlearner.replay.servers import ReplayServers
@@ -329,7 +333,7 @@ def test_what_cannot_be_given_back_is_said_and_tried_again(replay, address, spec
 
     monkeypatch.setattr(resident, "read_chunks", fail_once)
     reverb.Client(address).reset(EXPERIENCE_TABLE)
-    eventually(lambda: "nothing came for a while. Trying again in 2 s" in caplog.text)
+    eventually(lambda: "nothing came for a while. Trying again in 1 s" in caplog.text)
     eventually(lambda: len(read_chunks(address, silent_secs=10)) == sink.num_chunks)
     source.close()
 
@@ -376,6 +380,90 @@ def test_a_server_that_began_anew_is_noticed_though_it_counts_more_inserts(serve
     flush(sink)
     eventually(losses.may_be, secs=10)
     losses.forget()
+    assert not losses.may_be()
+
+
+SERVE_WHEN_TOLD = """
+import sys
+import reverb
+import tensorflow as tf
+signature = {name: tf.TensorSpec(None, dtype) for name, dtype in (("chunk", tf.int64), ("ends_run", tf.bool),
+             ("acted_at", tf.int64), ("length", tf.int64), ("step", tf.float32))}
+table = reverb.Table("experience", reverb.selectors.Uniform(), reverb.selectors.Fifo(), 1_000,
+                     reverb.rate_limiters.MinSize(1), signature=signature)
+server = reverb.Server([table], port=int(sys.stdin.readline()))
+print(server.port, flush=True)
+server.wait()
+"""
+
+
+@pytest.fixture
+def lives():
+    """Server processes that each serve the port they are told, and only then."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SERVE_WHEN_TOLD],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
+        for _ in range(2)
+    ]
+    yield processes
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def test_a_table_whose_server_is_restarted_while_it_is_read_counts_as_unread(lives):
+    """Reverb's sampler goes on with the next server: what the dead one held would not be given back."""
+
+    def serve(life, port):
+        print(port, file=life.stdin, flush=True)
+        return f"127.0.0.1:{life.stdout.readline().strip()}"  # pytest's limit ends a wait for ever
+
+    def fill(numbers):
+        with contextlib.closing(ChunkWriter(address)) as writer:
+            writer.write(map(chunk, numbers), timeout_secs=30.0)
+
+    def chunk(number):
+        rows = {"ends_run": np.zeros((1, 2), bool), "acted_at": np.zeros(2, np.int64), "step": np.zeros((1, 2), "f4")}
+        return {"chunk": np.int64(number), "length": np.int64(2), **rows}
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    address = serve(lives[0], port)
+    began = time.monotonic()
+    fill(range(500))
+    assert len(read_chunks(address, silent_secs=30)) == 500
+    time.sleep(max(0.0, began + 2.1 - time.monotonic()))  # its life; a real one cannot be shorter
+
+    def restart():
+        if lives[0].poll() is None:
+            lives[0].kill()
+            lives[0].wait()
+            serve(lives[1], port)
+            fill([1])
+
+    with pytest.raises(Unreachable, match="restarted while its table 'experience' was read"):
+        read_chunks(address, silent_secs=30, on_chunk=restart)
+    assert read_chunks(address, silent_secs=30).keys() == {1}
+
+
+def test_a_server_that_dies_again_is_looked_through_as_often_as_the_first_time(serve, replay, spec):
+    """Passes over its earlier life would count for this one, and chunks be missing that came in late."""
+    server = serve(replay.make_tables(spec, sample()))
+    losses = Losses(f"localhost:{server.port}")
+    assert not losses.may_be()
+    for num_passes in (durable_table.MAX_PASSES - 1, durable_table.MAX_PASSES):
+        time.sleep(2.1)  # its life; a real one cannot be shorter
+        server.stop()
+        server = serve(replay.make_tables(spec, sample()), port=server.port)
+        for _ in range(num_passes):
+            assert losses.may_be()
+            losses.note_pass(num_given=1)
     assert not losses.may_be()
 
 

@@ -5,11 +5,11 @@ What a chunk is says `resident.py`.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import reverb
@@ -19,6 +19,34 @@ from actorlearner.runtime.messages import Unreachable, each_within, read_server_
 from actorlearner.runtime.tls_tunnel import reach
 
 EXPERIENCE_TABLE = "experience"
+
+MAX_PASSES = 3
+"""So often a restarted server is looked through for what it lacks."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Life:
+    """One process's life as a replay server, as far as it tells. Ages are by its machine's clock, which may be set."""
+
+    began_after: float  # both in seconds of this machine's monotonic clock
+    began_before: float
+    num_inserted: int  # items, so far
+
+    @classmethod
+    def read(cls, address: str) -> tuple[Life, Any]:
+        """Returns the life of the server that answers there, and its durable table's info. Raises `Unreachable`."""
+        asked_at = time.monotonic()
+        table = read_server_info(address, timeout_secs=5).get(EXPERIENCE_TABLE)
+        if table is None:
+            raise Unreachable(f"the server at {address} has no table '{EXPERIENCE_TABLE}'")
+        # A worker's time in each of its states, the present one too: together its age.
+        age_secs = sum(millis for _, millis in table.table_worker_time.ListFields()) / 1000
+        life = cls(asked_at - age_secs, time.monotonic() - age_secs, table.rate_limiter_info.insert_stats.completed)
+        return life, table
+
+    def has_ended(self, now: Life) -> bool:
+        """Returns whether `now`, read later, is another life: it began later, or counts fewer inserts."""
+        return now.began_after > self.began_before + 2.0 or now.num_inserted < self.num_inserted
 
 
 def read_chunks(
@@ -45,14 +73,11 @@ def read_chunks(
     chunks: dict[int, Any] = {}
     keys: set[int] = set()
     misfits: set[int] = set()  # of strangers: Reverb's server takes what its client did not check
-    num_draws, size = 0, 1
+    life, table = Life.read(address)
+    num_draws, size = 0, table.current_size
     # Drawing n of n with replacement takes about n ln n draws; the bound leaves room and ends if others write. The
     # client's own sampler is ten times as fast as a dataset here.
     while len(keys) < size and num_draws < size * (np.log(size) + 8):
-        table = _read_table_info(address)
-        size = table.current_size
-        if not size:
-            break
         samples = client.sample(EXPERIENCE_TABLE, num_samples=size, emit_timesteps=False)
         for sample in _each_sample(samples, address, silent_secs):
             on_chunk()
@@ -65,6 +90,10 @@ def read_chunks(
             chunk = tree.unflatten_as(table.signature, sample.data)
             chunks.setdefault(int(chunk["chunk"]), chunk if has_data else None)
         num_draws += size
+        now, table = Life.read(address)
+        if life.has_ended(now):  # Reverb's sampler goes on with the next one, which holds less
+            raise Unreachable(f"the server at {address} was restarted while its table '{EXPERIENCE_TABLE}' was read")
+        size = table.current_size
     if misfits:
         logging.warning(
             "%d items in the table '%s' at %s are not this experiment's and are left out: some other client "
@@ -74,13 +103,6 @@ def read_chunks(
             address,
         )
     return chunks
-
-
-def _read_table_info(address: str) -> Any:
-    table = read_server_info(address, timeout_secs=5).get(EXPERIENCE_TABLE)
-    if table is None:
-        raise Unreachable(f"the server at {address} has no table '{EXPERIENCE_TABLE}'")
-    return table
 
 
 def _each_sample(samples: Iterable[Any], address: str, silent_secs: float) -> Iterable[Any]:
@@ -108,30 +130,40 @@ def is_chunk(leaves: Sequence[np.ndarray], signature: Any) -> bool:
 
 
 class Losses:
-    """Whether a replay server may lack what it had: it is younger than it was, or counts fewer inserts."""
+    """Whether a replay server may lack what it had: it began anew and was not given all back since."""
 
     def __init__(self, address: str):
         self._address = address
-        self._seen = self._made_up_for = (math.inf, 0)  # when it was started at the latest, and inserts
+        self._seen: Optional[Life] = None
+        self._made_up_for: Optional[Life] = None
+        self._num_passes = 0  # in the life that was seen last
 
     def may_be(self) -> bool:
-        """Returns whether something may be lost, until `forget`; never at the first look. Raises `Unreachable`."""
-        asked_at = time.monotonic()
-        table = _read_table_info(self._address)
-        # A worker's time in each of its states, the present one too: together its age.
-        age_secs = sum(millis for _, millis in table.table_worker_time.ListFields()) / 1000
-        num_inserted = table.rate_limiter_info.insert_stats.completed
-        self._seen = (time.monotonic() - age_secs, num_inserted)
-        was_started_by, least_inserted = self._made_up_for
-        # Its age is by its machine's clock, which may be set.
-        if asked_at - age_secs > was_started_by + 2.0 or num_inserted < least_inserted:
+        """Returns whether something may be lost, until it is made up for; never at the first look.
+
+        Raises:
+          Unreachable: The server does not answer.
+        """
+        now, _ = Life.read(self._address)
+        if self._seen is not None and self._seen.has_ended(now):
+            self._num_passes = 0
+        self._seen = now
+        if self._made_up_for is not None and self._made_up_for.has_ended(now):
             return True
         self.forget()
         return False
 
+    def note_pass(self, num_given: int) -> None:
+        """The table was looked through, and lacked and was given `num_given` chunks."""
+        self._num_passes += 1
+        # What came from the server's last life may be taken in meanwhile, so once more; others write there as well, so
+        # not for ever.
+        if not num_given or self._num_passes == MAX_PASSES:
+            self.forget()
+
     def forget(self) -> None:
         """Nothing that was lost until the last look is missing any more."""
-        self._made_up_for = self._seen
+        self._made_up_for, self._num_passes = self._seen, 0
 
 
 class ChunkWriter:

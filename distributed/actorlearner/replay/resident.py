@@ -64,11 +64,8 @@ SAVING_SECS = 60.0
 GIVE_BACK_CHUNKS = 32
 """So many chunks are given back at a time; while they are read from the mirror nothing is written to it."""
 
-MAX_RETRY_SECS = 60.0
-"""Longest time until what could not be given back is tried again."""
-
-MAX_PASSES = 3
-"""So often a restarted server is looked through for what it lacks."""
+FIRST_RETRY_SECS, MAX_RETRY_SECS = 1.0, 60.0
+"""Time until what could not be given back is tried again: twice as long with each failure in a row."""
 
 LOOK_SECS = 0.02
 """After so long a reading thread looks again whether there is room, and whether the learner has caught up."""
@@ -574,7 +571,7 @@ class ResidentSource:
 
     def _look_after(self, address: str) -> None:
         """Gives the server at `address` back what it lost, whenever it began anew."""
-        losses, num_passes, wait_secs = self._losses_at(address), 0, LOOK_FOR_LOSSES_SECS
+        losses, wait_secs, retry_secs = self._losses_at(address), LOOK_FOR_LOSSES_SECS, FIRST_RETRY_SECS
         while True:
             with self._changed:
                 if self._changed.wait_for(lambda: self._closing, timeout=wait_secs):
@@ -589,7 +586,7 @@ class ResidentSource:
             try:
                 num_given = self._give_back(address)
             except Exception as error:  # it has what its last checkpoint held; no reason to end training
-                wait_secs = min(MAX_RETRY_SECS, 2 * max(1.0, wait_secs))
+                wait_secs, retry_secs = retry_secs, min(MAX_RETRY_SECS, 2 * retry_secs)
                 is_expected = isinstance(error, (Unreachable, reverb.errors.ReverbError, RuntimeError))
                 logging.warning(
                     "the replay server at %s began anew and is not given back yet what it had lost: %s. Trying again "
@@ -600,15 +597,11 @@ class ResidentSource:
                     exc_info=not is_expected,
                 )
                 continue
-            num_passes, wait_secs = num_passes + 1, LOOK_FOR_LOSSES_SECS
             logging.info(
                 "the replay server at %s began anew; %d chunks that it had lost were given back", address, num_given
             )
-            # What came from its last life may be taken in meanwhile, so once more; others write there as well, so not
-            # for ever.
-            if not num_given or num_passes == MAX_PASSES:
-                losses.forget()
-                num_passes = 0
+            losses.note_pass(num_given)
+            wait_secs, retry_secs = LOOK_FOR_LOSSES_SECS, FIRST_RETRY_SECS
 
     def _give_back(self, address: str) -> int:
         """Returns how many chunks were written into the durable table that it lacked.
