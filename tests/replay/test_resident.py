@@ -467,6 +467,19 @@ def test_a_server_that_dies_again_is_looked_through_as_often_as_the_first_time(s
     assert not losses.may_be()
 
 
+def test_what_was_given_to_a_server_that_died_meanwhile_counts_as_lost(serve, replay, spec):
+    """The next one holds none of it, and a learner that says otherwise is killed with the only copy."""
+    server = serve(replay.make_tables(spec, sample()))
+    losses = Losses(f"localhost:{server.port}")
+    assert not losses.may_be()
+    time.sleep(2.1)  # its life; a real one cannot be shorter
+    server.stop()
+    serve(replay.make_tables(spec, sample()), port=server.port)
+    with pytest.raises(Unreachable, match="restarted while it was given back"):
+        losses.note_pass(num_given=0)
+    assert losses.may_be()
+
+
 def test_an_actor_whose_clock_is_behind_is_counted_by_a_restarted_learner(replay, address, spec, eventually):
     """Its steps would not count, and the learner wait for steps that are there, for as long as the clocks differ."""
     plan = {"samples_per_insert": 1.0, "num_updates_per_call": 1_000}

@@ -154,7 +154,14 @@ class Losses:
         return False
 
     def note_pass(self, num_given: int) -> None:
-        """The table was looked through, and lacked and was given `num_given` chunks."""
+        """The table was looked through, and lacked and was given `num_given` chunks.
+
+        Raises:
+          Unreachable: Not the life that was seen last: what was given to that may be lost.
+        """
+        assert self._seen is not None, "note_pass before may_be"
+        if self._seen.has_ended(Life.read(self._address)[0]):
+            raise Unreachable(f"the server at {self._address} was restarted while it was given back what it lacked")
         self._num_passes += 1
         # What came from the server's last life may be taken in meanwhile, so once more; others write there as well, so
         # not for ever.

@@ -585,6 +585,7 @@ class ResidentSource:
                 continue
             try:
                 num_given = self._give_back(address)
+                losses.note_pass(num_given)
             except Exception as error:  # it has what its last checkpoint held; no reason to end training
                 wait_secs, retry_secs = retry_secs, min(MAX_RETRY_SECS, 2 * retry_secs)
                 is_expected = isinstance(error, (Unreachable, reverb.errors.ReverbError, RuntimeError))
@@ -600,7 +601,6 @@ class ResidentSource:
             logging.info(
                 "the replay server at %s began anew; %d chunks that it had lost were given back", address, num_given
             )
-            losses.note_pass(num_given)
             wait_secs, retry_secs = LOOK_FOR_LOSSES_SECS, FIRST_RETRY_SECS
 
     def _give_back(self, address: str) -> int:
