@@ -59,7 +59,9 @@ MAY_IMPORT = {
         "variable_container",
     },
     "tools.tcp_wire": set(),
-    "tools.drill": {"tools.tcp_wire"},
+    "tools.drill": {"tools.drill_faults", "tools.drill_run", "tools.tcp_wire"},
+    "tools.drill_faults": {"tools.drill_run"},
+    "tools.drill_run": {"tools.tcp_wire"},
     "tools": {"cluster", "experiment", "replay", "run_directory", "runtime", "variable_container"},
 }
 

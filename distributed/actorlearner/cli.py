@@ -725,10 +725,11 @@ def _certs(arguments: argparse.Namespace) -> int:
 
 def _drill(arguments: argparse.Namespace) -> int:
     from actorlearner.tools import drill
+    from actorlearner.tools.drill_faults import FAULTS
 
-    unknown = [name for name in arguments.fault if name not in drill.FAULTS]
+    unknown = [name for name in arguments.fault if name not in FAULTS]
     if unknown:
-        print(f"error: --fault={unknown[0]}: expected one of {', '.join(drill.FAULTS)}", file=sys.stderr)
+        print(f"error: --fault={unknown[0]}: expected one of {', '.join(FAULTS)}", file=sys.stderr)
         return 64
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what it started is ended on the way out
     return drill.run_drill(

@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from actorlearner.tools.drill import Outcome, Run, _find_miscounts, _judge_held, _judge_training_on, _ratio_error
+from actorlearner.tools.drill_faults import Outcome, _find_miscounts, _judge_held, _judge_training_on, _ratio_error
+from actorlearner.tools.drill_run import Run
 
 ACCOUNT = {"samples": 3_072_000, "inserts": 97_408, "ahead": 2_560.0, "error_buffer": 6_400}  # of a run as it should be
 

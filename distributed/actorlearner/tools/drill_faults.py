@@ -1,0 +1,555 @@
+"""What a drill does to a run, and which promises it then finds broken.
+
+Every fault is real: processes are killed, files damaged, connections cut, bytes sent to the port.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+from actorlearner.tools.drill_run import MANY_ITERATIONS, PATIENCE_SECS, ROLES, Hang, Run, await_, has_trained, is_alive
+
+RECOVERY_SECS = 30.0  # promised
+STOP_SECS = 20.0  # promised
+STANDSTILL_SECS = 1.0  # promised at most, of a learner whose replay server is dead, while it may train
+MAX_RATIO_ERROR = 0.01  # promised
+END_SECS = 1_200.0
+STALL_SECS = 30.0  # longer than it takes to notice a host that has vanished
+PARTITION_SECS = 60.0
+SAVE_SECS = 2.0  # a small replay is saved within this time
+GIVEN_BACK = "that it had lost were given back"  # says a learner to a replay server that began anew
+
+_STRAY = """
+import sys, numpy as np, reverb
+client = reverb.Client(sys.argv[1])
+for table in ("stream", "experience", "uniform_table"):
+    try:
+        with client.trajectory_writer(num_keep_alive_refs=1, validate_items=False) as writer:
+            writer.append({"nothing": np.zeros(3, np.float32)})
+            writer.create_item(table, 1.0, {"nothing": writer.history["nothing"][-1:]})
+            writer.flush(timeout_ms=3000)
+        print(table, "took it")
+    except Exception as error:
+        print(table, "refused it:", type(error).__name__, str(error)[:200])
+"""
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What one fault did. None: not applicable."""
+
+    fault: str
+    recovery_secs: Optional[float] = None
+    transitions_lost: Optional[int] = None
+    evaluations_lost: Optional[int] = None
+    train_step_before: Optional[int] = None
+    train_step_after: Optional[int] = None
+    ratio_error: Optional[float] = None
+    mirror_steps: Optional[int] = None  # train steps made while the replay server was dead
+    mirror_secs: Optional[float] = None  # from its death to the last of them
+    held_again_secs: Optional[float] = None  # until it held again what it had saved
+    broken: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def verdict(self) -> str:
+        return "; ".join(self.broken) or "held"
+
+    @property
+    def remarks(self) -> str:
+        """What the columns have no room for; may be empty."""
+        found = []
+        if self.mirror_steps is not None:
+            found.append(f"{self.mirror_steps:,} train steps from the mirror in {self.mirror_secs or 0.0:.1f} s")
+        if self.held_again_secs is not None:
+            found.append(f"checkpoint held again after {self.held_again_secs:.1f} s")
+        return ", ".join(found)
+
+
+def _before(run: Run, fault: str) -> tuple[Outcome, dict[str, Any], float]:
+    status = run.status()
+    return Outcome(fault, train_step_before=status.get("train_step")), status, time.monotonic()
+
+
+def _compare(run: Run, outcome: Outcome, before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Notes what is different between the last account before a fault and one after it."""
+    outcome.train_step_after = after.get("train_step")
+    held = [status.get("replay", {}).get("held") for status in (before, after)]
+    if None not in held:
+        outcome.transitions_lost = max(0, held[0] - held[1])
+    # What was collected for train steps that were lost counts already: the account fits once they are made again. How
+    # many they were nobody knows: the killed learner was further than its last account says.
+    run.await_step(before.get("train_step", 0))
+    status = run.status()
+
+    def fits() -> bool:
+        nonlocal status
+        status = run.status()
+        error = _ratio_error(status)
+        return error is not None and error <= MAX_RATIO_ERROR
+
+    with contextlib.suppress(Hang):
+        await_(fits, "samples per insert that fit", RECOVERY_SECS)
+    outcome.ratio_error = _ratio_error(status)
+    if outcome.ratio_error is None:
+        outcome.broken.append("no account of samples per insert")
+    elif outcome.ratio_error > MAX_RATIO_ERROR:
+        outcome.broken.append(f"samples per insert off by {outcome.ratio_error:.1%}")
+    outcome.broken += _find_miscounts(run, status)
+
+
+def _ratio_error(status: dict[str, Any]) -> Optional[float]:
+    """Returns by what share of all samples the account is off, beyond the error buffer; None where there is none."""
+    account = status.get("replay", {})
+    if not account.get("samples"):
+        return None
+    excess: float = max(0.0, abs(account["ahead"]) - account["error_buffer"])
+    return excess / account["samples"]
+
+
+def _find_miscounts(run: Run, status: dict[str, Any]) -> list[str]:
+    """Returns what the account counts otherwise than the train steps and the actors' own reports do.
+
+    The account keeps itself within its buffer, also when it has lost or doubled what came before. Both others are a
+    second old at most, but a dead actor's reports since the learner's last checkpoint are lost when that dies too.
+    """
+    account = status.get("replay", {})
+    samples, inserts = account.get("samples", 0), account.get("inserts", 0)
+    trained = status.get("train_step", 0) * run.configured("train.batch_size")
+    stepped = status.get("environment_steps", 0)
+    unreported = run.configured("train.eval_interval") * run.configured("train.collect_steps_per_iteration")
+    most_inserts = min(1.15 * stepped + unreported, 1.5 * stepped)
+    found = []
+    if not trained / 1.5 <= samples <= trained * 1.5:  # those of train steps that died with a learner stay counted
+        found.append(f"{samples:,} samples counted where some {trained:,} were made")
+    if not stepped / 1.5 <= inserts <= most_inserts:  # windows are fewer than steps, by a fifth in short episodes
+        found.append(f"{inserts:,} inserts counted where some {stepped:,} were made")
+    return found
+
+
+def _judge_recovery(outcome: Outcome, since: float) -> None:
+    secs = time.monotonic() - since
+    outcome.recovery_secs = secs
+    if secs > RECOVERY_SECS:
+        outcome.broken.append(f"recovered after {secs:.0f} s, promised {RECOVERY_SECS:.0f} s")
+
+
+def kill_role(run: Run, role: str, number: int = signal.SIGKILL) -> Outcome:
+    """Kills one role and waits until it does again what it is there for."""
+    is_dead_server = role == "replay-server-0" and number == signal.SIGKILL
+    if is_dead_server:
+        run.await_status(time.time())  # train steps after this one are made without a server
+    outcome, before, since = _before(run, f"{signal.Signals(number).name} {role}")
+    pid, saved = run.pid(role), run.saved_items()
+    pending = set(before.get("pending_evaluations", []))
+    num_given_back = run.log("learner-0").count(GIVEN_BACK)
+    killed_at = time.time()
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+    if number == signal.SIGTERM:
+        await_(lambda: not is_alive(pid), f"end of {role}")
+        if time.monotonic() - since > STOP_SECS:
+            outcome.broken.append(f"stopped after {time.monotonic() - since:.0f} s, promised {STOP_SECS:.0f} s")
+    if is_dead_server:
+        said = _await_new_server(run, pid)
+        _judge_held(run, outcome, saved, since)
+        if run.has_mirror():
+            _judge_training_on(outcome, [before, *said], killed_at, run.configured("train.batch_size"))
+    await_(lambda: run.pid(role) not in (0, pid), f"new life of {role}")
+    if role == "learner-0":
+        after = run.await_training(killed_at)
+        first = re.search(r"restored .*ckpt-(\d+)", run.log(role))
+        held = re.search(r"(\d+) windows came back", run.log(role))
+        _judge_recovery(outcome, since)
+        _compare(run, outcome, before, after)
+        outcome.train_step_after = int(first[1]) if first else 0
+        if run.has_mirror() and before.get("replay"):
+            came_back = int(held[1]) if held else 0
+            outcome.transitions_lost = max(0, before["replay"]["held"] - came_back)
+            if outcome.transitions_lost > 0.01 * before["replay"]["held"]:
+                outcome.broken.append(f"only {came_back} of {before['replay']['held']} transitions came back")
+    elif role == "eval-actor-0":
+        await_(lambda: "ready to evaluate" in run.log(role), "eval actor that is ready")
+        # While train steps are faster than episodes snapshots queue up: the first result is progress, the rest is work.
+        due = pending & set(run.status().get("pending_evaluations", []))  # less what its last life had sent
+        done = _await_results(run, due, min(1, len(due)))
+        _judge_recovery(outcome, since)
+        if due - done:  # the one that died with its actor goes to the end of the queue
+            _await_results(run, due, len(due))
+        _compare(run, outcome, before, run.status())
+    else:
+        word = "serving replay" if role == "replay-server-0" else "acting with the collect policy"
+        await_(lambda: word in run.log(role), f"sign of life of {role}")
+        steps = run.status().get("environment_steps", 0)
+        await_(lambda: run.status().get("environment_steps", 0) > steps, "new environment steps")
+        _judge_recovery(outcome, since)
+        _compare(run, outcome, before, run.status())
+        if role == "replay-server-0" and run.has_mirror():
+            _await_return(run, outcome, num_given_back)
+    return outcome
+
+
+def _await_new_server(run: Run, pid: int) -> list[dict[str, Any]]:
+    """Returns what the learner said of itself until a replay server serves that is not process `pid`. Raises `Hang`."""
+    said: list[dict[str, Any]] = []
+
+    def serves() -> bool:
+        status = run.status()
+        if status and (not said or status["time"] > said[-1]["time"]):
+            said.append(status)
+        return run.pid("replay-server-0") not in (0, pid) and "serving replay" in run.log("replay-server-0")
+
+    await_(serves, "new life of replay-server-0")
+    return said
+
+
+def _judge_training_on(outcome: Outcome, said: Sequence[dict[str, Any]], killed_at: float, batch_size: int) -> None:
+    """The learner draws from its mirror: without its server it trains on, as far as samples per insert allow.
+
+    Args:
+      outcome: Gets what is found.
+      said: The learner's accounts of itself, from one just before the server's death to its return.
+      killed_at: When the server died, in unix seconds.
+      batch_size: Samples in a train step.
+    """
+    last = said[-1]
+    outcome.mirror_steps = last["train_step"] - said[0]["train_step"]
+    outcome.mirror_secs = max(0.0, (last["train_step_time"] or 0.0) - killed_at)
+    for status in said:
+        account = status["replay"]
+        is_allowed = account["ahead"] + account["error_buffer"] >= batch_size and not has_trained(status)
+        secs = status["time"] - max(killed_at, status["train_step_time"] or 0.0)
+        if is_allowed and secs > STANDSTILL_SECS:
+            outcome.broken.append(
+                f"stood still for {secs:.1f} s after its server's death, promised {STANDSTILL_SECS:.0f} s at most"
+            )
+            return
+
+
+def _judge_held(run: Run, outcome: Outcome, saved: dict[str, int], since: float) -> None:
+    """A server that serves again holds what its last checkpoint did."""
+    secs = time.monotonic() - since
+    held = run.held_items()
+    if saved:
+        outcome.held_again_secs = secs
+    if saved and secs > RECOVERY_SECS:
+        outcome.broken.append(f"held its checkpoint again after {secs:.0f} s, promised {RECOVERY_SECS:.0f} s")
+    for table, count in saved.items():
+        if held.get(table, 0) < count:
+            outcome.broken.append(f"holds {held.get(table, 0):,} of {count:,} items saved of '{table}'")
+
+
+def _survive(run: Run, fault: str, inject: Callable[[], None]) -> Outcome:
+    """Does something and sees whether training goes on, in the same processes."""
+    outcome, before, _ = _before(run, fault)
+    lives = {role: run.pid(role) for role in ROLES}
+    inject()
+    since = time.monotonic()
+    run.await_steps(500)
+    _judge_recovery(outcome, since)
+    _compare(run, outcome, before, run.status())
+    for role, pid in lives.items():
+        if run.pid(role) != pid or not is_alive(pid):
+            outcome.broken.append(f"{role} died")
+    return outcome
+
+
+def stall_role(run: Run, role: str) -> Outcome:
+    """Stops a role's process for a while, as a host that hangs does: nobody may give up, all go on."""
+
+    def inject() -> None:
+        pid = run.pid(role)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            time.sleep(STALL_SECS)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
+    return _survive(run, f"{role} stalls for {STALL_SECS:.0f} s", inject)
+
+
+def break_network(run: Run, how: str) -> Outcome:
+    """Breaks the wire between the replay server and all others for a while: the learner says that it waits, all go on.
+
+    "stalled": nothing arrives, and then all of it. "lost": nothing arrives, and then each connection is found dead.
+    "cut": each connection ends, and each new one at once.
+    """
+    wire = run.wire
+    assert wire is not None
+    has_said = False
+
+    def inject() -> None:
+        nonlocal has_said
+        broken_at, mended_at = time.time(), time.monotonic() + PARTITION_SECS
+        if how == "cut":
+            wire.cut()
+        else:
+            wire.stall()
+        try:
+            while time.monotonic() < mended_at:
+                status = run.status()
+                has_said |= status.get("phase") == "waiting" and status["time"] > broken_at + 1.0
+                time.sleep(0.1)
+            if how == "lost":
+                wire.cut()
+        finally:
+            wire.mend()
+
+    outcome = _survive(run, f"network {how} for {PARTITION_SECS:.0f} s", inject)
+    if not has_said:
+        outcome.broken.append("the learner did not say that it waits")
+    due = set(await_(lambda: run.status().get("pending_evaluations"), "evaluation under way"))
+    _await_results(run, due, 1)
+    return outcome
+
+
+def _await_results(run: Run, due: set[int], num_results: int) -> set[int]:
+    """Returns which evaluations of those `due` are done, once so many are. Raises `Hang`."""
+
+    def done() -> set[int]:
+        return due - set(run.status().get("pending_evaluations", []))
+
+    await_(lambda: len(done()) >= num_results, f"result of {num_results} of {len(due)} evaluations")
+    return done()
+
+
+def _await_return(run: Run, outcome: Outcome, num_given_back: int) -> None:
+    """Waits until the learner gave the server back what it lost, if it lives and trains for so long."""
+    learner = run.pid("learner-0")
+
+    def is_over() -> bool:
+        has_ended = run.pid("learner-0") != learner or run.status().get("phase") not in ("training", "waiting")
+        return has_ended or run.log("learner-0").count(GIVEN_BACK) > num_given_back
+
+    try:
+        await_(is_over, "replay that is given back", RECOVERY_SECS)
+    except Hang:
+        outcome.broken.append(f"not given back what it had lost within {RECOVERY_SECS:.0f} s")
+
+
+def _resume(run: Run, outcome: Outcome, before: dict[str, Any], within_secs: float = 120.0) -> None:
+    """Starts the launcher again and notes what came back."""
+    since, started_at = time.monotonic(), time.time()
+    run.start(MANY_ITERATIONS)
+    after = run.await_training(started_at)
+    secs = time.monotonic() - since
+    outcome.recovery_secs = secs
+    if secs > within_secs:
+        outcome.broken.append(f"resumed after {secs:.0f} s, expected {within_secs:.0f} s")
+    _compare(run, outcome, before, after)
+    first = re.search(r"restored .*ckpt-(\d+)", run.log("learner-0"))
+    held = re.search(r"(\d+) windows came back", run.log("learner-0"))
+    outcome.train_step_after = int(first[1]) if first else 0
+    if not outcome.train_step_after:
+        outcome.broken.append("began anew")
+    if run.has_mirror() and before.get("replay"):
+        outcome.transitions_lost = max(0, before["replay"]["held"] - (int(held[1]) if held else 0))
+
+
+def _judge_loss(run: Run, outcome: Outcome, before: dict[str, Any], killed_at: float) -> None:
+    """What was there `checkpoint_interval_secs` before a death of all, at `killed_at`, must be there again."""
+    saved_at = killed_at - run.configured("learner.checkpoint_interval_secs") - SAVE_SECS
+    points = [point for point in run.metrics("train") if point["time"] <= saved_at]
+    unsaved = before.get("environment_steps", 0) - (points[-1]["environment_steps"] if points else 0)
+    most = unsaved + 0.01 * before.get("replay", {}).get("held", 0)
+    if (outcome.transitions_lost or 0) > most:
+        outcome.broken.append(f"{outcome.transitions_lost:,} transitions lost, at most {most:,.0f} were not saved")
+
+
+def _await_no_process(run: Run, outcome: Outcome, secs: float) -> None:
+    try:
+        await_(lambda: not run.processes(), "end of all processes", secs)
+    except Hang:
+        outcome.broken.append(f"{len(run.processes())} processes left after {secs:.0f} s")
+        run.kill_processes()
+
+
+def kill_everything(run: Run, fault: str = "SIGKILL everything", *, roles: bool = True) -> Outcome:
+    """Kills the launcher and every role at once, as a power cut would, and starts again."""
+    outcome, before, _ = _before(run, fault)
+    killed_at = time.time()
+    assert run.launcher is not None
+    for pid in [run.launcher.pid, *([run.pid(role) for role in ROLES] if roles else [])]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    run.launcher.wait(PATIENCE_SECS)
+    _await_no_process(run, outcome, 5.0)
+    _resume(run, outcome, before)
+    _judge_loss(run, outcome, before, killed_at)
+    return outcome
+
+
+def kill_launcher(run: Run) -> Outcome:
+    """Kills the launcher alone: no role may outlive it."""
+    return kill_everything(run, "SIGKILL launcher", roles=False)
+
+
+def stop(run: Run, fault: str = "SIGTERM launcher", *, damage: Optional[Callable[[Outcome], None]] = None) -> Outcome:
+    """Stops the run, which saves; may do something to its files; and starts it again."""
+    outcome, before, since = _before(run, fault)
+    code = run.stop()
+    if time.monotonic() - since > STOP_SECS:
+        outcome.broken.append(f"stopped after {time.monotonic() - since:.0f} s, promised {STOP_SECS:.0f} s")
+    if code != 128 + signal.SIGTERM:
+        outcome.broken.append(f"exit code {code}")
+    _await_no_process(run, outcome, 1.0)
+    if damage:
+        damage(outcome)
+    _resume(run, outcome, before)
+    if not damage and (outcome.transitions_lost or 0) > 0.01 * before.get("replay", {}).get("held", 0):
+        outcome.broken.append(f"{outcome.transitions_lost:,} transitions were lost")
+    if not damage and (outcome.train_step_after or 0) < (outcome.train_step_before or 0):
+        outcome.broken.append("train steps were lost")
+    return outcome
+
+
+def stop_twice(run: Run) -> Outcome:
+    """A second signal stops at once."""
+    outcome, before, since = _before(run, "SIGTERM launcher twice")
+    killed_at = time.time()
+    assert run.launcher is not None
+    run.launcher.send_signal(signal.SIGTERM)
+    time.sleep(0.7)  # signals closer together count as one
+    run.launcher.send_signal(signal.SIGTERM)
+    run.wait(PATIENCE_SECS)
+    if time.monotonic() - since > 5.0:
+        outcome.broken.append(f"ended after {time.monotonic() - since:.0f} s")
+    _await_no_process(run, outcome, 1.0)
+    _resume(run, outcome, before)
+    _judge_loss(run, outcome, before, killed_at)
+    return outcome
+
+
+def damage_checkpoints(run: Run) -> Outcome:
+    """Overwrites bytes in the newest checkpoints of learner and replay: those before them must be taken."""
+    checkpoints = run.root_dir / "checkpoints"
+    newest: list[Path] = []
+
+    def damage(outcome: Outcome) -> None:
+        del outcome
+        index = max(checkpoints.glob("ckpt-*.index"), key=lambda path: path.stat().st_mtime)
+        learner = max(checkpoints.glob(f"{index.stem}.data-*"), key=lambda path: path.stat().st_size)  # the weights
+        replay = max(checkpoints.glob("replay/*-*/chunks.tfrecord"), key=lambda path: path.stat().st_mtime)
+        newest.extend((learner, replay.parent))
+        for path in (learner, replay):
+            content = bytearray(path.read_bytes())
+            middle = len(content) // 2
+            content[middle : middle + 64] = bytes(64)
+            path.write_bytes(content)
+
+    outcome = stop(run, "damaged checkpoints", damage=damage)
+    for role, path in zip(("learner-0", "replay-server-0"), newest):
+        name = path.name.partition(".data")[0]
+        if not re.search(rf"passing over .*{re.escape(name)}", run.log(role)):
+            outcome.broken.append(f"{role} did not say that it passed over {name}")
+    return outcome
+
+
+def send_garbage(run: Run) -> Outcome:
+    """Sends what is no gRPC to the port."""
+
+    def inject() -> None:
+        port = run.port()
+        assert port
+        for opening in (b"", b"GET / HTTP/1.1\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5.0) as connection:
+                connection.sendall(opening + random.Random(0).randbytes(1 << 16))
+
+    return _survive(run, "garbage to the port", inject)
+
+
+def insert_stray(run: Run) -> Outcome:
+    """Lets a client insert what does not fit the tables' signatures."""
+
+    def inject() -> None:
+        assert run.port()
+        command = [sys.executable, "-c", _STRAY, f"127.0.0.1:{run.port()}"]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECS)
+        (run.folder / "stray.log").write_text(ended.stdout + ended.stderr)
+
+    return _survive(run, "insert with a wrong signature", inject)
+
+
+def fill_disk(run: Run) -> Outcome:
+    """Lets the learner's next line of metrics meet a full disk: it must end with one clear error."""
+    metrics = run.root_dir / "metrics.jsonl"
+
+    def damage(outcome: Outcome) -> None:
+        kept = metrics.rename(run.folder / "metrics.kept")
+        metrics.symlink_to("/dev/full")
+        run.start(MANY_ITERATIONS)
+        code = run.wait(PATIENCE_SECS)
+        if code != 73 or "error: the disk is full" not in run.output():
+            outcome.broken.append(f"exit code {code}, expected 73 and an error that says so")
+        metrics.unlink()
+        kept.rename(metrics)
+        _await_no_process(run, outcome, 1.0)
+
+    return stop(run, "full disk", damage=damage)
+
+
+def await_end(run: Run, num_iterations: int) -> Outcome:
+    """Waits for the end of training and looks for what is missing and what was left."""
+    outcome = Outcome("the end", train_step_before=run.status().get("train_step"))
+    code = run.wait(END_SECS)
+    if code:
+        outcome.broken.append(f"exit code {code}")
+    _await_no_process(run, outcome, 2.0)
+    with contextlib.suppress(OSError, ValueError):
+        summary = json.loads((run.root_dir / "summary.json").read_text())
+        outcome.train_step_after = summary["train_steps"]
+        evaluated = [evaluation["train_step"] for evaluation in summary["evaluations"]]
+        due = {*range(0, num_iterations, run.configured("train.eval_interval") or num_iterations), num_iterations}
+        outcome.evaluations_lost = len(due - set(evaluated))
+        if outcome.evaluations_lost or len(evaluated) != len(set(evaluated)):
+            outcome.broken.append(f"evaluations of {sorted(due - set(evaluated))} are missing")
+    if outcome.train_step_after != num_iterations:
+        outcome.broken.append(f"no summary of {num_iterations} train steps")
+    outcome.ratio_error = _ratio_error(run.status())
+    outcome.broken += _find_miscounts(run, run.status())
+    left = [path.name for path in run.temporary.iterdir()]
+    left += [str(path) for path in run.root_dir.rglob("*") if path.name.endswith((".tmp", "_temp", ".new", ".old"))]
+    with socket.socket() as client:
+        if run.port() and not client.connect_ex(("localhost", run.port())):
+            outcome.broken.append(f"port {run.port()} is still open")
+    if left:
+        outcome.broken.append(f"{len(left)} files left behind: {', '.join(sorted(left)[:3])} ...")
+    return outcome
+
+
+FAULTS: dict[str, Callable[[Run], Outcome]] = {
+    "kill-learner": lambda run: kill_role(run, "learner-0"),
+    "kill-replay-server": lambda run: kill_role(run, "replay-server-0"),
+    "kill-collect-actor": lambda run: kill_role(run, "collect-actor-0"),
+    "kill-eval-actor": lambda run: kill_role(run, "eval-actor-0"),
+    "stop-learner": lambda run: kill_role(run, "learner-0", signal.SIGTERM),
+    "stop-replay-server": lambda run: kill_role(run, "replay-server-0", signal.SIGTERM),
+    "stop-collect-actor": lambda run: kill_role(run, "collect-actor-0", signal.SIGTERM),
+    "stop-eval-actor": lambda run: kill_role(run, "eval-actor-0", signal.SIGTERM),
+    "stall-learner": lambda run: stall_role(run, "learner-0"),
+    "stall-replay-server": lambda run: stall_role(run, "replay-server-0"),
+    "garbage": send_garbage,
+    "stray-insert": insert_stray,
+    "kill-launcher": kill_launcher,
+    "kill-everything": kill_everything,
+    "stop": stop,
+    "stop-twice": stop_twice,
+    "damage-checkpoints": damage_checkpoints,
+    "full-disk": fill_disk,
+    "stall-network": lambda run: break_network(run, "stalled"),
+    "lose-network": lambda run: break_network(run, "lost"),
+    "cut-network": lambda run: break_network(run, "cut"),
+}
+NETWORK_FAULTS = {name for name in FAULTS if name.endswith("-network")}

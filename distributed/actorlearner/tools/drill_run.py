@@ -1,0 +1,246 @@
+"""The run that a drill breaks: its launcher, what its roles say of themselves, and waiting for what they do.
+
+Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+from actorlearner.tools.tcp_wire import Wire
+
+ROLES = ("learner-0", "replay-server-0", "collect-actor-0", "eval-actor-0")
+PATIENCE_SECS = 300.0  # for anything to happen at all; then the drill has found a hang
+MANY_ITERATIONS = 1_000_000
+EVAL_INTERVAL = 2_000  # train steps
+
+# Small enough to be over soon, often enough saved to lose little.
+BINDINGS = (
+    f"train.eval_interval = {EVAL_INTERVAL}",
+    "train.log_interval = 500",
+    "train.num_eval_episodes = 3",
+    "train.policy_save_interval = 1_000_000_000",
+    "learner.checkpoint_interval_secs = 5.0",
+    "collect_actor.report_interval_secs = 0.5",
+    "replay_server.linger_secs = 3.0",
+)
+
+_PRCTL = ctypes.CDLL(None).prctl  # looked up here: little is safe between fork and exec
+
+
+def die_with_parent() -> None:
+    """For `preexec_fn`: however the drill ends, its launcher ends too, and what that started."""
+    _PRCTL(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+class Hang(Exception):
+    """Something that had to happen did not, within `PATIENCE_SECS`."""
+
+
+class Run:
+    """One run directory, and the launcher at work on it, if any."""
+
+    def __init__(self, experiment: str, folder: Path, gin_bindings: Sequence[str], seed: int):
+        self._experiment = experiment
+        self._bindings = [*BINDINGS, *gin_bindings]
+        self._seed = seed
+        self.folder = folder
+        self.root_dir = folder / "run"
+        self.temporary = folder / "tmp"
+        self.temporary.mkdir(parents=True)
+        self.mark = uuid.uuid4().hex
+        self.launcher: Optional[subprocess.Popen[bytes]] = None
+        self.wire: Optional[Wire] = None
+        self._output_path = folder / "launcher.log"
+
+    def evaluate_every(self, num_steps: int) -> None:
+        """Changes the drill's own setting, from the next start on; the user's stands."""
+        self._bindings.insert(len(BINDINGS), f"train.eval_interval = {num_steps}")
+
+    def start(self, num_iterations: int) -> None:
+        """Starts `actorlearner train` on the directory; returns at once."""
+        bindings = [*self._bindings, f"train.num_iterations = {num_iterations}"]
+        command = [
+            *(sys.executable, "-m", "actorlearner", "train", self._experiment),
+            *(f"--root_dir={self.root_dir}", f"--seed={self._seed}", "--num_video_episodes=0"),
+            *(f"--gin_bindings={binding}" for binding in bindings),
+        ]
+        if self.wire:
+            command.append(f"--via={self.wire.address}")
+        environment = {**os.environ, "ACTORLEARNER_DRILL": self.mark, "TMPDIR": str(self.temporary)}
+        with open(self._output_path, "ab") as output:
+            self.launcher = subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                start_new_session=True, preexec_fn=die_with_parent,
+            )  # fmt: skip
+
+    def output(self) -> str:
+        """Returns what all launchers so far have shown."""
+        return self._output_path.read_text(errors="replace")
+
+    def wait(self, secs: float) -> int:
+        """Returns the launcher's exit code. Raises `Hang`."""
+        assert self.launcher is not None
+        try:
+            return self.launcher.wait(secs)
+        except subprocess.TimeoutExpired:
+            raise Hang(f"the launcher did not end within {secs:.0f} s") from None
+
+    def status(self) -> dict[str, Any]:
+        """Returns the learner's last account of itself; empty when there is none."""
+        try:
+            return dict(json.loads((self.root_dir / "status.json").read_text()))
+        except (OSError, ValueError):
+            return {}
+
+    def configured(self, setting: str) -> int:
+        """Returns a whole number of the run's operative configuration; 0 when there is none yet."""
+        try:
+            lines = (self.root_dir / "operative_config.gin").read_text()
+        except OSError:
+            return 0
+        found = re.search(rf"^{re.escape(setting)} = (\d+)", lines, re.MULTILINE)
+        return int(found[1]) if found else 0
+
+    def metrics(self, kind: str) -> list[dict[str, Any]]:
+        """Returns the points of a kind in the run's metrics, the oldest first; a line under way is left out."""
+        points = []
+        with contextlib.suppress(OSError):
+            for line in (self.root_dir / "metrics.jsonl").read_text().splitlines():
+                with contextlib.suppress(ValueError):
+                    points.append(json.loads(line))
+        return [point for point in points if point["kind"] == kind]
+
+    def saved_items(self) -> dict[str, int]:
+        """Returns how many items the newest checkpoint of the replay holds of each table; empty before the first.
+
+        Queues are left out: they are read as soon as their server is there.
+        """
+        abouts = []
+        for path in (self.root_dir / "checkpoints" / "replay").glob("*/about.json"):
+            if re.fullmatch(r"\d+-\d+", path.parent.name):
+                with contextlib.suppress(FileNotFoundError):  # an older one, removed just now
+                    abouts.append(json.loads(path.read_text()))
+        if not abouts:
+            return {}
+        newest = max(abouts, key=lambda about: about["time"])
+        queues = {name for name, settings in newest["tables"].items() if settings["max_times_sampled"] == 1}
+        return {table: count for table, count in newest["items"].items() if table not in queues}
+
+    def held_items(self) -> dict[str, int]:
+        """Returns what the replay server's newest life held of each table when it began to serve."""
+        found = re.search(r"the replay holds (.*)", self.log("replay-server-0"))
+        counts = re.findall(r"([\d,]+) in '(\w+)'", found[1]) if found else []
+        return {table: int(count.replace(",", "")) for count, table in counts}
+
+    def has_mirror(self) -> bool:
+        """Returns whether the learner holds the replay, and can give it back to its server."""
+        try:
+            return "@resident_replay" in (self.root_dir / "operative_config.gin").read_text()
+        except OSError:
+            return False
+
+    def log(self, role: str) -> str:
+        """Returns what the newest life of a role has said."""
+        try:
+            return (self.root_dir / "logs" / f"{role}.log").read_text(errors="replace").rpartition("\n--- ")[2]
+        except OSError:
+            return ""
+
+    def pid(self, role: str) -> int:
+        """Returns the process id of a role's newest life; 0 before the first."""
+        match = re.match(r"(?:--- )?.* process (\d+): ", self.log(role))
+        return int(match[1]) if match else 0
+
+    def port(self) -> int:
+        """Returns the port of the replay server's newest life; 0 as long as it does not listen."""
+        match = re.search(r"serving replay and variables on port (\d+)", self.log("replay-server-0"))
+        return int(match[1]) if match else 0
+
+    def processes(self) -> list[int]:
+        """Returns every living process that came from this drill's launchers."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError, ValueError):
+                if self.mark.encode() in (entry / "environ").read_bytes():
+                    found.append(int(entry.name))
+        return found
+
+    def await_status(self, since: float) -> dict[str, Any]:
+        """Returns the learner's first account of itself after `since` (unix seconds), or its last. Raises `Hang`."""
+
+        def newest() -> Optional[dict[str, Any]]:
+            status = self.status()
+            return status if status.get("time", 0.0) > since or has_trained(status) else None
+
+        return dict(await_(newest, "status of the learner"))
+
+    def await_training(self, since: float, first_step: Optional[int] = None) -> dict[str, Any]:
+        """Returns the status once a learner's life begun after `since` (unix seconds) trains. Raises `Hang`."""
+        first: dict[int, int] = {}
+
+        def trains() -> Optional[dict[str, Any]]:
+            status = self.status()
+            if status.get("time", 0.0) <= since or status.get("process") != self.pid("learner-0"):
+                return None
+            begun_at = first.setdefault(status["process"], status["train_step"])
+            is_training = status["train_step"] > begun_at and status["phase"] == "training"
+            return status if is_training or status["phase"] in ("final evaluation", "reporting") else None
+
+        return await_(trains, "training")
+
+    def await_steps(self, num_steps: int) -> None:
+        """Waits for more train steps than so many. Raises `Hang`."""
+        self.await_step(self.status().get("train_step", 0) + num_steps + 1)
+
+    def await_step(self, step: int) -> None:
+        """Waits for a train step. Raises `Hang`."""
+        await_(lambda: self.status().get("train_step", 0) >= step, f"train step {step:,}")
+
+    def stop(self) -> int:
+        """Stops the launcher, which saves, and returns its exit code. Raises `Hang`."""
+        assert self.launcher is not None
+        self.launcher.send_signal(signal.SIGTERM)
+        return self.wait(PATIENCE_SECS)
+
+    def kill_processes(self) -> None:
+        """Kills every living process that came from this drill's launchers."""
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def await_(condition: Callable[[], Any], what: str, secs: float = PATIENCE_SECS) -> Any:
+    """Returns the first true result of `condition`. Raises `Hang` after `secs` seconds."""
+    deadline = time.monotonic() + secs
+    while time.monotonic() < deadline:
+        result = condition()
+        if result:
+            return result
+        time.sleep(0.05)
+    raise Hang(f"no {what} within {secs:.0f} s")
+
+
+def has_trained(status: dict[str, Any]) -> bool:
+    """Returns whether an account of the learner says that training is over."""
+    return status.get("phase", "waiting") not in ("training", "waiting")
+
+
+def is_alive(pid: int) -> bool:
+    """Returns whether a process lives; one that ended and was not awaited does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
