@@ -20,25 +20,40 @@ from actorlearner.runtime.tls_tunnel import reach
 
 EXPERIENCE_TABLE = "experience"
 
+ANSWER_SECS = 5.0
+"""Within this time a server says how its table stands."""
+
 MAX_PASSES = 3
 """So often a restarted server is looked through for what it lacks."""
+
+CLOCK_SLACK_SECS = 2.0
+"""So much later a server must have begun to be taken for another one: clocks are set. Starting one takes longer."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Life:
-    """One process's life as a replay server, as far as it tells. Ages are by its machine's clock, which may be set."""
+    """One process's life as a replay server, as far as it tells."""
 
     began_after: float  # both in seconds of this machine's monotonic clock
     began_before: float
     num_inserted: int  # items, so far
 
     @classmethod
-    def read(cls, address: str) -> tuple[Life, Any]:
-        """Returns the life of the server that answers there, and its durable table's info. Raises `Unreachable`."""
-        asked_at = time.monotonic()
-        table = read_server_info(address, timeout_secs=5).get(EXPERIENCE_TABLE)
-        if table is None:
-            raise Unreachable(f"the server at {address} has no table '{EXPERIENCE_TABLE}'")
+    def read(cls, address: str, timeout_secs: float = ANSWER_SECS) -> tuple[Life, Any]:
+        """Returns the life of the server that answers there, and its durable table's info.
+
+        Blocks at most twice `timeout_secs`.
+
+        Raises:
+          Unreachable: It does not answer, or has no such table.
+        """
+        for _ in range(2):  # the answer to the first may wait for a connection, and say little of when it was given
+            asked_at = time.monotonic()
+            table: Any = read_server_info(address, timeout_secs).get(EXPERIENCE_TABLE)
+            if table is None:
+                raise Unreachable(f"the server at {address} has no table '{EXPERIENCE_TABLE}'")
+            if time.monotonic() - asked_at < CLOCK_SLACK_SECS / 4:
+                break
         # A worker's time in each of its states, the present one too: together its age.
         age_secs = sum(millis for _, millis in table.table_worker_time.ListFields()) / 1000
         life = cls(asked_at - age_secs, time.monotonic() - age_secs, table.rate_limiter_info.insert_stats.completed)
@@ -46,7 +61,7 @@ class Life:
 
     def has_ended(self, now: Life) -> bool:
         """Returns whether `now`, read later, is another life: it began later, or counts fewer inserts."""
-        return now.began_after > self.began_before + 2.0 or now.num_inserted < self.num_inserted
+        return now.began_after > self.began_before + CLOCK_SLACK_SECS or now.num_inserted < self.num_inserted
 
 
 def read_chunks(
@@ -58,7 +73,8 @@ def read_chunks(
 ) -> dict[int, Any]:
     """Returns every chunk of a server's table by its number, or None unless `has_data`; in no order.
 
-    Sampled, as Reverb lists none: about ten times the table comes over the network. Blocks for that long.
+    Sampled, as Reverb lists none: about ten times the table comes over the network. Blocks for that long. What comes in
+    meanwhile may be left out. Of a server that is restarted meanwhile the result has what both lives held.
 
     Args:
       address: The server's.
@@ -67,17 +83,18 @@ def read_chunks(
       has_data: Whether the chunks are kept, or their numbers alone.
 
     Raises:
-      Unreachable: The server does not answer, went away, was silent for too long, or has no such table.
+      Unreachable: The server does not answer, went away, was silent for too long, or has no such table; or it was
+        restarted, unless `has_data`: the numbers are those that are there now.
     """
     client = reverb.Client(reach(address))
     chunks: dict[int, Any] = {}
     keys: set[int] = set()
     misfits: set[int] = set()  # of strangers: Reverb's server takes what its client did not check
     life, table = Life.read(address)
-    num_draws, size = 0, table.current_size
+    num_draws = 0
     # Drawing n of n with replacement takes about n ln n draws; the bound leaves room and ends if others write. The
     # client's own sampler is ten times as fast as a dataset here.
-    while len(keys) < size and num_draws < size * (np.log(size) + 8):
+    while size := table.current_size:
         samples = client.sample(EXPERIENCE_TABLE, num_samples=size, emit_timesteps=False)
         for sample in _each_sample(samples, address, silent_secs):
             on_chunk()
@@ -90,10 +107,14 @@ def read_chunks(
             chunk = tree.unflatten_as(table.signature, sample.data)
             chunks.setdefault(int(chunk["chunk"]), chunk if has_data else None)
         num_draws += size
-        now, table = Life.read(address)
-        if life.has_ended(now):  # Reverb's sampler goes on with the next one, which holds less
-            raise Unreachable(f"the server at {address} was restarted while its table '{EXPERIENCE_TABLE}' was read")
-        size = table.current_size
+        now, table = Life.read(address, silent_secs)
+        if life.has_ended(now):  # Reverb's sampler goes on with the next one, unasked
+            if not has_data:
+                raise Unreachable(f"the server at {address} was restarted while '{EXPERIENCE_TABLE}' was read")
+            keys.clear()  # else those of the dead one would count for this one's
+            num_draws, life = 0, now
+        elif len(keys) >= size or num_draws >= size * (np.log(size) + 8):
+            break
     if misfits:
         logging.warning(
             "%d items in the table '%s' at %s are not this experiment's and are left out: some other client "
@@ -141,6 +162,8 @@ class Losses:
     def may_be(self) -> bool:
         """Returns whether something may be lost, until it is made up for; never at the first look.
 
+        Blocks at most twice `ANSWER_SECS`.
+
         Raises:
           Unreachable: The server does not answer.
         """
@@ -150,25 +173,32 @@ class Losses:
         self._seen = now
         if self._made_up_for is not None and self._made_up_for.has_ended(now):
             return True
-        self.forget()
+        self._forget()
         return False
 
-    def note_pass(self, num_given: int) -> None:
-        """The table was looked through, and lacked and was given `num_given` chunks.
+    def note_pass(self, num_given: int, timeout_secs: float) -> None:
+        """Counts a look through the table: nothing is lost any more when it lacked none, or with the last look.
+
+        Blocks at most twice `timeout_secs`.
+
+        Args:
+          num_given: The chunks that the table lacked and was given.
+          timeout_secs: So long the server may be silent.
 
         Raises:
-          Unreachable: Not the life that was seen last: what was given to that may be lost.
+          Unreachable: It does not answer, or was restarted since `may_be`: what was given to it is lost again.
         """
         assert self._seen is not None, "note_pass before may_be"
-        if self._seen.has_ended(Life.read(self._address)[0]):
+        now, _ = Life.read(self._address, timeout_secs)
+        if self._seen.has_ended(now):
             raise Unreachable(f"the server at {self._address} was restarted while it was given back what it lacked")
         self._num_passes += 1
         # What came from the server's last life may be taken in meanwhile, so once more; others write there as well, so
         # not for ever.
         if not num_given or self._num_passes == MAX_PASSES:
-            self.forget()
+            self._forget()
 
-    def forget(self) -> None:
+    def _forget(self) -> None:
         """Nothing that was lost until the last look is missing any more."""
         self._made_up_for, self._num_passes = self._seen, 0
 

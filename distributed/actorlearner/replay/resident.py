@@ -580,12 +580,13 @@ class ResidentSource:
                 may_be_lost = losses.may_be()
             except (Unreachable, reverb.errors.ReverbError, RuntimeError) as error:
                 logging.debug("looking after the replay server at %s: %s", address, error)
-                continue
+                may_be_lost = False
             if not may_be_lost:
+                wait_secs, retry_secs = LOOK_FOR_LOSSES_SECS, FIRST_RETRY_SECS
                 continue
             try:
                 num_given = self._give_back(address)
-                losses.note_pass(num_given)
+                losses.note_pass(num_given, SAVING_SECS)
             except Exception as error:  # it has what its last checkpoint held; no reason to end training
                 wait_secs, retry_secs = retry_secs, min(MAX_RETRY_SECS, 2 * retry_secs)
                 is_expected = isinstance(error, (Unreachable, reverb.errors.ReverbError, RuntimeError))
