@@ -39,17 +39,17 @@ class Life:
     num_inserted: int  # items, so far
 
     @classmethod
-    def read(cls, address: str, timeout_secs: float = ANSWER_SECS) -> tuple[Life, Any]:
+    def read(cls, address: str) -> tuple[Life, Any]:
         """Returns the life of the server that answers there, and its durable table's info.
 
-        Blocks at most twice `timeout_secs`.
+        Blocks at most twice `ANSWER_SECS`.
 
         Raises:
           Unreachable: It does not answer, or has no such table.
         """
         for _ in range(2):  # the answer to the first may wait for a connection, and say little of when it was given
             asked_at = time.monotonic()
-            table: Any = read_server_info(address, timeout_secs).get(EXPERIENCE_TABLE)
+            table: Any = read_server_info(address, ANSWER_SECS).get(EXPERIENCE_TABLE)
             if table is None:
                 raise Unreachable(f"the server at {address} has no table '{EXPERIENCE_TABLE}'")
             if time.monotonic() - asked_at < CLOCK_SLACK_SECS / 4:
@@ -70,30 +70,32 @@ def read_chunks(
     silent_secs: float,
     on_chunk: Callable[[], object] = lambda: None,
     has_data: bool = True,
+    into: Optional[dict[int, Any]] = None,
 ) -> dict[int, Any]:
-    """Returns every chunk of a server's table by its number, or None unless `has_data`; in no order.
+    """Returns the chunks of a server's table by number, or None for each unless `has_data`; in no order.
 
-    Sampled, as Reverb lists none: about ten times the table comes over the network. Blocks for that long. What comes in
-    meanwhile may be left out. Of a server that is restarted meanwhile the result has what both lives held.
+    As many may be left out as come in meanwhile. Sampled, as Reverb lists none: about ten times the table comes over
+    the network. Blocks for that long.
 
     Args:
       address: The server's.
       silent_secs: So long it may hand out nothing; it hands out nothing while it saves a checkpoint.
       on_chunk: Called for each sample; what it raises ends the reading.
       has_data: Whether the chunks are kept, or their numbers alone.
+      into: What was read before, which is added to and returned; what was read is there also after an error.
 
     Raises:
-      Unreachable: The server does not answer, went away, was silent for too long, or has no such table; or it was
-        restarted, unless `has_data`: the numbers are those that are there now.
+      Unreachable: The server does not answer, went away, was silent for too long, was restarted meanwhile, or has no
+        such table.
     """
     client = reverb.Client(reach(address))
-    chunks: dict[int, Any] = {}
+    chunks: dict[int, Any] = {} if into is None else into
     keys: set[int] = set()
     misfits: set[int] = set()  # of strangers: Reverb's server takes what its client did not check
     life, table = Life.read(address)
-    num_draws = 0
-    # Drawing n of n with replacement takes about n ln n draws; the bound leaves room and ends if others write. The
-    # client's own sampler is ten times as fast as a dataset here.
+    # Drawing n of n with replacement takes about n ln n draws; the bound leaves room, and ends it though others write.
+    # The client's own sampler is ten times as fast as a dataset here.
+    num_draws, most_draws = 0, table.current_size * (np.log(max(1, table.current_size)) + 8)
     while size := table.current_size:
         samples = client.sample(EXPERIENCE_TABLE, num_samples=size, emit_timesteps=False)
         for sample in _each_sample(samples, address, silent_secs):
@@ -107,13 +109,10 @@ def read_chunks(
             chunk = tree.unflatten_as(table.signature, sample.data)
             chunks.setdefault(int(chunk["chunk"]), chunk if has_data else None)
         num_draws += size
-        now, table = Life.read(address, silent_secs)
+        now, table = Life.read(address)
         if life.has_ended(now):  # Reverb's sampler goes on with the next one, unasked
-            if not has_data:
-                raise Unreachable(f"the server at {address} was restarted while '{EXPERIENCE_TABLE}' was read")
-            keys.clear()  # else those of the dead one would count for this one's
-            num_draws, life = 0, now
-        elif len(keys) >= size or num_draws >= size * (np.log(size) + 8):
+            raise Unreachable(f"the server at {address} was restarted while '{EXPERIENCE_TABLE}' was read")
+        if len(keys) >= size or num_draws >= most_draws:
             break
     if misfits:
         logging.warning(
@@ -176,20 +175,19 @@ class Losses:
         self._forget()
         return False
 
-    def note_pass(self, num_given: int, timeout_secs: float) -> None:
+    def note_pass(self, num_given: int) -> None:
         """Counts a look through the table: nothing is lost any more when it lacked none, or with the last look.
 
-        Blocks at most twice `timeout_secs`.
+        Blocks at most twice `ANSWER_SECS`.
 
         Args:
           num_given: The chunks that the table lacked and was given.
-          timeout_secs: So long the server may be silent.
 
         Raises:
           Unreachable: It does not answer, or was restarted since `may_be`: what was given to it is lost again.
         """
         assert self._seen is not None, "note_pass before may_be"
-        now, _ = Life.read(self._address, timeout_secs)
+        now, _ = Life.read(self._address)
         if self._seen.has_ended(now):
             raise Unreachable(f"the server at {self._address} was restarted while it was given back what it lacked")
         self._num_passes += 1

@@ -377,6 +377,8 @@ class ResidentSource:
         self._known_chunks: dict[int, bool] = {}  # counted as inserts, oldest first: whether they were written too
         self._counted_before = 0  # what servers bring back with lower numbers is counted as inserts, known or not
         self._losses: dict[str, Losses] = {}  # by address
+        # By address, what was read of a server that went away meanwhile: the next one may not have it any more.
+        self._half_read: dict[str, dict[int, Any]] = {}
         self._places: dict[int, Place] = {}  # of the chunks in the mirrors, by number, oldest first
         self._changed = threading.Condition()  # guards the counts, the chunks known, and their places
         # Mirrors have one writer at a time, and what it took counts for the next. Held for moments, as others wait.
@@ -417,8 +419,6 @@ class ResidentSource:
         def start_reading(address: str) -> None:
             arguments = (address, address in were_read)
             threading.Thread(target=self._read, args=arguments, name=f"ingest {address}", daemon=True).start()
-            name = f"ingest losses {address}"
-            threading.Thread(target=self._look_after, args=(address,), name=name, daemon=True).start()
 
         self._servers.for_each(start_reading)
 
@@ -531,11 +531,16 @@ class ResidentSource:
 
     def _read(self, address: str, was_read: bool) -> None:
         """Takes in what the server at `address` holds, unless that `was_read`, and from then on what it is sent."""
+        is_looked_after = False
         while not self._closing:
             try:
                 if not was_read:
                     self._take_in_late(address)
                     was_read = True
+                if not is_looked_after:  # only now: what is not taken in yet cannot be given back
+                    name = f"ingest losses {address}"
+                    threading.Thread(target=self._look_after, args=(address,), name=name, daemon=True).start()
+                    is_looked_after = True
                 for sample in self._read_queue(address):
                     chunk = tree.map_structure(lambda tensor: tensor.numpy(), sample.data)
                     if is_chunk(tree.flatten(chunk), sample.data):
@@ -556,7 +561,7 @@ class ResidentSource:
 
     def _take_in_late(self, address: str) -> None:
         self._losses_at(address).may_be()
-        chunks = read_chunks(address, silent_secs=SAVING_SECS)
+        chunks = self._read_whole(address, silent_secs=SAVING_SECS)
         num_new = sum(self._stage(chunks[number], address, make_room=self._await_reveal) for number in sorted(chunks))
         if chunks and not self._closing:
             logging.info(
@@ -565,6 +570,12 @@ class ResidentSource:
                 address,
                 num_new,
             )
+
+    def _read_whole(self, address: str, **settings: Any) -> dict[int, Any]:
+        """Returns a server's chunks, with those of readings that failed. Settings and errors are `read_chunks`'s."""
+        chunks = read_chunks(address, into=self._half_read.setdefault(address, {}), **settings)
+        del self._half_read[address]
+        return chunks
 
     def _losses_at(self, address: str) -> Losses:
         return self._losses.setdefault(address, Losses(address))
@@ -580,13 +591,13 @@ class ResidentSource:
                 may_be_lost = losses.may_be()
             except (Unreachable, reverb.errors.ReverbError, RuntimeError) as error:
                 logging.debug("looking after the replay server at %s: %s", address, error)
-                may_be_lost = False
+                may_be_lost = False  # as far as one knows; asked again when it is back
             if not may_be_lost:
                 wait_secs, retry_secs = LOOK_FOR_LOSSES_SECS, FIRST_RETRY_SECS
                 continue
             try:
                 num_given = self._give_back(address)
-                losses.note_pass(num_given, SAVING_SECS)
+                losses.note_pass(num_given)
             except Exception as error:  # it has what its last checkpoint held; no reason to end training
                 wait_secs, retry_secs = retry_secs, min(MAX_RETRY_SECS, 2 * retry_secs)
                 is_expected = isinstance(error, (Unreachable, reverb.errors.ReverbError, RuntimeError))
@@ -715,7 +726,7 @@ class ResidentSource:
                 if address in away:
                     raise Unreachable(f"no Reverb server answers at {address}")
                 self._losses_at(address).may_be()
-                read = read_chunks(address, silent_secs=RESTORE_SILENT_SECS, on_chunk=on_progress)
+                read = self._read_whole(address, silent_secs=RESTORE_SILENT_SECS, on_chunk=on_progress)
                 chunks.update((number, (address, chunk)) for number, chunk in read.items())
                 were_read.append(address)
             except Unreachable as error:
