@@ -1,7 +1,8 @@
 """Hours of dqn_cartpole at full speed: does the learner slow down, does a role's memory grow?
 
-Not part of the default: `actorlearner bench --only endurance --minutes=120`. Nothing is paired: the reference is the
-second minute of the same run, and for memory the end of its first quarter, when the replay is full.
+Not part of the default: `actorlearner bench --only endurance --minutes=120`. The reference is the second minute of the
+same run, and for memory the end of its first quarter, when the replay is full. A machine that others use as well is not
+as fast two hours later: so the end of the run is also held against the beginning of one that is started right after.
 """
 
 from __future__ import annotations
@@ -17,16 +18,15 @@ from benchmarks.measuring import Figures, Measure, Settings, Side, run_program
 from benchmarks.results import Row
 
 SAMPLE_SECS = 5.0
+NUM_WINDOWS = 5  # at the end of the run, and in the one after it
 
 
 def compare(settings: Settings) -> Sequence[Row]:
-    """Returns a row for the learner's rate and one for each role's resident memory."""
+    """Returns two rows for the learner's rate and one for each role's resident memory."""
     secs = 60.0 * settings.minutes
-    with contextlib.closing(Side("endurance", settings, ("endurance", "cartpole"))) as side:
-        settings.say(f"endurance: {settings.minutes:g} minutes of dqn_cartpole")
-        side.await_ready()
-        samples = side.measure(window_secs=secs)["samples"]
-    minute = min(60.0, secs / 4)
+    minute, window = min(60.0, secs / 4), min(60.0, secs / (2 * NUM_WINDOWS))
+    samples = _run("endurance", settings, secs)
+    anew = _run("endurance-anew", settings, (NUM_WINDOWS + 1) * window)
     rate_row = Row(
         "endurance-rate",
         f"learner's rate in the last minute of {settings.minutes:g}, CartPole at full speed",
@@ -37,7 +37,25 @@ def compare(settings: Settings) -> Sequence[Row]:
         [rate_between(samples, minute, 2 * minute)],
         details={"samples": samples},
     )
-    return [rate_row, *(_memory_row(role, samples, secs) for role in samples[0]["resident_mb"])]
+    anew_row = Row(
+        "endurance-rate-anew",
+        f"learner's rate in the last {NUM_WINDOWS * window / 60:g} minutes of {settings.minutes:g}",
+        f"a run started right after, {NUM_WINDOWS * window / 60:g} minutes, its first {window:.0f} s left out",
+        "updates/s",
+        0.95,
+        [rate_between(samples, secs - (n + 1) * window, secs - n * window) for n in range(NUM_WINDOWS)],
+        [rate_between(anew, (n + 1) * window, (n + 2) * window) for n in range(NUM_WINDOWS)],
+        details={"samples": anew},
+    )
+    return [rate_row, anew_row, *(_memory_row(role, samples, secs) for role in samples[0]["resident_mb"])]
+
+
+def _run(name: str, settings: Settings, secs: float) -> Sequence[Figures]:
+    with contextlib.closing(Side(name, settings, ("endurance", "cartpole"))) as side:
+        settings.say(f"{name}: {secs / 60:g} minutes of dqn_cartpole")
+        side.await_ready()
+        samples: Sequence[Figures] = side.measure(window_secs=secs)["samples"]
+    return samples
 
 
 def _memory_row(role: str, samples: Sequence[Figures], secs: float) -> Row:
