@@ -124,7 +124,7 @@ def _row(report: Any) -> dict[str, Any]:
 
 
 def _take(address: str, table: str, kind: type, timeout_secs: float) -> Sequence[Any]:
-    rows = messages.take(address, table, _signature(kind), max_rows=1_000, timeout_secs=timeout_secs)
+    rows = messages.take_all(address, table, _signature(kind), max_rows=1_000, timeout_secs=timeout_secs)
     return [kind(**{name: value.item() for name, value in row.items()}) for row in rows]
 
 
@@ -214,17 +214,17 @@ class NewestReport:
 
 
 def take_evaluation_results(address: str, timeout_secs: float = 5.0) -> Sequence[EvaluationResult]:
-    """Returns the results that arrived since the last call. Blocks and raises as `messages.take`."""
+    """Returns the results that arrived since the last call. Blocks and raises as `messages.take_all`."""
     return _take(address, EVALUATIONS_DONE_TABLE, EvaluationResult, timeout_secs)
 
 
 def take_evaluation_progress(address: str, timeout_secs: float = 5.0) -> Sequence[EvaluationProgress]:
-    """Returns the signs of life that arrived since the last call. Blocks and raises as `messages.take`."""
+    """Returns the signs of life that arrived since the last call. Blocks and raises as `messages.take_all`."""
     return _take(address, EVALUATIONS_PROGRESS_TABLE, EvaluationProgress, timeout_secs)
 
 
 def take_collect_reports(address: str, timeout_secs: float = 5.0) -> Sequence[CollectReport]:
-    """Returns the reports that arrived since the last call. Blocks and raises as `messages.take`."""
+    """Returns the reports that arrived since the last call. Blocks and raises as `messages.take_all`."""
     return _take(address, COLLECT_REPORTS_TABLE, CollectReport, timeout_secs)
 
 
@@ -244,8 +244,8 @@ def leave_last_words(address: str, words: LastWords, timeout_secs: float = 2.0) 
 
 
 def take_last_words(address: str, timeout_secs: float = 5.0) -> Sequence[LastWords]:
-    """Returns those that arrived since the last call, without strangers' rows. Blocks and raises as `messages.take`."""
-    rows = messages.take(address, LAST_WORDS_TABLE, _WORDS_SIGNATURE, max_rows=1_000, timeout_secs=timeout_secs)
+    """Returns those that arrived since the last call, no strangers' rows. Blocks and raises as `messages.take_all`."""
+    rows = messages.take_all(address, LAST_WORDS_TABLE, _WORDS_SIGNATURE, max_rows=1_000, timeout_secs=timeout_secs)
     found = []
     for row in rows:
         try:
