@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import dataclasses
 import itertools
 import logging
+import pickle
 import subprocess
 import sys
 import threading
@@ -26,7 +28,7 @@ from actorlearner.replay.resident import STREAM_TABLE, ResidentReplay
 from actorlearner.replay.servers import ReplayServers
 from actorlearner.runtime.lifecycle import RoleError, Stopped
 from actorlearner.runtime.messages import Unreachable
-from tests.replay.episodes import RANDOM, columns, episode, flush, held_windows, sample
+from tests.replay.episodes import RANDOM, as_chunk, columns, episode, flush, held_windows, sample
 
 
 def write(sink, *lanes, acted_at=RANDOM, crashes=()):
@@ -388,26 +390,25 @@ def test_a_server_that_began_anew_is_noticed_though_it_counts_more_inserts(serve
 
 
 SERVE_WHEN_TOLD = """
-import sys
+import base64, pickle, sys
 import reverb
-import tensorflow as tf
+signatures = pickle.loads(base64.b64decode(sys.argv[1]))
 port = int(sys.stdin.readline()) or None
-signature = {name: tf.TensorSpec(None, dtype) for name, dtype in (("chunk", tf.int64), ("ends_run", tf.bool),
-             ("acted_at", tf.int64), ("length", tf.int64), ("step", tf.float32))}
-table = reverb.Table("experience", reverb.selectors.Uniform(), reverb.selectors.Fifo(), 1_000,
-                     reverb.rate_limiters.MinSize(1), signature=signature)
-server = reverb.Server([table], port=port)
+table = reverb.Table("experience", reverb.selectors.Uniform(), reverb.selectors.Fifo(), 2_000,
+                     reverb.rate_limiters.MinSize(1), signature=signatures["experience"])
+server = reverb.Server([table, reverb.Table.queue("stream", 1_000, signature=signatures["stream"])], port=port)
 print(server.port, flush=True)
 server.wait()
 """
 
 
 @pytest.fixture
-def lives():
+def lives(replay, spec):
     """Two servers' processes; `serve_in(life, port)` has one serve, on any port that is free by default."""
+    signatures = base64.b64encode(pickle.dumps(replay.table_signatures(spec))).decode()
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", SERVE_WHEN_TOLD],
+            [sys.executable, "-c", SERVE_WHEN_TOLD, signatures],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -437,21 +438,24 @@ def serve_in(life, port=0):
 
 
 def fill(address, numbers):
-    rows = {"ends_run": np.zeros((1, 2), bool), "acted_at": np.zeros(2, np.int64), "step": np.zeros((1, 2), np.float32)}
-    chunks = ({"chunk": np.int64(number), "length": np.int64(2), **rows} for number in numbers)
+    """Writes a chunk of one window for each number."""
+    chunks = ({"chunk": np.int64(number), **as_chunk(episode(number, 1))} for number in numbers)
     with contextlib.closing(ChunkWriter(address)) as writer:
         while some := list(itertools.islice(chunks, 100)):  # Reverb warns of more
             writer.write(some, timeout_secs=30.0)
 
 
-def test_a_server_that_is_restarted_while_its_table_is_read_is_read_again_and_what_was_read_is_kept(lives, monkeypatch):
-    """Reverb's sampler goes on with the next server: what the dead one held seems to be there, and would be lost."""
+OLD, NEW = set(range(500)), set(range(500, 1_001))  # more than before: only its age tells that a server began anew
+
+
+@pytest.fixture
+def served(lives, monkeypatch):
+    """A server's address, and what restarts it with other chunks the first time it is called."""
     monkeypatch.setattr(durable_table, "CLOCK_SLACK_SECS", 0.5)
     port = serve_in(lives[0])
     address, began_by = f"127.0.0.1:{port}", time.monotonic()
-    old, new = set(range(500)), set(range(500, 1_001))  # more than before: only its age tells
-    fill(address, old)
-    assert read_chunks(address, silent_secs=30).keys() == old
+    fill(address, OLD)
+    assert read_chunks(address, silent_secs=30).keys() == OLD
     time.sleep(max(0.0, began_by + 2.0 - time.monotonic()))  # its life
 
     def restart():
@@ -459,15 +463,34 @@ def test_a_server_that_is_restarted_while_its_table_is_read_is_read_again_and_wh
             lives[0].kill()
             lives[0].wait()
             serve_in(lives[1], port)
-            fill(address, new)
+            fill(address, NEW)
 
+    return address, restart
+
+
+def test_a_server_that_is_restarted_while_its_table_is_read_is_read_again_and_what_was_read_is_kept(served):
+    """Reverb's sampler goes on with the next server: what the dead one held seems to be there, and would be lost."""
+    address, restart = served
     chunks: dict[int, Any] = {}
     with pytest.raises(Unreachable, match="was restarted while 'experience' was read"):
         read_chunks(address, silent_secs=30, on_chunk=restart, into=chunks)
-    had = chunks.keys() & old
+    had = chunks.keys() & OLD
     assert had
-    assert read_chunks(address, silent_secs=30, into=chunks).keys() == had | new
-    assert read_chunks(address, silent_secs=30, has_data=False).keys() == new
+    assert read_chunks(address, silent_secs=30, into=chunks).keys() == had | NEW
+    assert read_chunks(address, silent_secs=30, has_data=False).keys() == NEW
+
+
+def test_a_learner_keeps_what_it_read_of_a_server_that_was_restarted_while_it_was_filled(served, spec):
+    """It may be the only copy: the next server holds its last checkpoint, and the learner before this one is dead."""
+    address, restart = served
+    source = make_source(ResidentReplay(replay_buffer_capacity=2_000, chunk_length=2), address, spec)
+    with pytest.raises(Unreachable, match="was restarted while 'experience' was read"):
+        source.restore({}, restart)
+    source.restore({})
+    kept, came = source._places.keys() & OLD, source._places.keys() & NEW
+    assert kept and came == NEW
+    assert len(held_windows(source._mirrors[0], 40_000)) == source.account()["held"] == len(kept) + len(NEW)
+    source.close()
 
 
 def test_a_table_is_read_to_its_end_though_actors_write_on(serve, spec):
