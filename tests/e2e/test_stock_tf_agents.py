@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from tests.e2e.processes import START_SECS, TINY, Process, Processes, bind
 
 TABLE = "uniform_table"
 NUM_STEPS = 2
+NUM_STRAYS = 20  # of about 200 items: hardly a batch is without one
 SERVER_SAMPLED = (
     *TINY,
     "experiment.replay = @uniform_replay()",
@@ -52,13 +54,18 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
 
 @pytest.fixture(scope="module")
 def learner_side(started: Processes, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Process, Path]:
-    """A replay server and a learner, with nobody of ours collecting."""
+    """A replay server and a learner, with nobody of ours collecting; a stranger has inserted what does not fit."""
     address = f"localhost:{find_free_port()}"
     root_dir = tmp_path_factory.mktemp("learner")
     flags = [f"--replay_address={address}", *bind(*SERVER_SAMPLED)]
     server = started.start("replay-server", "dqn_cartpole", *flags)
     learner = started.start("learner", "dqn_cartpole", f"--root_dir={root_dir}", "--num_video_episodes=0", *flags)
     server.await_line("serving")
+    with reverb.Client(address).trajectory_writer(num_keep_alive_refs=1, validate_items=False) as stranger:
+        stranger.append({"nothing": np.zeros(3, np.float32)})
+        for _ in range(NUM_STRAYS):
+            stranger.create_item(TABLE, 1.0, {"nothing": stranger.history["nothing"][-1:]})
+        stranger.flush(timeout_ms=int(START_SECS * 1000))
     return address, learner, root_dir
 
 
@@ -109,6 +116,14 @@ def test_a_learner_of_ours_trains_on_what_stock_observers_write(learner_side, st
     assert reverb.Client(address).server_info(timeout=10)[TABLE].current_size >= 100
     learner.await_line("train step 40:")
     assert learner.wait(START_SECS) == 0, learner.output
+
+
+def test_a_learner_trains_on_though_a_stranger_inserts_what_does_not_fit(learner_side):
+    """It ended with exit code 1, and so did each that was started again, as the item was still there."""
+    address, learner, _ = learner_side
+    assert learner.wait(START_SECS) == 0, learner.output
+    said = f"W .*an item in the table '{TABLE}' at {address} is not this experiment's: Inconsistent number"
+    assert len(re.findall(said, learner.output)) == 1, learner.output
 
 
 def test_a_stock_variable_container_brings_the_learners_weights_into_a_stock_policy(learner_side, stock_agent):

@@ -1,14 +1,19 @@
-"""Server-sampled replay: an actor's side of it."""
+"""Server-sampled replay: an actor's side of it, and what the learner's makes of strangers' items."""
 
 from __future__ import annotations
 
 import threading
 
 import numpy as np
+import pytest
+import reverb
+import tensorflow as tf
+import tree
 
+from actorlearner.replay.base import MeetsStrangers
 from actorlearner.replay.servers import ReplayServers
-from actorlearner.replay.uniform import UniformReplay
-from tests.replay.episodes import RANDOM, columns, episode, sample
+from actorlearner.replay.uniform import REPLAY_TABLE, UniformReplay
+from tests.replay.episodes import RANDOM, columns, episode, flush, sample
 
 NUM_ENVIRONMENTS = 3
 
@@ -25,3 +30,85 @@ def test_an_actor_ends_though_its_server_takes_nothing_more(serve, spec):
     closing.start()
     closing.join(timeout=30.0)
     assert not closing.is_alive()
+
+
+STEP = episode(0, 3)[1]
+STRAYS = {  # a step, and how many of them make an item
+    "other leaves": ({"nothing": np.zeros(3, np.float32)}, 2),
+    "another shape": (STEP._replace(observation=np.zeros(2, np.float32)), 2),
+    "another type": (STEP._replace(reward=np.float64(0.0)), 2),
+    "another length": (STEP, 3),  # which Reverb lets pass
+}
+
+
+def insert_stray(address, step, num_steps, num_items=1):
+    """Inserts what does not fit, as a client can that checks nothing."""
+    with reverb.Client(address).trajectory_writer(num_keep_alive_refs=num_steps, validate_items=False) as writer:
+        for _ in range(num_steps):
+            writer.append(step)
+        for _ in range(num_items):
+            item = tree.map_structure(lambda column: column[-num_steps:], writer.history)
+            writer.create_item(REPLAY_TABLE, 1.0, item)
+        writer.flush(timeout_ms=10_000)
+
+
+@pytest.fixture
+def collected(serve, spec):
+    """A replay, and the address of its server, which holds the windows of one episode."""
+    replay = UniformReplay(rate_limiter="min_size")
+    address = f"localhost:{serve(replay.make_tables(spec, sample())).port}"
+    sink = replay.make_sink(ReplayServers([address]), sample())
+    for step in episode(0, 60):
+        sink.append(columns(step), RANDOM, np.zeros(1, bool))
+    flush(sink)
+    return replay, address
+
+
+def make_source(replay, address, spec, **changes):
+    return replay.make_source(ReplayServers([address]), spec, sample(**changes), tf.distribute.get_strategy())
+
+
+@pytest.mark.parametrize("kind", STRAYS)
+@pytest.mark.parametrize("batch_size", [1, 32])
+def test_strangers_items_are_left_out_with_one_warning_and_batches_keep_coming(
+    collected, spec, caplog, kind, batch_size
+):
+    """The item stays in the table: each new learner would end at it too, until the launcher gave up."""
+    replay, address = collected
+    insert_stray(address, *STRAYS[kind], num_items=30)  # each batch of 32 would have some
+    source = make_source(replay, address, spec, batch_size=batch_size)
+
+    @tf.function
+    def draw(handle):
+        return source.draw(handle)[0].observation
+
+    drawn: list[np.ndarray] = []
+    while len(drawn) < 40:
+        try:
+            drawn.append(draw(source.handle).numpy())
+        except tf.errors.InvalidArgumentError as error:
+            assert isinstance(source, MeetsStrangers)
+            assert source.leave_out(error), error
+            source.renew()
+    windows = np.concatenate(drawn)[..., 0]
+    np.testing.assert_array_equal(windows[:, 1], windows[:, 0] + 1)
+    assert windows.shape == (40 * batch_size, 2)
+    (warning,) = caplog.messages
+    assert warning.startswith(f"an item in the table '{REPLAY_TABLE}' at {address} is not this experiment's: ")
+    assert warning.endswith("keep its port on a network you trust.")
+    assert "Table signature" not in warning, "one line that says why"
+
+
+def test_an_update_that_fails_is_not_taken_for_a_strangers_item(collected, spec):
+    """The check for a NaN is an error of the same kind; passed over, training would go on with broken weights."""
+    replay, address = collected
+    source = make_source(replay, address, spec)
+
+    @tf.function
+    def train(handle):
+        return tf.debugging.check_numerics(source.draw(handle)[0].reward / 0.0, "the loss")
+
+    with pytest.raises(tf.errors.InvalidArgumentError, match="the loss : Tensor had Inf values") as raised:
+        train(source.handle)
+    assert isinstance(source, MeetsStrangers)
+    assert not source.leave_out(raised.value)

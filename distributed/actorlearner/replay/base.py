@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Optional, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Optional, Protocol, runtime_checkable
 
 import numpy as np
 import reverb
@@ -99,6 +99,7 @@ class BatchSource(Protocol):
 
         Raises:
           tf.errors.OutOfRangeError: No batch came in time; call `renew` and try again.
+          tf.errors.InvalidArgumentError: As above if a source that `MeetsStrangers` says so.
         """
         ...
 
@@ -140,6 +141,15 @@ class BatchSource(Protocol):
 
     def close(self) -> None:
         """Ends its threads; never blocks."""
+
+
+@runtime_checkable
+class MeetsStrangers(BatchSource, Protocol):
+    """A batch source whose `draw` fails at an item that some other client inserted."""
+
+    def leave_out(self, error: tf.errors.InvalidArgumentError) -> bool:
+        """Returns whether such an item made `draw` fail; it is said, and they are left out after the next `renew`."""
+        ...
 
 
 class Replay(Protocol):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import logging
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Optional
@@ -19,11 +22,15 @@ from tf_agents.trajectories import StepType
 from actorlearner.replay.base import Sampling, describe_account
 from actorlearner.replay.servers import ReplayServers
 from actorlearner.runtime.configuration import PositiveFloat, PositiveInt
+from actorlearner.runtime.lifecycle import find_reason
 from actorlearner.runtime.messages import Unreachable, read_server_info, without_tuning
 from actorlearner.runtime.tls_tunnel import reach
 
 REPLAY_TABLE = "uniform_table"
 """Name of the table; the TF-Agents tutorials' own, so that their clients find it."""
+
+_FROM_THE_ITERATOR = re.compile(r"\[\[(\{\{node )?[\w/]*Iterator\w*GetNext")  # rather than from the update
+_MISFIT = re.compile(r"(Inconsistent number|Received incompatible|Cannot batch|Shape of tensor).*(?<!\.)")
 
 _UNSTAMPED = 1.0  # the priority that stock TF-Agents observers write
 
@@ -142,21 +149,29 @@ class UniformReplay:
         address = servers.mine()
         num_steps, batch_size = sampling.num_steps, sampling.batch_size
 
-        def make_dataset(context: tf.distribute.InputContext) -> tf.data.Dataset:
+        def make_dataset(leaves_out: bool, context: tf.distribute.InputContext) -> tf.data.Dataset:
             per_replica = context.get_per_replica_batch_size(batch_size)
             dataset = reverb.TrajectoryDataset(
                 reach(address),
                 REPLAY_TABLE,
                 dtypes=tree.map_structure(lambda spec: spec.dtype, step_spec),
-                shapes=tree.map_structure(lambda spec: tf.TensorShape([num_steps]).concatenate(spec.shape), step_spec),
+                # Of any length: Reverb compares items with the table's signature, which says no more.
+                shapes=tree.map_structure(lambda spec: tf.TensorShape([None]).concatenate(spec.shape), step_spec),
                 max_in_flight_samples_per_worker=self.max_in_flight or 2 * batch_size,
                 num_workers_per_iterator=1 if self.rate_limiter == "queue" else self.num_workers,
                 rate_limiter_timeout_ms=int(self.wait_secs * 1000),
             )
+            if leaves_out:
+                dataset = dataset.ignore_errors().filter(lambda sample: _have_length(sample.data, num_steps))
             batches = dataset.batch(per_replica, drop_remainder=True)
-            return without_tuning(
-                batches.map(lambda sample: (sample.data, read_stamps(sample.info.priority))).prefetch(2)
-            )
+
+            def require_shape(leaf: tf.Tensor, spec: tf.TensorSpec) -> tf.Tensor:
+                return tf.ensure_shape(leaf, [per_replica, num_steps, *spec.shape])
+
+            def unpack(sample: reverb.ReplaySample) -> tuple[Any, tf.Tensor]:
+                return tree.map_structure(require_shape, sample.data, step_spec), read_stamps(sample.info.priority)
+
+            return without_tuning(batches.map(unpack).prefetch(2))
 
         return ServerSampledSource(address, batch_size, strategy, make_dataset)
 
@@ -175,18 +190,46 @@ def read_stamps(priorities: tf.Tensor) -> tf.Tensor:
     return tf.cast(tf.where(priorities > _UNSTAMPED, priorities - _UNSTAMPED - 1.0, -1.0), tf.int64)
 
 
+def _have_length(steps: Any, num_steps: int) -> tf.Tensor:
+    """Returns whether each leaf of an item, [T, ...], has `num_steps` steps."""
+    return tf.reduce_all([tf.shape(leaf)[0] == num_steps for leaf in tree.flatten(steps)])
+
+
 class ServerSampledSource:
-    """Batches that Reverb sampled, distributed over a strategy's replicas. See `BatchSource`."""
+    """Batches that Reverb sampled, distributed over a strategy's replicas. See `BatchSource`.
+
+    Reverb's server takes whatever a client inserts, and its dataset fails at each item that does not fit. From the
+    first one on (see `leave_out`) another dataset is read, which passes over them: to look at each costs time, and it
+    would ask again and again a server that refuses for good.
+    """
 
     can_fuse = False  # what is drawn comes out of an iterator
 
-    def __init__(self, address: str, batch_size: int, strategy: tf.distribute.Strategy, make_dataset: Any):
+    def __init__(
+        self,
+        address: str,
+        batch_size: int,
+        strategy: tf.distribute.Strategy,
+        make_dataset: Callable[[bool, tf.distribute.InputContext], tf.data.Dataset],
+    ):
+        """Args:
+        address: The server's.
+        batch_size: Windows in one batch, over all replicas together.
+        strategy: Whose replicas share a batch.
+        make_dataset: Returns a replica's batches; given whether to leave out items that do not fit.
+        """
         self._address = address
         self._batch_size = batch_size
+        self._strategy = strategy
+        self._make_dataset = make_dataset
         self.num_chunks = 0
         self._samples = 0
-        self._dataset = strategy.distribute_datasets_from_function(make_dataset)
+        self._leaves_out = False
+        self._dataset = self._distribute()
         self.handle = iter(self._dataset)
+
+    def _distribute(self) -> Any:
+        return self._strategy.distribute_datasets_from_function(functools.partial(self._make_dataset, self._leaves_out))
 
     def restore(self, counts: Mapping[str, Any], on_progress: Callable[[], object] = lambda: None) -> None:
         del on_progress  # nothing is read
@@ -217,6 +260,22 @@ class ServerSampledSource:
 
     def renew(self) -> None:
         self.handle = iter(self._dataset)
+
+    def leave_out(self, error: tf.errors.InvalidArgumentError) -> bool:
+        """Returns whether some other client's item made `draw` fail; `renew` then. See `MeetsStrangers.leave_out`."""
+        if self._leaves_out or not _FROM_THE_ITERATOR.search(error.message):
+            return False
+        misfit = _MISFIT.search(error.message)
+        logging.warning(
+            "an item in the table '%s' at %s is not this experiment's: %s. It and all others that do not fit are left "
+            "out from here on. Some other client inserts there; keep its port on a network you trust.",
+            REPLAY_TABLE,
+            self._address,
+            misfit[0] if misfit else find_reason(error),
+        )
+        self._leaves_out = True
+        self._dataset = self._distribute()
+        return True
 
     def is_ready(self) -> bool:
         try:

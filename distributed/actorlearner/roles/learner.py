@@ -29,7 +29,7 @@ from actorlearner.evaluations import EvaluationLedger
 from actorlearner.experiment import Experiment
 from actorlearner.policy_export import PolicyExport
 from actorlearner.replay import persistence
-from actorlearner.replay.base import BatchSource
+from actorlearner.replay.base import BatchSource, MeetsStrangers
 from actorlearner.replay.servers import ReplayServers, refuse_several
 from actorlearner.run_directory import RunDirectory
 from actorlearner.run_record import RunRecord
@@ -467,11 +467,7 @@ class TrainingLoop:
                 if stop.is_set():
                     raise Stopped("stopped")
                 before = step
-                try:
-                    step, scalars = self._call(step, stop)
-                except tf.errors.InvalidArgumentError as error:  # TF-Agents looks at some losses itself
-                    refuse_not_finite(int(self._train_step.numpy()), error, self._all_variables)
-                    raise
+                step, scalars = self._call(step, stop)
                 require_finite(step, scalars, self._all_variables)
                 self._record.note_train_step(step)
                 now = time.monotonic()
@@ -544,6 +540,11 @@ class TrainingLoop:
                     scalars = self._run_compiled(num_updates, stop)
             except (tf.errors.OutOfRangeError, tf.errors.UnavailableError):
                 pass  # the batches that did come were trained on
+            except tf.errors.InvalidArgumentError as error:
+                # TF-Agents looks at some losses itself.
+                refuse_not_finite(int(self._train_step.numpy()), error, self._all_variables)
+                if not isinstance(self._source, MeetsStrangers) or not self._source.leave_out(error):
+                    raise
             else:
                 self._source.note_updates(num_updates)
                 self._starved_since = None
