@@ -9,6 +9,7 @@ from tf_agents.agents.dqn import dqn_agent
 from tf_agents.specs import tensor_spec
 
 from actorlearner.experiment import load_experiment
+from actorlearner.runtime.checkpoints import Checkpoints
 
 
 def batch_for(agent, batch_size=4):
@@ -34,6 +35,54 @@ def test_a_shipped_agent_trains_and_counts_its_train_steps(name):
     assert np.isfinite(float(loss))
     assert int(train_step) == 1
     assert any(np.any(a != b.numpy()) for a, b in zip(before, agent.collect_policy.variables()))
+
+
+def everything_trained(agent):
+    """Returns the values of the agent's variables, and of its optimizers', which are in no certain order."""
+    optimizers = [part for name, part in vars(agent).items() if name.endswith("_optimizer")]
+    assert optimizers
+    slots = [sorted(variable.numpy().tobytes() for variable in optimizer.variables()) for optimizer in optimizers]
+    return [variable.numpy() for variable in agent.variables], slots
+
+
+@pytest.mark.parametrize(
+    ("name", "bindings", "target"),
+    [
+        # Neither period divides the number of updates: how long ago the last one was must come back as well.
+        ("dqn_cartpole", ["dqn.target_update_period = 3", "dqn.fc_layer_params = (8,)"], "_target_q_network"),
+        ("sac_minitaur", ["sac.target_update_period = 3"], "_target_critic_network_1"),
+    ],
+)
+def test_a_restored_agent_makes_the_updates_that_the_saved_one_makes(tmp_path, name, bindings, target):
+    """Optimizers that begin anew, or a target network that is the newest one, throw a resumed run back unseen."""
+    saved, saved_step = load_experiment(name, bindings).make_agent()
+    batch = batch_for(saved)
+
+    def update(agent):
+        tf.config.run_functions_eagerly(True)  # quick for so few, and only so a seed is set anew
+        try:
+            tf.random.set_seed(5)  # SAC draws actions
+            agent.train(batch)
+        finally:
+            tf.config.run_functions_eagerly(False)
+
+    for _ in range(4):
+        update(saved)
+    behind = getattr(saved, target).variables[0].numpy()
+    Checkpoints(tmp_path, saved_step, {"agent": saved}).save({})
+
+    restored, restored_step = load_experiment(name, bindings).make_agent()
+    tf.function(restored.train).get_concrete_function(batch)  # as the learner: its optimizers have their variables then
+    Checkpoints(tmp_path, restored_step, {"agent": restored}).restore()
+    for num_updates in range(3):
+        (variables, slots), (others, other_slots) = everything_trained(saved), everything_trained(restored)
+        assert len(variables) == len(others)
+        for variable, one, other in zip(saved.variables, variables, others):
+            np.testing.assert_array_equal(one, other, f"{variable.name} after {num_updates} more updates")
+        assert slots == other_slots, f"after {num_updates} more updates"
+        update(saved)
+        update(restored)
+    assert (getattr(saved, target).variables[0].numpy() != behind).any(), "it was updated in between"
 
 
 def make_dqn(*bindings):
