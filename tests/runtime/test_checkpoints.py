@@ -79,6 +79,79 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before_and_names_the_reason(
     assert (int(train_step), weights.numpy()[-1]) == (4, 1.0)
 
 
+def test_a_checkpoint_that_was_not_finished_is_passed_over_and_cleared_away(tmp_path, caplog):
+    """A learner killed while it saves leaves files without their index; taken for a checkpoint, none would start."""
+    checkpoints, train_step, _ = make(tmp_path, step=4, value=1.0)
+    checkpoints.save({"version": 1})
+    train_step.assign(5)
+    checkpoints.save({"version": 2})
+    (tmp_path / "ckpt-5.index").unlink()  # written last
+    (tmp_path / "ckpt-6_temp").mkdir()
+    (tmp_path / "ckpt-6_temp" / "part-00000-of-00001.data-00000-of-00001").write_bytes(b"half")
+    again, train_step, _ = make(tmp_path)
+    assert again.restore() == {"version": 1}
+    assert int(train_step) == 4
+    assert f"passing over the checkpoint {tmp_path}/ckpt-5, which was not finished" in caplog.messages
+    assert {path.name.partition(".")[0] for path in tmp_path.iterdir()} == {"checkpoint", "ckpt-4"}
+
+
+def damage(folder, name, kind):
+    """Damages a checkpoint's weights or its index."""
+    files = folder.glob(f"{name}.data-*" if kind.startswith("data") else f"{name}.index")
+    path = max(files, key=lambda file: file.stat().st_size)  # the other one has strings
+    content = bytearray(path.read_bytes())
+    if kind.endswith("removed"):
+        path.unlink()
+        return
+    if kind.endswith("cut"):
+        del content[len(content) // 2 :]
+    elif kind.endswith("emptied"):
+        content.clear()
+    else:
+        content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "kind", ["data removed", *(f"{file} {how}" for file in ("data", "index") for how in ("cut", "emptied", "flipped"))]
+)
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning_and_cleared_away(tmp_path, caplog, kind):
+    """A bit flipped on a disk is restored without a word, as wrong weights; half a file is a page of TensorFlow's."""
+    checkpoints, train_step, weights = make(tmp_path, shape=(1_000,), step=4, value=1.0)
+    checkpoints.save({"version": 1})
+    train_step.assign(5)
+    weights.assign(tf.fill((1_000,), 2.0))
+    checkpoints.save({"version": 2})
+    damage(tmp_path, "ckpt-5", kind)
+    again, train_step, weights = make(tmp_path, shape=(1_000,))
+    assert again.restore() == {"version": 1}
+    assert (int(train_step), set(weights.numpy())) == (4, {1.0})
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.startswith(f"passing over the checkpoint {tmp_path}/ckpt-5, which is damaged: ")
+    assert "\n" not in warning
+    assert not list(tmp_path.glob("ckpt-5*")), "else it would be the newest again, and count among those kept"
+
+
+def test_a_run_whose_every_checkpoint_is_damaged_is_refused_and_nothing_is_removed(tmp_path):
+    """Begun anew in silence, it would throw days away that a copy of one file might bring back."""
+    checkpoints, train_step, _ = make(tmp_path, step=4, value=1.0)
+    for step in (4, 5):
+        train_step.assign(step)
+        checkpoints.save({})
+        damage(tmp_path, f"ckpt-{step}", "data cut")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    again, train_step, weights = make(tmp_path)
+    with pytest.raises(RoleError) as raised:
+        again.restore()
+    assert raised.value.exit_code == ExitCode.DATA
+    assert str(raised.value) == (
+        f"every checkpoint in {tmp_path} is damaged (ckpt-5, ckpt-4). Put one back from a copy, or begin anew with "
+        "another --root_dir (train: or with --fresh)."
+    )
+    assert (int(train_step), weights.numpy().tolist()) == (0, [0.0, 0.0])
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
 @pytest.mark.parametrize("other", [{"shape": (3,)}, {"name": "biases"}])
 def test_a_checkpoint_that_does_not_fit_is_refused_in_one_sentence(tmp_path, other):
     """TensorFlow restores what it can and says nothing of the rest, or prints a page about it."""

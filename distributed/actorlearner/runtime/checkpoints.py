@@ -135,6 +135,6 @@ def _find_damage(prefix: Path) -> Optional[str]:
         reader = tf.train.load_checkpoint(str(prefix))
         for name in reader.get_variable_to_shape_map():
             reader.get_tensor(name)
-    except (ValueError, RuntimeError, tf.errors.OpError) as error:
+    except (ValueError, LookupError, RuntimeError, tf.errors.OpError) as error:  # one too short gives an IndexError
         return str(error).splitlines()[0]
     return None
