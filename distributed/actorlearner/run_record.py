@@ -18,6 +18,9 @@ from actorlearner.runtime import messages
 from actorlearner.runtime.messages import Unreachable
 from actorlearner.runtime.telemetry import Events, Rate
 
+ALIVE_SECS = 15.0
+"""A collect actor that was heard of within this time is alive; it reports every few seconds, unless it is blocked."""
+
 
 class RunRecord:
     """Keeps the run's numbers: takes reports from actors in a thread and writes what people and tools read."""
@@ -47,6 +50,7 @@ class RunRecord:
         self._phase = "waiting"
         self._waiting_for: Optional[str] = None
         self._reports: dict[int, reports.CollectReport] = {}
+        self._heard_at: dict[int, float] = {}  # of collect actors, by task
         self.attendance = reports.Attendance()
         self._train_rate, self._collect_rate = Rate(), Rate()
         self._rates_lock = threading.Lock()  # the loop and a thread both ask for them
@@ -90,6 +94,12 @@ class RunRecord:
         self._waiting_for = what
         if self._phase in ("waiting", "training"):
             self._phase = "training" if what is None else "waiting"
+
+    def describe_actors(self) -> str:
+        """Returns how many collect actors are alive and what they do together, in words."""
+        now = time.monotonic()
+        num_alive = sum(now - heard_at <= ALIVE_SECS for heard_at in list(self._heard_at.values()))
+        return f"actors: {num_alive} alive, {self._rates()['environment_steps_per_sec']:,.0f} steps/s"
 
     def note_phase(self, phase: str) -> None:
         """Says so in status.json at once: the launcher tells by it whether an actor that ended has done its work."""
@@ -137,6 +147,7 @@ class RunRecord:
             for report in reports.take_collect_reports(self._cluster.variables_address):
                 self.attendance.note_life("collect-actor")
                 self._reports[report.actor] = report
+                self._heard_at[report.task] = time.monotonic()
                 key = str(report.actor)
                 self._collected[key] = max(report.environment_steps, self._collected.get(key, 0))
                 self._crashes[key] = report.environment_crashes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Optional, Protocol, runtime_checkable
 
 import numpy as np
@@ -11,7 +11,7 @@ import reverb
 import tensorflow as tf
 
 from actorlearner.runtime.lifecycle import ExitCode, RoleError
-from actorlearner.runtime.messages import check_signature
+from actorlearner.runtime.messages import Unreachable, check_signature, read_server_info
 
 if TYPE_CHECKING:
     from actorlearner.replay.servers import ReplayServers
@@ -215,6 +215,30 @@ def check_tables(address: str, tables: Mapping[str, Any], signatures: Mapping[st
                 ExitCode.DATA,
             )
         check_signature(f"table '{name}'", address, tables[name].signature, signature)
+
+
+def describe_tables(address: str, names: Iterable[str]) -> str:
+    """Returns how some of a server's tables stand, in words; blocks at most about a second."""
+    try:
+        tables = read_server_info(address, timeout_secs=1)
+    except Unreachable as error:
+        return str(error)
+    return "; ".join(f"table '{name}': {describe_table(tables[name])}" for name in names if name in tables)
+
+
+def describe_table(table: Any) -> str:
+    """Returns the account of a table's rate limiter in words, given Reverb's `TableInfo`."""
+    limiter = table.rate_limiter_info
+    inserts, samples = limiter.insert_stats.completed, limiter.sample_stats.completed
+    return describe_account(
+        table.current_size,
+        inserts,
+        samples,
+        needed=limiter.min_size_to_sample,
+        ahead=inserts * limiter.samples_per_insert - samples,
+        least=limiter.min_diff + 1,
+        most=limiter.max_diff - limiter.samples_per_insert,
+    )
 
 
 def describe_account(

@@ -19,7 +19,7 @@ import tree
 from tf_agents.specs import tensor_spec
 from tf_agents.trajectories import StepType
 
-from actorlearner.replay.base import Sampling, describe_account
+from actorlearner.replay.base import Sampling, describe_table
 from actorlearner.replay.servers import ReplayServers
 from actorlearner.runtime.configuration import PositiveFloat, PositiveInt
 from actorlearner.runtime.lifecycle import find_reason
@@ -306,17 +306,7 @@ class ServerSampledSource:
             table = self._read_table(timeout_secs=5)
         except Unreachable as error:
             return str(error)
-        limiter = table.rate_limiter_info
-        inserts, samples = limiter.insert_stats.completed, limiter.sample_stats.completed
-        return describe_account(
-            table.current_size,
-            inserts,
-            samples,
-            needed=limiter.min_size_to_sample,
-            ahead=inserts * limiter.samples_per_insert - samples,
-            least=limiter.min_diff + 1,
-            most=limiter.max_diff - limiter.samples_per_insert,
-        )
+        return describe_table(table)
 
     def _read_table(self, timeout_secs: float) -> Any:
         return read_server_info(self._address, timeout_secs)[REPLAY_TABLE]

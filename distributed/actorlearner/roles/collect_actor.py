@@ -23,7 +23,7 @@ from actorlearner import variable_container
 from actorlearner.cluster import Cluster
 from actorlearner.environments.batch import NotFinite
 from actorlearner.experiment import Experiment
-from actorlearner.replay.base import RANDOM_POLICY, Sampling
+from actorlearner.replay.base import RANDOM_POLICY, Sampling, describe_tables
 from actorlearner.replay.servers import ReplayServers, refuse_several
 from actorlearner.reports import CollectReport, NewestReport
 from actorlearner.run_directory import RunDirectory
@@ -77,9 +77,8 @@ def run_collect_actor(
     policy = agent.collect_policy
     variables = policy.variables()  # asked once: it walks through all of the agent
     servers = ReplayServers(cluster.replay_addresses, cluster.task)
-    servers.await_tables(
-        experiment.replay.table_signatures(agent.collect_data_spec), stop=stop, deadline_secs=cluster.peer_patience_secs
-    )
+    signatures = experiment.replay.table_signatures(agent.collect_data_spec)
+    servers.await_tables(signatures, stop=stop, deadline_secs=cluster.peer_patience_secs)
     variable_container.await_container(
         cluster.variables_address, variables, stop=stop, deadline_secs=cluster.peer_patience_secs
     )
@@ -95,7 +94,8 @@ def run_collect_actor(
     )
     if lock_step and (life or weights.num_chunks()):
         logging.warning("train.lock_step = True, but a run whose actor was restarted cannot be repeated bit for bit")
-    collector = Collector(experiment, cluster, servers, experiment.sampling(agent.train_sequence_length), life)
+    sampling = experiment.sampling(agent.train_sequence_length)
+    collector = Collector(experiment, cluster, servers, tuple(signatures), sampling, life)
     progress = Progress(cluster, NewestReport(cluster.variables_address), events)
     acting: Any = experiment.make_random_acting(
         policy, experiment.schedule.num_environments, "collect-actor", cluster.task, "random-actions"
@@ -151,11 +151,18 @@ class Collector:
     """Steps a batch of environments and hands what they do to replay."""
 
     def __init__(
-        self, experiment: Experiment, cluster: Cluster, servers: ReplayServers, sampling: Sampling, life: int
+        self,
+        experiment: Experiment,
+        cluster: Cluster,
+        servers: ReplayServers,
+        tables: tuple[str, ...],
+        sampling: Sampling,
+        life: int,
     ):
         num_environments = sampling.num_environments
         self._cluster = cluster
         self._servers = servers
+        self._tables = tables
         self._replay = experiment.replay
         self._quota = sampling.initial_collect_steps
         self._lock_step = sampling.lock_step
@@ -259,9 +266,10 @@ class Collector:
             if now - said > SAY_EVERY_SECS:
                 said = now
                 logging.info(
-                    "waiting %.0f s for the replay at %s to take more: the learner has to catch up, or is away",
+                    "waiting %.0f s for the replay at %s to take more: the learner has to catch up, or is away (%s)",
                     now - start,
-                    self._cluster.replay_address,
+                    self._servers.mine(),
+                    describe_tables(self._servers.mine(), self._tables),
                 )
         self.blocked_secs += time.monotonic() - start
 

@@ -21,7 +21,7 @@ from actorlearner.experiment import Experiment
 from actorlearner.reports import AtWork, EvaluationProgress, EvaluationResult, Reporter
 from actorlearner.runtime.configuration import PositiveFloat, PositiveInt
 from actorlearner.runtime.health import beat
-from actorlearner.runtime.lifecycle import ExitCode, RoleError, Stop, Stopped, wait_until
+from actorlearner.runtime.lifecycle import SAY_EVERY_SECS, ExitCode, RoleError, Stop, Stopped, wait_until
 from actorlearner.runtime.messages import Unreachable
 from actorlearner.variable_container import EvaluationRequest, Phase
 
@@ -63,7 +63,7 @@ def run_eval_actor(
     )
     acting = experiment.make_acting(policy, num_environments)
     reporter = Reporter(cluster.variables_address)
-    answered_at = time.monotonic()
+    answered_at = said_at = time.monotonic()
     logging.info("ready to evaluate")
 
     while not stop.is_set():
@@ -71,9 +71,19 @@ def run_eval_actor(
         try:
             request = variable_container.take_evaluation(cluster.variables_address, variables)
             over = request is None and _is_over(cluster)
-            answered_at = time.monotonic()
+            answered_at = said_at = time.monotonic()
         except Unreachable as error:
-            if time.monotonic() - answered_at > cluster.peer_patience_secs:
+            now = time.monotonic()
+            if now - said_at > SAY_EVERY_SECS:
+                said_at = now
+                logging.info(
+                    "waiting for the variable container at %s to say what to evaluate, in its table '%s' (%.0f s): %s",
+                    cluster.variables_address,
+                    variable_container.EVALUATIONS_TABLE,
+                    now - answered_at,
+                    error,
+                )
+            if now - answered_at > cluster.peer_patience_secs:
                 raise RoleError(
                     f"{error}, for longer than --peer_patience_secs = {cluster.peer_patience_secs:g}. "
                     "Start the replay server, or mend --variables_address.",

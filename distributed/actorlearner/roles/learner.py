@@ -436,6 +436,8 @@ class TrainingLoop:
         self._num_chunks_answered = 0
         self._starved_since: Optional[float] = None
         self._said_at = time.monotonic()
+        tables = ", ".join(f"'{name}'" for name in experiment.replay.table_signatures(agent.collect_data_spec))
+        self._replay = f"the replay at {cluster.replay_address} (tables {tables})"
         self._shares = TimeShares()
         # A call may block inside Reverb, where no signal reaches it; this thread does, the loop looks at the clock.
         self._caller = concurrent.futures.ThreadPoolExecutor(1, "train")
@@ -522,7 +524,7 @@ class TrainingLoop:
 
         wait_until(
             poll,
-            lambda: f"collect actors to fill the replay at {self._cluster.replay_address} ({described})",
+            lambda: f"collect actors to fill {self._replay}: {described}; {self._record.describe_actors()}",
             stop=stop,
             deadline_secs=self._cluster.peer_patience_secs,
             setting="--peer_patience_secs",
@@ -610,7 +612,7 @@ class TrainingLoop:
 
     def _say_starved(self, since: float, described: str) -> None:
         self._record.attendance.require_hope("collect-actor")
-        what = f"collect actors: no data from the replay at {self._cluster.replay_address} ({described})"
+        what = f"collect actors: no data from {self._replay}: {described}; {self._record.describe_actors()}"
         self._say_waiting(since, what, "Start collect actors, or raise it.")
 
     def _say_waiting(self, since: float, what: str, remedy: str) -> None:
