@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from typing import Any
 
 import numpy as np
@@ -101,6 +102,38 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(start, caplog, damag
     _, client = start()
     assert held(client) == {1.0, 2.0}
     assert ("passing over" in caplog.text) == (damage != "unfinished")
+
+
+def test_a_disk_that_fills_up_while_the_replay_is_saved_leaves_the_checkpoint_before(start):
+    """Half a checkpoint taken for the newest would lose the replay; and a server that died of it, the run."""
+    checkpoints, client = start()
+    insert(client, 1, 2)
+    saved = checkpoints.save(client, train_step=1)
+    with client.trajectory_writer(num_keep_alive_refs=4_000) as writer:
+        for step in np.random.default_rng(1).random((4_000, 3), np.float32):  # of which compressing makes no less
+            writer.append({"x": step})
+        writer.create_item("kept", 1.0, {"x": writer.history["x"][:]})
+        writer.flush(timeout_ms=10_000)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # files cannot grow beyond this, as if the disk was full
+    try:
+        with pytest.raises(RoleError, match=r"--root_dir: the replay could not be saved in '.*/replay': ") as raised:
+            checkpoints.save(client, train_step=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert raised.value.exit_code == ExitCode.CANNOT_CREATE
+    assert raised.value.message.endswith(
+        "The checkpoints before it are kept; free some space, or give a directory that can be written."
+    )
+    assert "File too large" in raised.value.message, "it says why"
+    left = [path for path in checkpoints.folder.iterdir() if path.name != ".lock"]
+    assert sorted(left) == [saved, checkpoints.folder / "writing"]
+    assert not list((checkpoints.folder / "writing").iterdir())
+    insert(client, 3)
+    assert client.server_info(timeout=5)["kept"].current_size == 4, "it goes on"
+    checkpoints, client = start()
+    assert held(client) == {1.0, 2.0}
+    checkpoints.save(client, train_step=3)
 
 
 def test_another_capacity_is_refused_with_the_difference(start):

@@ -113,6 +113,15 @@ _ENDINGS = {
     "lifecycle.SECOND_SIGNAL_SECS = 2; threading.Timer(0.1, os.kill, (os.getpid(), 15)).start();"
     " os.kill(os.getpid(), 15); hashlib.pbkdf2_hmac('sha256', b'', b'', 6_000_000); return ExitCode.DONE": (0, ""),
     "raise ZeroDivisionError": (1, "ZeroDivisionError"),
+    "open('/dev/full', 'w', buffering=1).write('x\\n')": (73, "error: the disk is full: [Errno 28] No space left on"),
+    # A directory that was made read-only; root may write to it all the same.
+    "folder = tempfile.mkdtemp(); os.chmod(folder, 0o555); os.geteuid() or os.setuid(65534);"
+    " open(folder + '/metrics.jsonl', 'a')": (73, "error: a file or folder cannot be written: [Errno 13] Permission"),
+    "raise OSError(errno.EROFS, os.strerror(errno.EROFS), '/run/x')": (73, "Read-only file system: '/run/x'. Let this"),
+    # As TensorFlow says it.
+    "raise RuntimeError('/run/ckpt-2_temp/part-0; Read-only file system')": (73, "error: a file or folder cannot be"),
+    # Of no file: that of a port, say.
+    "raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))": (1, "PermissionError"),
     "threading.Thread(target=time.sleep, args=(60,)).start(); return ExitCode.DONE": (0, ""),
 }
 
@@ -121,7 +130,7 @@ _ENDINGS = {
 def test_a_process_ends_with_a_code_that_says_why(body):
     """A launcher restarts what may get better and leaves what cannot; blocked threads must not keep a process."""
     code = f"""
-import hashlib, os, signal, threading, time
+import errno, hashlib, os, signal, tempfile, threading, time
 from actorlearner.runtime import lifecycle
 from actorlearner.runtime.lifecycle import *
 from actorlearner.runtime.lifecycle import RoleError, Stopped, ExitCode

@@ -644,7 +644,7 @@ class TrainingLoop:
         except (tf.errors.OpError, OSError) as error:
             logging.warning(
                 "--root_dir: train step %d could not be saved: %s. The checkpoints before it are kept and training "
-                "goes on; free some space.",
+                "goes on; free some space, or let this user write there.",
                 step,
                 find_reason(error),
             )

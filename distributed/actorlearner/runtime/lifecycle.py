@@ -13,6 +13,7 @@ import functools
 import logging
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -182,9 +183,15 @@ def find_reason(error: BaseException) -> str:
     return lines[nodes[0] - 1 if nodes else -1]
 
 
+# By their words: TensorFlow has classes of its own, and gin's stand-ins for exceptions have lost their numbers.
 def _is_disk_full(error: BaseException) -> bool:
-    # By its words: TensorFlow has classes of its own, and gin's stand-ins for exceptions have lost their numbers.
     return any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
+
+
+def _is_unwritable(error: BaseException) -> bool:
+    # Permission may be denied for other things than files: Python names the file behind, TensorFlow before it.
+    words = "|".join(re.escape(os.strerror(number)) for number in (errno.EROFS, errno.EACCES, errno.EPERM))
+    return re.search(rf"(; ({words})|({words}): ['\"])", str(error)) is not None
 
 
 def run_to_exit(run: Callable[[Stop], ExitCode], final_code_file: Optional[Path] = None) -> NoReturn:
@@ -219,6 +226,13 @@ def run_to_exit(run: Callable[[Stop], ExitCode], final_code_file: Optional[Path]
             print(
                 f"error: the disk is full: {find_reason(error)}. Free some space and start again with the same "
                 "--root_dir: what was saved before is whole.",
+                file=sys.stderr,
+            )
+            code = ExitCode.CANNOT_CREATE
+        elif _is_unwritable(error):
+            print(
+                f"error: a file or folder cannot be written: {find_reason(error)}. Let this user write there, or mount "
+                "its disk for writing, and start again with the same --root_dir: what was saved before is whole.",
                 file=sys.stderr,
             )
             code = ExitCode.CANNOT_CREATE
