@@ -12,6 +12,7 @@ import tensorflow as tf
 from actorlearner import variable_container
 from actorlearner.evaluations import EvaluationLedger
 from actorlearner.reports import EvaluationProgress, EvaluationResult
+from actorlearner.run_directory import RunDirectory
 from actorlearner.variable_container import EvaluationRequests, Purpose, Snapshot
 
 VARIABLES = [tf.Variable([0.0, 0.0]), tf.Variable(0.0)]
@@ -214,3 +215,30 @@ def test_the_environment_steps_of_an_evaluation_survive_a_restart(address, tmp_p
     again = make(address, tmp_path)
     again.request_owed(10)
     assert again.record(result(10))["environment_steps"] == 77
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b'[{"train_step": 0, "env', b"\0" * 700, b"\xff\xfe", b'{"train_step": 0}', b'[{"train_step": 0}]']
+)
+def test_results_come_back_from_the_metrics_when_their_file_is_damaged(address, tmp_path, caplog, content):
+    """A disk that lost its power ended the learner in a traceback, at every start; the curve is in a second file."""
+    directory = RunDirectory(tmp_path)
+    directory.hold()
+    ledger = make(address, directory.evaluated)
+    for step, average_return in ((0, 1.0), (10, 8.0), (20, 2.0)):
+        ledger.request(snapshot(step), environment_steps=5 * step)
+        directory.add_metrics("train", {"train_step": step, "loss": 0.5})
+        directory.add_metrics("evaluation", ledger.record(result(step, average_return)))
+    with open(directory.metrics, "a") as file:
+        file.write('{"kind": "evaluation", "train_st')  # as a learner leaves it that was killed
+    results = directory.evaluated / "results.json"
+    results.write_bytes(content)
+    for _ in range(2):  # the next learner finds them as well
+        again = EvaluationLedger(EvaluationRequests(address), directory.evaluated, metrics=directory.metrics)
+        assert again.results() == ledger.results()
+        best = again.best()
+        assert best is not None and best.train_step == 10
+    (warning,) = caplog.messages
+    assert f"{results} is damaged" in warning
+    assert f"3 results were found in {directory.metrics}" in warning
+    assert results.with_name("results.json.damaged").read_bytes() == content

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -38,7 +39,13 @@ class EvaluationLedger:
     """
 
     def __init__(
-        self, requests: EvaluationRequests, folder: Path, *, retry_secs: float = 900.0, lease_secs: float = 6.0
+        self,
+        requests: EvaluationRequests,
+        folder: Path,
+        *,
+        retry_secs: float = 900.0,
+        lease_secs: float = 6.0,
+        metrics: Optional[Path] = None,
     ):
         """Args:
         requests: The queue that eval actors take from.
@@ -46,6 +53,7 @@ class EvaluationLedger:
         retry_secs: A request without a result is queued again after this time, whatever its eval actor says.
         lease_secs: A request is queued again when for this time it was neither in the queue nor said to be in work: its
           eval actor has died, or the queue with its server.
+        metrics: The run's metrics.jsonl, which has the results too: what is read when their file is damaged.
         """
         self._requests = requests
         self._folder = folder
@@ -55,16 +63,36 @@ class EvaluationLedger:
         self._sending = threading.Lock()
         self._results_file = folder / "results.json"
         self._lock = threading.Lock()
-        self._results: dict[int, dict[str, Any]] = self._read_results()
+        self._results = self._read_results(metrics)
         self._pending: dict[int, _Pending] = {}
         self._pending_delivered: Optional[_Pending] = None
         self._delivered: Optional[EvaluationResult] = None
         self._heard_at = time.monotonic()
 
-    def _read_results(self) -> dict[int, dict[str, Any]]:
+    def _read_results(self, metrics: Optional[Path]) -> dict[int, dict[str, Any]]:
         if not self._results_file.exists():
             return {}
-        return {result["train_step"]: result for result in json.loads(self._results_file.read_text())}
+        try:
+            return {result["train_step"]: _as_result(result) for result in json.loads(self._results_file.read_bytes())}
+        except (ValueError, TypeError, KeyError) as error:
+            aside = self._results_file.replace(self._results_file.with_name(self._results_file.name + ".damaged"))
+            results = _find_results(metrics) if metrics else {}
+            logging.warning(
+                "%s is damaged (%r) and was moved to %s. %d results were found in %s; a policy without is evaluated "
+                "again if its weights are still there.",
+                self._results_file,
+                error,
+                aside.name,
+                len(results),
+                metrics,
+            )
+            self._write_results(results)
+            return results
+
+    def _write_results(self, results: dict[int, dict[str, Any]]) -> None:
+        temporary = self._results_file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(list(results.values())))
+        temporary.replace(self._results_file)
 
     def request(self, snapshot: Snapshot, purpose: Purpose = Purpose.PERIODIC, *, environment_steps: int = 0) -> None:
         """Notes that a snapshot, taken after `environment_steps`, is due for evaluation; each train step once.
@@ -183,9 +211,7 @@ class EvaluationLedger:
                 "num_episodes": result.num_episodes,
                 "wall_secs": round(result.wall_secs, 3),
             }
-            temporary = self._results_file.with_suffix(".tmp")
-            temporary.write_text(json.dumps(list(self._results.values())))
-            temporary.replace(self._results_file)
+            self._write_results(self._results)
             best = self._best_train_step()
             for train_step in {best_before, result.train_step}:
                 if train_step is not None and train_step != best:
@@ -229,6 +255,27 @@ class EvaluationLedger:
             read = _read_weights(self._weights_file(train_step), train_step)
             assert read is not None, "a file with a result was written whole"
             return read[0]
+
+
+def _as_result(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns a result as summary.json lists it, without what metrics.jsonl adds.
+
+    Raises:
+      KeyError, TypeError, ValueError: These values are no result.
+    """
+    int(values["train_step"]), float(values["average_return"])
+    return {name: value for name, value in values.items() if name not in ("kind", "time")}
+
+
+def _find_results(metrics: Path) -> dict[int, dict[str, Any]]:
+    """Returns the results that metrics.jsonl has, by train step; damaged lines are left out."""
+    results = {}
+    for line in metrics.read_bytes().splitlines() if metrics.exists() else ():
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            values = json.loads(line)
+            if values["kind"] == "evaluation":
+                results[values["train_step"]] = _as_result(values)
+    return results
 
 
 def _read_weights(path: Path, train_step: int) -> Optional[tuple[Snapshot, int]]:

@@ -130,6 +130,7 @@ def run_learner(
         directory.evaluated,
         retry_secs=evaluation_retry_secs,
         lease_secs=evaluation_lease_secs,
+        metrics=directory.metrics,
     )
     record = RunRecord(experiment, cluster, directory, ledger, versions, counts, source.account)
     export = PolicyExport(agent, train_step, directory.policies)
