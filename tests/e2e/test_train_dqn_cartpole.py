@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import gin
@@ -17,6 +18,7 @@ from tf_agents.policies import policy_loader
 from actorlearner.experiment import Experiment, load_experiment
 from actorlearner.tools import video
 from tests.e2e.conftest import FinishedRun
+from tests.e2e.processes import RUN_SECS, TINY, bind
 
 EVALUATED_STEPS = [0, 100, 200]
 EVALUATION_FIELDS = {
@@ -227,3 +229,26 @@ def test_a_second_of_video_is_a_second_of_the_task(finished_run: FinishedRun, ex
     assert meta["fps"] == 25
     assert num_frames == 1 + num_steps // 2
     assert abs(num_frames / meta["fps"] - num_steps / 50) <= 2 / 25
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".learner.lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_fresh_moves_the_old_run_aside_says_where_and_begins_at_train_step_0(processes, finished_run, tmp_path):
+    """Going on from the old weights is not what was asked for, and to delete them in their stead cannot be undone."""
+    shutil.copytree(finished_run.root_dir, tmp_path / "run")
+    before = _contents(tmp_path / "run")
+    train = processes.start(
+        "train", "dqn_cartpole", "--fresh", "--root_dir=run", "--num_eval_actors=0", "--num_video_episodes=0",
+        *bind(*TINY, "train.num_iterations = 50", "train.policy_save_interval = 50"),
+    )  # fmt: skip
+    assert train.wait(RUN_SECS) == 0, train.output
+    said = train.await_line(r"^--fresh: the run that was in run is now in (run\.\d{8}-\d{6}); nothing was deleted$")
+    assert _contents(tmp_path / said[1]) == before
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["train_step"] for line in metrics] == [50]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["train_steps"] == 50
+    logs = "".join(log.read_text() for log in (tmp_path / "run" / "logs").glob("*.log"))
+    assert not re.search("restored|restoring", logs), "neither weights nor replay"
