@@ -30,6 +30,9 @@ EVALUATIONS_PROGRESS_TABLE = "evaluations_progress"
 COLLECT_REPORTS_TABLE = "collect_reports"
 LAST_WORDS_TABLE = "last_words"
 
+MAX_ROWS = 1_000
+"""So many rows are taken in one call; the others in the next."""
+
 _INT64 = tf.TensorSpec((), tf.int64)
 _FLOAT64 = tf.TensorSpec((), tf.float64)
 
@@ -123,8 +126,7 @@ def _row(report: Any) -> dict[str, Any]:
     return {field.name: convert[field.type](getattr(report, field.name)) for field in dataclasses.fields(report)}
 
 
-def _take(address: str, table: str, kind: type, timeout_secs: float) -> Sequence[Any]:
-    rows = messages.take_all(address, table, _signature(kind), max_rows=1_000, timeout_secs=timeout_secs)
+def _to_reports(rows: Sequence[Any], kind: type) -> Sequence[Any]:
     return [kind(**{name: value.item() for name, value in row.items()}) for row in rows]
 
 
@@ -214,18 +216,25 @@ class NewestReport:
 
 
 def take_evaluation_results(address: str, timeout_secs: float = 5.0) -> Sequence[EvaluationResult]:
-    """Returns the results that arrived since the last call. Blocks and raises as `messages.take_all`."""
-    return _take(address, EVALUATIONS_DONE_TABLE, EvaluationResult, timeout_secs)
+    """Returns the results that arrived since the last call. Blocks and raises as `messages.take`."""
+    signature = _signature(EvaluationResult)
+    rows = messages.take(address, EVALUATIONS_DONE_TABLE, signature, max_rows=MAX_ROWS, timeout_secs=timeout_secs)
+    return _to_reports(rows, EvaluationResult)
 
 
 def take_evaluation_progress(address: str, timeout_secs: float = 5.0) -> Sequence[EvaluationProgress]:
-    """Returns the signs of life that arrived since the last call. Blocks and raises as `messages.take_all`."""
-    return _take(address, EVALUATIONS_PROGRESS_TABLE, EvaluationProgress, timeout_secs)
+    """Returns the signs of life that arrived since the last call. Blocks and raises as `messages.take_current`."""
+    return _take_current(address, EVALUATIONS_PROGRESS_TABLE, EvaluationProgress, timeout_secs)
 
 
 def take_collect_reports(address: str, timeout_secs: float = 5.0) -> Sequence[CollectReport]:
-    """Returns the reports that arrived since the last call. Blocks and raises as `messages.take_all`."""
-    return _take(address, COLLECT_REPORTS_TABLE, CollectReport, timeout_secs)
+    """Returns the reports that arrived since the last call. Blocks and raises as `messages.take_current`."""
+    return _take_current(address, COLLECT_REPORTS_TABLE, CollectReport, timeout_secs)
+
+
+def _take_current(address: str, table: str, kind: type, timeout_secs: float) -> Sequence[Any]:
+    rows = messages.take_current(address, table, _signature(kind), max_rows=MAX_ROWS, timeout_secs=timeout_secs)
+    return _to_reports(rows, kind)
 
 
 def leave_last_words(address: str, words: LastWords, timeout_secs: float = 2.0) -> bool:
@@ -244,8 +253,8 @@ def leave_last_words(address: str, words: LastWords, timeout_secs: float = 2.0) 
 
 
 def take_last_words(address: str, timeout_secs: float = 5.0) -> Sequence[LastWords]:
-    """Returns those that arrived since the last call, no strangers' rows. Blocks and raises as `messages.take_all`."""
-    rows = messages.take_all(address, LAST_WORDS_TABLE, _WORDS_SIGNATURE, max_rows=1_000, timeout_secs=timeout_secs)
+    """Returns those that arrived since the last call, no strangers' rows. Blocks and raises as `messages.take`."""
+    rows = messages.take(address, LAST_WORDS_TABLE, _WORDS_SIGNATURE, max_rows=MAX_ROWS, timeout_secs=timeout_secs)
     found = []
     for row in rows:
         try:

@@ -480,8 +480,9 @@ def test_a_server_that_is_restarted_while_its_table_is_read_is_read_again_and_wh
     assert read_chunks(address, silent_secs=30, has_data=False).keys() == NEW
 
 
-def test_a_learner_keeps_what_it_read_of_a_server_that_was_restarted_while_it_was_filled(served, spec):
+def test_a_learner_keeps_what_it_read_of_a_server_that_was_restarted_while_it_was_filled(served, spec, monkeypatch):
     """It may be the only copy: the next server holds its last checkpoint, and the learner before this one is dead."""
+    monkeypatch.setattr(resident, "RESTORE_SILENT_SECS", 30)
     address, restart = served
     source = make_source(ResidentReplay(replay_buffer_capacity=2_000, chunk_length=2), address, spec)
     with pytest.raises(Unreachable, match="was restarted while 'experience' was read"):
