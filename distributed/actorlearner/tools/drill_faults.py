@@ -184,6 +184,8 @@ def kill_role(
         await_(lambda: not is_alive(pid), f"end of {role}")
         if time.monotonic() - since > STOP_SECS:
             outcome.broken.append(f"stopped after {time.monotonic() - since:.0f} s, promised {STOP_SECS:.0f} s")
+        if role == "replay-server-0" and run.saved_replay().get("time", 0.0) < killed_at:
+            outcome.broken.append("stopped without saving")
     if is_dead_server:
         said = _await_new_server(run, pid)
         _judge_held(run, outcome, saved, since)
@@ -197,6 +199,8 @@ def kill_role(
         _judge_recovery(outcome, since)
         _compare(run, outcome, before, after)
         outcome.train_step_after = int(first[1]) if first else 0
+        if number == signal.SIGTERM and outcome.train_step_after < (outcome.train_step_before or 0):
+            outcome.broken.append("stopped without saving")
         if run.has_mirror() and before.get("replay"):
             came_back = int(held[1]) if held else 0
             outcome.transitions_lost = max(0, before["replay"]["held"] - came_back)

@@ -123,19 +123,23 @@ class Run:
                     points.append(json.loads(line))
         return [point for point in points if point["kind"] == kind]
 
-    def saved_items(self) -> dict[str, int]:
-        """Returns how many items the newest checkpoint of the replay holds of each table; empty before the first.
-
-        Queues are left out: they are read as soon as their server is there.
-        """
+    def saved_replay(self) -> dict[str, Any]:
+        """Returns what the newest checkpoint of the replay says of itself; empty before the first."""
         abouts = []
         for path in (self.root_dir / "checkpoints" / "replay").glob("*/about.json"):
             if re.fullmatch(r"\d+-\d+", path.parent.name):
                 with contextlib.suppress(FileNotFoundError):  # an older one, removed just now
                     abouts.append(json.loads(path.read_text()))
-        if not abouts:
+        return max(abouts, key=lambda about: about["time"], default={})
+
+    def saved_items(self) -> dict[str, int]:
+        """Returns how many items the newest checkpoint of the replay holds of each table; empty before the first.
+
+        Queues are left out: they are read as soon as their server is there.
+        """
+        newest = self.saved_replay()
+        if not newest:
             return {}
-        newest = max(abouts, key=lambda about: about["time"])
         queues = {name for name, settings in newest["tables"].items() if settings["max_times_sampled"] == 1}
         return {table: count for table, count in newest["items"].items() if table not in queues}
 
