@@ -264,6 +264,26 @@ def test_what_a_server_that_had_died_brings_back_is_counted_once(serve, spec, ev
     second.close()
 
 
+def test_of_a_durable_table_that_overflows_exactly_the_newest_come_back(serve, spec, eventually):
+    """Were any to leave but the oldest, a restarted learner would train on another replay than before."""
+    replay = ResidentReplay(replay_buffer_capacity=28, chunk_length=8, stream_length=4)  # 8 chunks of 7 on a server
+    address = f"localhost:{serve(replay.make_tables(spec, sample())).port}"
+    plan = {"samples_per_insert": 1.0, "num_updates_per_call": 1_000}
+    first = make_source(replay, address, spec, **plan)
+    first.restore({})
+    write(replay.make_sink(ReplayServers([address]), sample()), episode(0, 4 * 56))
+    eventually(lambda: first.is_ready() and first.account()["inserts"] == 224)
+    saved = first.counts()
+    first.close()
+
+    chunks = read_chunks(address, silent_secs=10).values()
+    assert sorted(int(chunk["step"].observation[0, 0, 0]) for chunk in chunks) == list(range(168, 224, 7))
+    second = make_source(replay, address, spec, **plan)
+    second.restore(saved)
+    assert held_windows(second._mirrors[0]) == {(number, number + 1) for number in range(196, 224)}
+    second.close()
+
+
 def test_a_server_that_lost_chunks_is_given_back_what_the_learner_got(serve, spec, eventually, monkeypatch):
     """A learner that dies after its server would come back with what that had saved, at worst with next to nothing."""
     monkeypatch.setattr(resident, "LOOK_FOR_LOSSES_SECS", 0.0)
