@@ -6,6 +6,7 @@ import base64
 import contextlib
 import dataclasses
 import itertools
+import json
 import logging
 import pickle
 import subprocess
@@ -28,6 +29,7 @@ from actorlearner.replay.resident import STREAM_TABLE, ResidentReplay
 from actorlearner.replay.servers import ReplayServers
 from actorlearner.runtime.lifecycle import RoleError, Stopped
 from actorlearner.runtime.messages import Unreachable
+from tests.e2e.processes import START_SECS, Processes
 from tests.replay.episodes import RANDOM, as_chunk, columns, episode, flush, held_windows, sample
 
 
@@ -631,6 +633,66 @@ def test_several_replicas_each_hold_a_share(replay, address, spec, eventually):
     assert not shares[0] & shares[1]
     assert len(shares[0] | shares[1]) == 30
     source.close()
+
+
+# Devices are split before TensorFlow computes anything, so this needs a process of its own.
+DRAW_BY_TWO_REPLICAS = """
+import base64, json, pickle, sys
+import tensorflow as tf
+from actorlearner.replay.resident import ResidentReplay
+from actorlearner.replay.servers import ReplayServers
+from actorlearner.runtime.devices import make_strategy
+address, spec, sampling = pickle.loads(base64.b64decode(sys.argv[1]))
+strategy = make_strategy("mirrored", num_logical_cpus=2)
+source = ResidentReplay(replay_buffer_capacity=1_000).make_source(ReplayServers([address]), spec, sampling, strategy)
+source.restore({})
+assert source.is_ready()
+
+@tf.function
+def train(num_updates):  # as the learner's loop draws
+    parts = strategy.run(source.unpack)
+    for _ in tf.range(num_updates - 1):
+        parts = strategy.run(source.unpack)
+    return parts
+
+batches, _ = train(tf.constant(2))
+batches = strategy.experimental_local_results(batches.observation)
+print("RESULT", json.dumps([batch[..., 0].numpy().tolist() for batch in batches]))
+source.close()
+"""
+
+
+def test_each_of_two_replicas_draws_its_part_of_the_batch_from_a_share_of_its_own(replay, address, spec, tmp_path):
+    """Were all to draw from the first share, half of what was collected would never be trained on, without a word."""
+    sink = replay.make_sink(ReplayServers([address]), sample())
+    write(sink, episode(0, 28))
+    flush(sink)
+    task = base64.b64encode(pickle.dumps((address, spec, sample(batch_size=1_000)))).decode()
+    program = tmp_path / "draw.py"  # a file: the loop is compiled from its source
+    program.write_text(DRAW_BY_TWO_REPLICAS)
+    with Processes(tmp_path) as processes:
+        script = processes.start_python(program, task)
+        batches = json.loads(script.await_line("^RESULT (.*)").group(1))
+        assert script.wait(START_SECS) == 0, script.output
+    assert [len(batch) for batch in batches] == [500, 500]
+    one, other = ({tuple(window) for window in batch} for batch in batches)
+    assert not one & other
+    assert len(one) == len(other) == 14
+    assert one | other == {(number, number + 1) for number in range(28)}
+
+
+def test_a_replica_that_does_not_know_which_it_is_draws_nothing(replay, address, spec):
+    """Were it to draw from the first share, the others would be held, paid for and never trained on."""
+    source = make_source(replay, address, spec)
+    source._mirrors = [Mirror(spec, 2, 500) for _ in range(2)]
+
+    @tf.function(autograph=False)
+    def draw(replica):  # known only when it runs, as on a TPU
+        with tf.distribute.ReplicaContext(tf.distribute.get_strategy(), replica):
+            return source.unpack()
+
+    with pytest.raises(AssertionError, match="which of the 2 shares"):
+        draw(tf.constant(0))
 
 
 def test_a_replay_larger_than_the_memory_is_refused_with_the_numbers(address, spec):
