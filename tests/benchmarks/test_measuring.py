@@ -57,6 +57,18 @@ def test_without_a_gpu_the_row_names_the_command_that_measures_it(settings, monk
     assert all("actorlearner bench --only learner-gpu" in (row.not_measured or "") for row in rows)
 
 
+def test_fast_updates_do_not_count_where_less_was_taken_in_than_asked_for():
+    """Taking in costs the learner time: without it, the figure is that of a learner that nobody feeds."""
+    stock = [{"updates_per_sec": 200.0}] * 3
+
+    def judge(*ingested: float) -> list[bool | None]:
+        ours = [{"updates_per_sec": 4_000.0, "environment_steps_per_sec": rate} for rate in ingested]
+        return [row.is_reached for row in learner.judge_gpu(ours, stock)]
+
+    assert judge(1_990.0, 1_901.0, 20.0) == [True, True]
+    assert judge(1_990.0, 1_899.0, 20.0) == [False, False]
+
+
 def test_every_subject_is_listed_in_the_help(capsys, monkeypatch):
     """The command line is made before the benchmarks are imported, so it has a list of its own."""
     monkeypatch.setenv("COLUMNS", "1000")  # argparse breaks lines within a name
