@@ -635,6 +635,28 @@ def test_several_replicas_each_hold_a_share(replay, address, spec, eventually):
     source.close()
 
 
+def test_images_reach_the_batch_as_they_were_seen(serve, replay, spec, eventually):
+    """A cast on the way would quadruple what is sent and held, or train on other images than the policy acted on."""
+    image_spec = spec._replace(observation=tf.TensorSpec((84, 84, 4), tf.uint8))
+    images = np.random.default_rng(0).integers(0, 256, (41, 84, 84, 4), np.uint8)
+    steps = [step._replace(observation=image) for step, image in zip(episode(0, 40), images)]
+    plan = {"batch_size": 1_000, "num_updates_per_call": 100}
+    address = f"localhost:{serve(replay.make_tables(image_spec, sample(**plan))).port}"
+    source = make_source(replay, address, image_spec, **plan)
+    source.restore({})
+    sink = replay.make_sink(ReplayServers([address]), sample(**plan))
+    write(sink, steps)
+    flush(sink)
+    eventually(lambda: source.is_ready() and source.account()["held"] == 40)
+    batch, _ = source.unpack(*source.draw(source.handle))
+    assert batch.observation.dtype == tf.uint8
+    assert batch.observation.shape == (1_000, 2, 84, 84, 4)
+    number_of = {image.tobytes(): number for number, image in enumerate(images)}
+    drawn = {tuple(number_of.get(image.tobytes()) for image in window) for window in batch.observation.numpy()}
+    assert drawn == {(number, number + 1) for number in range(40)}
+    source.close()
+
+
 # Devices are split before TensorFlow computes anything, so this needs a process of its own.
 DRAW_BY_TWO_REPLICAS = """
 import base64, json, pickle, sys
