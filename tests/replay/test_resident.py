@@ -724,6 +724,27 @@ def test_a_replay_larger_than_the_memory_is_refused_with_the_numbers(address, sp
         make_source(replay, address, spec)
 
 
+def test_a_device_that_is_too_small_is_named_with_what_was_asked_of_it(address, spec, monkeypatch):
+    """A GPU's memory is known only when it runs out; TensorFlow's own error names a tensor, and no setting."""
+    monkeypatch.setattr(resident, "free_host_bytes", lambda: 10**18)  # here the device is the host
+    replay = ResidentReplay(replay_buffer_capacity=10**15)  # more than a process can address: none is ever taken
+    # Takes ten seconds of TensorFlow's, which tries again meanwhile.
+    with pytest.raises(RoleError, match=r"capacity = 1,000,000,000,000,000 takes [\d.]+ GB of .* on /cpu:0\. Lower it"):
+        make_source(replay, address, spec)
+
+
+def test_a_learner_says_at_its_start_how_many_transitions_and_bytes_its_replay_takes(address, spec, caplog):
+    """Who chooses a capacity, or a machine for it, needs both; what is said must be what is taken."""
+    caplog.set_level(logging.INFO)
+    (mirror,) = make_source(ResidentReplay(replay_buffer_capacity=1_000_000), address, spec)._mirrors
+    num_bytes = sum(variable.numpy().nbytes for variable in (*mirror._rows, mirror._starts))
+    (line,) = (message for message in caplog.messages if "beside the learner" in message)
+    assert line == (
+        "the replay holds 1,000,000 transitions (windows of 2 steps) beside the learner: "
+        f"{num_bytes / 1e6:.1f} MB on each of /cpu:0"
+    )
+
+
 def test_both_tables_hold_each_chunk(replay, address, spec):
     """What reached the learner alone could not come back from the server."""
     sink = replay.make_sink(ReplayServers([address]), sample())

@@ -169,7 +169,7 @@ class ResidentReplay:
         capacity = math.ceil(self.replay_buffer_capacity / len(devices))
         num_bytes = Mirror.num_bytes_for(step_spec, sampling.num_steps, capacity)
         logging.info(
-            "the replay holds %s windows of %d steps beside the learner: %.1f MB on each of %s",
+            "the replay holds %s transitions (windows of %d steps) beside the learner: %.1f MB on each of %s",
             f"{self.replay_buffer_capacity:,}",
             sampling.num_steps,
             num_bytes / 1e6,
