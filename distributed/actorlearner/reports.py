@@ -74,7 +74,8 @@ class CollectReport:
       task: Which of the collect actors.
       environment_steps, episodes, environment_crashes: Totals.
       average_return: Of the last finished episodes; NaN before the first.
-      blocked_secs: Time spent waiting for the server to take items.
+      blocked_secs: Time spent waiting for the learner: for the server to take items, or in lock-step for an answer.
+      wall_secs: Time since it began to collect.
     """
 
     actor: int
@@ -84,6 +85,7 @@ class CollectReport:
     environment_crashes: int
     average_return: float
     blocked_secs: float
+    wall_secs: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,6 +267,35 @@ def take_last_words(address: str, timeout_secs: float = 5.0) -> Sequence[LastWor
                 "a row in the table '%s' at %s is no actor's and is left out: %s", LAST_WORDS_TABLE, address, error
             )
     return found
+
+
+class BlockedShare:
+    """How much of their time the collect actors wait for the learner, by their own reports. Any thread may call it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._newest: dict[int, CollectReport] = {}  # by actor
+        self._blocked_secs = self._wall_secs = 0.0  # of all actors, since the last `take`
+        self._share: Optional[float] = None
+
+    def note(self, report: CollectReport) -> None:
+        """Adds what passed since the same actor's report before; its first one says nothing of when that was."""
+        with self._lock:
+            before = self._newest.get(report.actor, report)
+            self._newest[report.actor] = report
+            self._blocked_secs += report.blocked_secs - before.blocked_secs
+            self._wall_secs += report.wall_secs - before.wall_secs
+
+    def take(self) -> Optional[float]:
+        """Returns seconds waited per second of an actor, 0 to 1, by the reports noted since the last call.
+
+        Where none was, it is the share that was returned last; None before the first.
+        """
+        with self._lock:
+            if self._wall_secs > 0.0:
+                self._share = min(1.0, max(0.0, self._blocked_secs / self._wall_secs))
+                self._blocked_secs = self._wall_secs = 0.0
+            return self._share
 
 
 class Attendance:

@@ -46,7 +46,7 @@ class RunRecord:
         self._train_step_time: Optional[float] = None
         self._phase = "waiting"
         self._waiting_for: Optional[str] = None
-        self._reports: dict[int, reports.CollectReport] = {}
+        self._blocked_share = reports.BlockedShare()
         self.attendance = reports.Attendance()
         self._train_rate, self._collect_rate = Rate(), Rate()
         self._rates_lock = threading.Lock()  # the loop and a thread both ask for them
@@ -104,6 +104,9 @@ class RunRecord:
     def log_training(self, step: int, scalars: dict[str, float]) -> None:
         """Writes one point of training to the log, TensorBoard and metrics.jsonl."""
         values = {**scalars, **self._rates()}
+        blocked_share = self._blocked_share.take()
+        if blocked_share is not None:
+            values["collect_blocked_share"] = blocked_share
         logging.info(
             "train step %d: loss %.4f, %.0f train steps/s, %.0f environment steps/s, %.0f%% waiting for data, "
             "data %.0f train steps old",
@@ -136,7 +139,7 @@ class RunRecord:
                 self.attendance.note_end(words)
             for report in reports.take_collect_reports(self._cluster.variables_address):
                 self.attendance.note_life("collect-actor")
-                self._reports[report.actor] = report
+                self._blocked_share.note(report)
                 key = str(report.actor)
                 self._collected[key] = max(report.environment_steps, self._collected.get(key, 0))
                 self._crashes[key] = report.environment_crashes
