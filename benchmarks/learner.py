@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from benchmarks.machine import find_gpu
+from benchmarks.machine import find_gpu, finds_gpu_in_tensorflow
 from benchmarks.measuring import Figures, Measure, Settings, Side, alternate, repeating, run_program
 from benchmarks.results import Row
 
@@ -61,6 +61,11 @@ def compare_on_gpu(settings: Settings) -> Sequence[Row]:
     """Returns ours against the stock learner, and against the figure that is asked for."""
     if find_gpu() is None:
         return judge_gpu(not_measured="no GPU here; on a machine with one: actorlearner bench --only learner-gpu")
+    if not finds_gpu_in_tensorflow():  # both sides would be measured on the processor
+        return judge_gpu(
+            not_measured="TensorFlow finds no GPU: .venv/bin/python -m pip install --no-deps -r requirements-gpu.lock, "
+            "then: actorlearner bench --only learner-gpu"
+        )
     start = functools.partial(Side, settings=settings, environment={})
     sides = [
         lambda: start("learner-gpu-ours", program=("learner", "ours", str(GPU_INGEST))),

@@ -60,6 +60,14 @@ def test_without_a_gpu_the_row_names_the_command_that_measures_it(settings, monk
     assert all("actorlearner bench --only learner-gpu" in (row.not_measured or "") for row in rows)
 
 
+def test_a_gpu_that_tensorflow_does_not_find_is_not_measured_and_says_what_to_install(settings, monkeypatch):
+    """Without CUDA's libraries both sides run on the processor, and the table says that it was a GPU."""
+    monkeypatch.setattr(learner, "find_gpu", lambda: "the driver's word")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    rows = learner.compare_on_gpu(settings)
+    assert all("requirements-gpu.lock" in (row.not_measured or "") for row in rows)
+
+
 def test_fast_updates_do_not_count_where_less_was_taken_in_than_asked_for():
     """Taking in costs the learner time: without it, the figure is that of a learner that nobody feeds."""
     stock = [{"updates_per_sec": 200.0}] * 3
