@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 import time
 from importlib import metadata
 from pathlib import Path
@@ -44,6 +45,12 @@ def find_gpu() -> Optional[str]:
     if names:
         return names.splitlines()[0]
     return "an NVIDIA GPU" if Path("/dev/nvidia0").exists() else None
+
+
+def finds_gpu_in_tensorflow() -> bool:
+    """Returns whether TensorFlow, in a process of its own with this Python, finds a GPU; takes some 5 s."""
+    ask = "import tensorflow as tf; print(len(tf.config.list_physical_devices('GPU')))"
+    return (_run(sys.executable, "-c", ask) or "0") != "0"
 
 
 def _versions() -> dict[str, str]:

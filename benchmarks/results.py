@@ -25,6 +25,7 @@ class Row:
       is_at_most: The ratio is to stay below the bar, not above it.
       details: Whatever else was found, as JSON.
       not_measured: Why there are no figures and what would make them; None if there are.
+      unmet: What else was asked for and not kept: then it is not reached, whatever the ratio. None if all was kept.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Row:
     is_at_most: bool = False
     details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     not_measured: Optional[str] = None
+    unmet: Optional[str] = None
 
     @property
     def ratio(self) -> Optional[float]:
@@ -49,6 +51,8 @@ class Row:
     def is_reached(self) -> Optional[bool]:
         if self.ratio is None:
             return None
+        if self.unmet:
+            return False
         return self.ratio <= self.bar if self.is_at_most else self.ratio >= self.bar
 
     def to_json(self) -> dict[str, Any]:
@@ -62,8 +66,8 @@ class Row:
 
 
 def row_from_json(content: Mapping[str, Any]) -> Row:
-    """Returns the row that `Row.to_json` wrote."""
-    return Row(**{field.name: content[field.name] for field in dataclasses.fields(Row)})
+    """Returns the row that `Row.to_json` wrote, maybe before some field was there."""
+    return Row(**{field.name: content[field.name] for field in dataclasses.fields(Row) if field.name in content})
 
 
 def make_table(rows: Sequence[Row], title: str) -> Table:
@@ -100,7 +104,7 @@ def _cells(row: Row) -> Sequence[str]:
     if row.ratio is None:
         return (row.measure, f"not measured: {row.not_measured}", row.reference, "", "", bar, "")
     ours, theirs = (statistics.median(figures) for figures in (row.ours, row.theirs))
-    reached = "yes" if row.is_reached else "no"
+    reached = "yes" if row.is_reached else f"no: {row.unmet}" if row.unmet else "no"
     return (
         row.measure,
         f"{_figure(ours)} {row.unit}",

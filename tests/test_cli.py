@@ -121,6 +121,12 @@ def test_a_tool_on_what_is_no_run_says_so(command, tmp_path):
     assert "Traceback" not in ended.stderr
 
 
+def test_a_drill_has_one_source_of_faults(capsys):
+    """Of two, one would be passed over in silence."""
+    assert cli.main(["drill", "dqn_cartpole", "--kills=1", "--random=1"]) == 64
+    assert "--fault, --kills and --random: expected one of them" in capsys.readouterr().err
+
+
 def test_a_task_is_a_number_or_auto(capsys):
     """A typing error must not become task 0, whose seeds and files another process has."""
     parser = cli.make_parser()

@@ -36,6 +36,7 @@ REPORT = CollectReport(
     environment_crashes=2,
     average_return=9.5,
     blocked_secs=0.5,
+    wall_secs=4.0,
 )
 
 

@@ -6,10 +6,13 @@ import json
 import socket
 
 import pytest
+import tensorflow as tf
 
+from actorlearner import reports, variable_container
 from actorlearner.cluster import Cluster
 from actorlearner.evaluations import EvaluationLedger
 from actorlearner.experiment import load_experiment
+from actorlearner.reports import CollectReport, Reporter
 from actorlearner.run_directory import RunDirectory
 from actorlearner.run_record import RunRecord
 from actorlearner.variable_container import EvaluationRequests
@@ -25,13 +28,25 @@ def silent_address():
 
 
 @pytest.fixture
-def record(silent_address, tmp_path):
-    directory = RunDirectory(tmp_path)
-    ledger = EvaluationLedger(EvaluationRequests(silent_address), directory.evaluated)
-    cluster = Cluster(silent_address, silent_address)
-    record = RunRecord(load_experiment("dqn_cartpole", []), cluster, directory, ledger, versions={}, counts={})
-    yield record
-    record.close()
+def make_record(tmp_path):
+    """`make_record(address)` begins the record of a run whose server listens there; it is closed after the test."""
+    records = []
+
+    def make(address):
+        directory = RunDirectory(tmp_path)
+        ledger = EvaluationLedger(EvaluationRequests(address), directory.evaluated)
+        cluster = Cluster(address, address)
+        records.append(RunRecord(load_experiment("dqn_cartpole", []), cluster, directory, ledger, {}, {}))
+        return records[-1]
+
+    yield make
+    for record in records:
+        record.close()
+
+
+@pytest.fixture
+def record(make_record, silent_address):
+    return make_record(silent_address)
 
 
 def read_status(folder):
@@ -59,3 +74,35 @@ def test_the_time_of_the_last_train_step_is_that_of_one_made_here(record, tmp_pa
     eventually(lambda: read_status(tmp_path).get("train_step") == 5_050)
     status = read_status(tmp_path)
     assert 0.0 <= status["time"] - status["train_step_time"] < 60.0
+
+
+def test_a_point_of_training_says_which_part_of_their_time_the_actors_waited_since_the_one_before(
+    serve, make_record, tmp_path, eventually
+):
+    """A learner that is never starved may be the slow one: without this the actors' cores idle and nobody knows."""
+    tables = [*reports.make_tables(), *variable_container.make_tables([tf.Variable(0.0)])]
+    address = f"localhost:{serve(tables).port}"
+    record = make_record(address)
+    reporter = Reporter(address)
+
+    def report(actor, environment_steps, blocked_secs, wall_secs):
+        totals = {"episodes": 0, "environment_crashes": 0, "average_return": 0.0, "blocked_secs": blocked_secs}
+        row = CollectReport(actor, 0, environment_steps, wall_secs=wall_secs, **totals)
+        assert reporter.send(row, timeout_secs=30)
+
+    def point(environment_steps):
+        eventually(lambda: record.environment_steps == environment_steps)
+        record.log_training(1, {"loss": 0.0, "waiting_share": 0.0, "staleness": 0.0})
+        line = (tmp_path / "metrics.jsonl").read_text().splitlines()[-1]
+        return json.loads(line).get("collect_blocked_share")
+
+    assert point(0) is None
+    report(actor=7, environment_steps=100, blocked_secs=50.0, wall_secs=90.0)  # to a learner before this one
+    assert point(100) is None
+    report(actor=7, environment_steps=110, blocked_secs=53.0, wall_secs=94.0)
+    report(actor=8, environment_steps=1, blocked_secs=0.0, wall_secs=2.0)
+    report(actor=8, environment_steps=10, blocked_secs=1.0, wall_secs=6.0)
+    assert point(120) == 0.5
+    assert point(120) == 0.5  # nobody reported since
+    report(actor=7, environment_steps=200, blocked_secs=53.0, wall_secs=98.0)
+    assert point(210) == 0.0

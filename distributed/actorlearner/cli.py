@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import random
 import signal
 import sys
 import threading
@@ -137,6 +138,9 @@ def make_parser() -> argparse.ArgumentParser:
         default=0,
         metavar="N",
         help="instead: N times SIGKILL to a random role of one run",
+    )
+    drill.add_argument(
+        "--random", type=_non_negative, default=0, metavar="N", help="instead: N of the faults, drawn at random"
     )
     drill.add_argument(
         "--num_iterations",
@@ -731,10 +735,13 @@ def _drill(arguments: argparse.Namespace) -> int:
     if unknown:
         print(f"error: --fault={unknown[0]}: expected one of {', '.join(FAULTS)}", file=sys.stderr)
         return 64
+    if sum(map(bool, (arguments.fault, arguments.kills, arguments.random))) > 1:
+        print("error: --fault, --kills and --random: expected one of them, the others left out", file=sys.stderr)
+        return 64
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what it started is ended on the way out
     return drill.run_drill(
         arguments.experiment,
-        faults=arguments.fault,
+        faults=arguments.fault or random.Random(arguments.seed).choices(tuple(FAULTS), k=arguments.random),
         num_kills=arguments.kills,
         num_iterations=arguments.num_iterations,
         seed=arguments.seed,

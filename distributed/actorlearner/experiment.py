@@ -46,6 +46,8 @@ class Schedule:
       num_iterations: Train steps until training ends.
       initial_collect_steps: Items the replay must hold before training; until then a random policy acts.
       collect_steps_per_iteration: Environment steps per train step; with `batch_size` it gives samples per insert.
+        Inserts are windows, as many as one-step updates have environment steps; with n-step returns an episode of N
+        steps has N + 1 - n.
       batch_size: Trajectories in one train step, over all replicas together.
       log_interval: Train steps between two log lines, and between two points in TensorBoard.
       num_eval_episodes: Episodes of one evaluation.

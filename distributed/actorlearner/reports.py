@@ -30,6 +30,9 @@ EVALUATIONS_PROGRESS_TABLE = "evaluations_progress"
 COLLECT_REPORTS_TABLE = "collect_reports"
 LAST_WORDS_TABLE = "last_words"
 
+MAX_ROWS = 1_000
+"""So many rows are taken in one call; the others in the next."""
+
 _INT64 = tf.TensorSpec((), tf.int64)
 _FLOAT64 = tf.TensorSpec((), tf.float64)
 
@@ -71,7 +74,8 @@ class CollectReport:
       task: Which of the collect actors.
       environment_steps, episodes, environment_crashes: Totals.
       average_return: Of the last finished episodes; NaN before the first.
-      blocked_secs: Time spent waiting for the server to take items.
+      blocked_secs: Time spent waiting for the learner: for the server to take items, or in lock-step for an answer.
+      wall_secs: Time since it began to collect.
     """
 
     actor: int
@@ -81,6 +85,7 @@ class CollectReport:
     environment_crashes: int
     average_return: float
     blocked_secs: float
+    wall_secs: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,8 +128,7 @@ def _row(report: Any) -> dict[str, Any]:
     return {field.name: convert[field.type](getattr(report, field.name)) for field in dataclasses.fields(report)}
 
 
-def _take(address: str, table: str, kind: type, timeout_secs: float) -> Sequence[Any]:
-    rows = messages.take_all(address, table, _signature(kind), max_rows=1_000, timeout_secs=timeout_secs)
+def _to_reports(rows: Sequence[Any], kind: type) -> Sequence[Any]:
     return [kind(**{name: value.item() for name, value in row.items()}) for row in rows]
 
 
@@ -214,18 +218,25 @@ class NewestReport:
 
 
 def take_evaluation_results(address: str, timeout_secs: float = 5.0) -> Sequence[EvaluationResult]:
-    """Returns the results that arrived since the last call. Blocks and raises as `messages.take_all`."""
-    return _take(address, EVALUATIONS_DONE_TABLE, EvaluationResult, timeout_secs)
+    """Returns the results that arrived since the last call. Blocks and raises as `messages.take`."""
+    signature = _signature(EvaluationResult)
+    rows = messages.take(address, EVALUATIONS_DONE_TABLE, signature, max_rows=MAX_ROWS, timeout_secs=timeout_secs)
+    return _to_reports(rows, EvaluationResult)
 
 
 def take_evaluation_progress(address: str, timeout_secs: float = 5.0) -> Sequence[EvaluationProgress]:
-    """Returns the signs of life that arrived since the last call. Blocks and raises as `messages.take_all`."""
-    return _take(address, EVALUATIONS_PROGRESS_TABLE, EvaluationProgress, timeout_secs)
+    """Returns the signs of life that arrived since the last call. Blocks and raises as `messages.take_current`."""
+    return _take_current(address, EVALUATIONS_PROGRESS_TABLE, EvaluationProgress, timeout_secs)
 
 
 def take_collect_reports(address: str, timeout_secs: float = 5.0) -> Sequence[CollectReport]:
-    """Returns the reports that arrived since the last call. Blocks and raises as `messages.take_all`."""
-    return _take(address, COLLECT_REPORTS_TABLE, CollectReport, timeout_secs)
+    """Returns the reports that arrived since the last call. Blocks and raises as `messages.take_current`."""
+    return _take_current(address, COLLECT_REPORTS_TABLE, CollectReport, timeout_secs)
+
+
+def _take_current(address: str, table: str, kind: type, timeout_secs: float) -> Sequence[Any]:
+    rows = messages.take_current(address, table, _signature(kind), max_rows=MAX_ROWS, timeout_secs=timeout_secs)
+    return _to_reports(rows, kind)
 
 
 def leave_last_words(address: str, words: LastWords, timeout_secs: float = 2.0) -> bool:
@@ -244,8 +255,8 @@ def leave_last_words(address: str, words: LastWords, timeout_secs: float = 2.0) 
 
 
 def take_last_words(address: str, timeout_secs: float = 5.0) -> Sequence[LastWords]:
-    """Returns those that arrived since the last call, no strangers' rows. Blocks and raises as `messages.take_all`."""
-    rows = messages.take_all(address, LAST_WORDS_TABLE, _WORDS_SIGNATURE, max_rows=1_000, timeout_secs=timeout_secs)
+    """Returns those that arrived since the last call, no strangers' rows. Blocks and raises as `messages.take`."""
+    rows = messages.take(address, LAST_WORDS_TABLE, _WORDS_SIGNATURE, max_rows=MAX_ROWS, timeout_secs=timeout_secs)
     found = []
     for row in rows:
         try:
@@ -256,6 +267,35 @@ def take_last_words(address: str, timeout_secs: float = 5.0) -> Sequence[LastWor
                 "a row in the table '%s' at %s is no actor's and is left out: %s", LAST_WORDS_TABLE, address, error
             )
     return found
+
+
+class BlockedShare:
+    """How much of their time the collect actors wait for the learner, by their own reports. Any thread may call it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._newest: dict[int, CollectReport] = {}  # by actor
+        self._blocked_secs = self._wall_secs = 0.0  # of all actors, since the last `take`
+        self._share: Optional[float] = None
+
+    def note(self, report: CollectReport) -> None:
+        """Adds what passed since the same actor's report before; its first one says nothing of when that was."""
+        with self._lock:
+            before = self._newest.get(report.actor, report)
+            self._newest[report.actor] = report
+            self._blocked_secs += report.blocked_secs - before.blocked_secs
+            self._wall_secs += report.wall_secs - before.wall_secs
+
+    def take(self) -> Optional[float]:
+        """Returns seconds waited per second of an actor, 0 to 1, by the reports noted since the last call.
+
+        Where none was, it is the share that was returned last; None before the first.
+        """
+        with self._lock:
+            if self._wall_secs > 0.0:
+                self._share = min(1.0, max(0.0, self._blocked_secs / self._wall_secs))
+                self._blocked_secs = self._wall_secs = 0.0
+            return self._share
 
 
 class Attendance:

@@ -49,8 +49,8 @@ class RunRecord:
         self._train_step_time: Optional[float] = None
         self._phase = "waiting"
         self._waiting_for: Optional[str] = None
-        self._reports: dict[int, reports.CollectReport] = {}
         self._heard_at: dict[int, float] = {}  # of collect actors, by task
+        self._blocked_share = reports.BlockedShare()
         self.attendance = reports.Attendance()
         self._train_rate, self._collect_rate = Rate(), Rate()
         self._rates_lock = threading.Lock()  # the loop and a thread both ask for them
@@ -114,6 +114,9 @@ class RunRecord:
     def log_training(self, step: int, scalars: dict[str, float]) -> None:
         """Writes one point of training to the log, TensorBoard and metrics.jsonl."""
         values = {**scalars, **self._rates()}
+        blocked_share = self._blocked_share.take()
+        if blocked_share is not None:
+            values["collect_blocked_share"] = blocked_share
         logging.info(
             "train step %d: loss %.4f, %.0f train steps/s, %.0f environment steps/s, %.0f%% waiting for data, "
             "data %.0f train steps old",
@@ -146,8 +149,8 @@ class RunRecord:
                 self.attendance.note_end(words)
             for report in reports.take_collect_reports(self._cluster.variables_address):
                 self.attendance.note_life("collect-actor")
-                self._reports[report.actor] = report
                 self._heard_at[report.task] = time.monotonic()
+                self._blocked_share.note(report)
                 key = str(report.actor)
                 self._collected[key] = max(report.environment_steps, self._collected.get(key, 0))
                 self._crashes[key] = report.environment_crashes

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
 from actorlearner import cli
-from benchmarks import learner, run
+from benchmarks import learner, run, weights
 from benchmarks.measuring import Settings, Side, SideFailed, count_per_sec, find_family
+from benchmarks.results import make_table
 
 
 @pytest.fixture
@@ -55,6 +58,39 @@ def test_without_a_gpu_the_row_names_the_command_that_measures_it(settings, monk
     rows = learner.compare_on_gpu(settings)
     assert [row.bar for row in rows] == [8.0, 1.0]
     assert all("actorlearner bench --only learner-gpu" in (row.not_measured or "") for row in rows)
+
+
+def test_a_gpu_that_tensorflow_does_not_find_is_not_measured_and_says_what_to_install(settings, monkeypatch):
+    """Without CUDA's libraries both sides run on the processor, and the table says that it was a GPU."""
+    monkeypatch.setattr(learner, "find_gpu", lambda: "the driver's word")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    rows = learner.compare_on_gpu(settings)
+    assert all("requirements-gpu.lock" in (row.not_measured or "") for row in rows)
+
+
+def test_fast_updates_do_not_count_where_less_was_taken_in_than_asked_for():
+    """Taking in costs the learner time: without it, the figure is that of a learner that nobody feeds."""
+    stock = [{"updates_per_sec": 200.0}] * 3
+
+    def judge(*ingested: float) -> list[bool | None]:
+        ours = [{"updates_per_sec": 4_000.0, "environment_steps_per_sec": rate} for rate in ingested]
+        return [row.is_reached for row in learner.judge_gpu(ours, stock)]
+
+    assert judge(1_990.0, 1_901.0, 20.0) == [True, True]
+    assert judge(1_990.0, 1_899.0, 20.0) == [False, False]
+
+
+def test_the_longest_age_of_the_weights_is_told_beside_the_average():
+    """An average of a third of a second may hide that an actor was left behind for ten."""
+    bytes_ = {"bytes_per_step": 1.0, "bytes_of_full_pull": 1_000.0}
+    ages = [(0.3, 0.6), (0.4, 12.0), (0.3, 0.7)]
+    found = [{**bytes_, "average_age_secs": average, "longest_age_secs": longest} for average, longest in ages]
+    _, age = weights.judge(found)
+    assert age.is_reached is True
+    assert age.details == {"longest_age_secs": [0.6, 12.0, 0.7]}
+    printed = io.StringIO()
+    Console(file=printed, width=300).print(make_table([age], "machine"))
+    assert "Minitaur (the longest: 12 s)" in printed.getvalue()
 
 
 def test_every_subject_is_listed_in_the_help(capsys, monkeypatch):

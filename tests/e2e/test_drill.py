@@ -20,6 +20,9 @@ from tests.e2e.processes import RUN_SECS, Process, Processes, bind
 FAULTS = (
     "kill-replay-server",
     "kill-learner",
+    "kill-learner-saving",
+    "kill-replay-server-twice",
+    "garbage",
     "stray-insert",
     "lose-network",
     "kill-everything",
@@ -51,7 +54,9 @@ def drill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drill]:
 
 
 def broken(outcome: dict[str, Any]) -> list[str]:
-    return [promise for promise in outcome["broken"] if " after " not in promise]
+    """Returns what is broken but for what only came late."""
+    late = ("recovered after", "resumed after", "stopped after", "ended after", "held its checkpoint again after")
+    return [promise for promise in outcome["broken"] if not promise.startswith(late)]
 
 
 def test_the_run_reaches_its_end_with_every_evaluation_and_leaves_nothing_behind(drill: Drill):
@@ -61,17 +66,19 @@ def test_the_run_reaches_its_end_with_every_evaluation_and_leaves_nothing_behind
     assert end["evaluations_lost"] == 0
 
 
-def test_a_killed_learner_goes_on_from_its_checkpoint_with_the_replay_and_the_ratio(drill: Drill):
+@pytest.mark.parametrize("fault", ["SIGKILL learner-0", "SIGKILL learner-0 while it saves"])
+def test_a_killed_learner_goes_on_from_its_checkpoint_with_the_replay_and_the_ratio(drill: Drill, fault: str):
     """Others begin with an empty replay (agents#475), or with a wrong update ratio (sheeprl PR#280)."""
-    outcome = drill.outcomes["SIGKILL learner-0"]
+    outcome = drill.outcomes[fault]
     assert not broken(outcome), drill.process.output
     assert outcome["train_step_after"] > 0
     assert outcome["ratio_error"] < 0.01
 
 
-def test_training_outlives_its_replay_server(drill: Drill):
+@pytest.mark.parametrize("fault", ["SIGKILL replay-server-0", "SIGKILL replay-server-0 twice"])
+def test_training_outlives_its_replay_server(drill: Drill, fault: str):
     """A restarted server comes back empty elsewhere, and nobody moves any more."""
-    outcome = drill.outcomes["SIGKILL replay-server-0"]
+    outcome = drill.outcomes[fault]
     assert not broken(outcome), drill.process.output
     assert outcome["train_step_after"] >= outcome["train_step_before"]
     assert outcome["transitions_lost"] == 0
@@ -87,12 +94,13 @@ def test_training_goes_on_from_the_mirror_until_its_server_is_back(processes: Pr
     process.wait(DRILL_SECS)
     outcome = json.loads((tmp_path / "drill.json").read_text())["outcomes"][0]
     assert not broken(outcome), process.output
-    assert outcome["mirror_secs"] > outcome["held_again_secs"] - 3.0, "a status is a second old at most"
+    assert outcome["mirror_secs"] > outcome["held_again_secs"] / 2, "some 3 s, and a status is a second old at most"
 
 
-def test_a_strangers_insert_ends_nobody(drill: Drill):
-    """Reverb's server takes it, and the next to sample it fails."""
-    assert not broken(drill.outcomes["insert with a wrong signature"]), drill.process.output
+@pytest.mark.parametrize("fault", ["insert with a wrong signature", "garbage to the port"])
+def test_a_stranger_ends_nobody(drill: Drill, fault: str):
+    """Reverb's server takes any item, and the next to sample it fails."""
+    assert not broken(drill.outcomes[fault]), drill.process.output
 
 
 def test_a_minute_without_a_network_ends_nobody(drill: Drill):

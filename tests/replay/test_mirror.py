@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
+import time
 
 import numpy as np
+import pytest
 import tensorflow as tf
 from tf_agents.specs import array_spec, tensor_spec
 from tf_agents.trajectories import trajectory
@@ -100,24 +103,31 @@ def test_a_full_mirror_has_room_for_several_chunks_in_each_call_where_more_follo
     assert mirror.num_windows > 0.98 * 20 * num_held
 
 
-def test_a_compiled_call_draws_whole_windows_while_chunks_are_written(spec):
-    """Half an old window and half a new one would be a transition that never was."""
+@dataclasses.dataclass
+class Traffic:
+    """What happened while one thread wrote chunks and another made compiled calls, each of many draws."""
+
+    num_broken: int = 0  # windows drawn that were none
+    written_at: list[float] = dataclasses.field(default_factory=list)  # when each chunk was
+    calls: list[tuple[float, float]] = dataclasses.field(default_factory=list)  # when each began and ended
+
+
+def draw_while_chunks_are_written(spec, *, jit_compile) -> Traffic:
     mirror = Mirror(spec, num_steps=2, capacity=40)
     add(mirror, episode(0, 30))
-    num_written = 0
+    traffic = Traffic()
     is_over = threading.Event()
 
     def write_chunks():
-        nonlocal num_written
         while not is_over.is_set():
-            block = mirror.make_block(as_chunk(episode(1_000 * (num_written % 1_000 + 1), 30)))
+            block = mirror.make_block(as_chunk(episode(1_000 * (len(traffic.written_at) % 1_000 + 1), 30)))
             while not mirror.has_room(block) and not is_over.wait(0.001):
                 pass
             if not is_over.is_set():
                 mirror.write(block)
-                num_written += 1
+                traffic.written_at.append(time.monotonic())
 
-    @tf.function
+    @tf.function(jit_compile=jit_compile or None)
     def count_broken(num_draws):
         broken = tf.constant(0, tf.int64)
         for _ in tf.range(num_draws):
@@ -125,17 +135,38 @@ def test_a_compiled_call_draws_whole_windows_while_chunks_are_written(spec):
             broken += tf.math.count_nonzero(windows[:, 1] - windows[:, 0] != 1.0)
         return broken
 
+    count_broken(tf.constant(5_000))  # compiles
     thread = threading.Thread(target=write_chunks)
     thread.start()
     try:
-        num_broken = 0
-        while num_written < 200 and not num_broken:
-            num_broken += int(count_broken(tf.constant(5_000)))
+        while len(traffic.written_at) < 200 and not traffic.num_broken:
+            began_at = time.monotonic()
+            traffic.num_broken += int(count_broken(tf.constant(5_000)))
+            traffic.calls.append((began_at, time.monotonic()))
             mirror.reveal()
     finally:
         is_over.set()
         thread.join(10)
-    assert num_broken == 0
+    return traffic
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_a_compiled_call_draws_whole_windows_while_chunks_are_written(spec, jit_compile):
+    """Half an old window and half a new one would be a transition that never was."""
+    assert draw_while_chunks_are_written(spec, jit_compile=jit_compile).num_broken == 0
+
+
+def test_chunks_are_written_while_a_compiled_call_is_under_way(spec):
+    """A writer that waited for the end of each call would take in what came meanwhile only between two of them.
+
+    Not so where XLA makes one program of the call: it holds the locks of the variables it reads to its end.
+    """
+    traffic = draw_while_chunks_are_written(spec, jit_compile=False)
+    most = 0
+    for began_at, ended_at in traffic.calls:
+        half_time = (began_at + ended_at) / 2  # what waited would come after it
+        most = max(most, sum(began_at < moment < half_time for moment in traffic.written_at))
+    assert most >= 8  # of the 33 there is room for
 
 
 def test_images_come_back_bit_by_bit():

@@ -6,6 +6,7 @@ import base64
 import contextlib
 import dataclasses
 import itertools
+import json
 import logging
 import pickle
 import subprocess
@@ -28,6 +29,7 @@ from actorlearner.replay.resident import STREAM_TABLE, ResidentReplay
 from actorlearner.replay.servers import ReplayServers
 from actorlearner.runtime.lifecycle import RoleError, Stopped
 from actorlearner.runtime.messages import Unreachable
+from tests.e2e.processes import START_SECS, Processes
 from tests.replay.episodes import RANDOM, as_chunk, columns, episode, flush, held_windows, sample
 
 
@@ -264,6 +266,26 @@ def test_what_a_server_that_had_died_brings_back_is_counted_once(serve, spec, ev
     second.close()
 
 
+def test_of_a_durable_table_that_overflows_exactly_the_newest_come_back(serve, spec, eventually):
+    """Were any to leave but the oldest, a restarted learner would train on another replay than before."""
+    replay = ResidentReplay(replay_buffer_capacity=28, chunk_length=8, stream_length=4)  # 8 chunks of 7 on a server
+    address = f"localhost:{serve(replay.make_tables(spec, sample())).port}"
+    plan = {"samples_per_insert": 1.0, "num_updates_per_call": 1_000}
+    first = make_source(replay, address, spec, **plan)
+    first.restore({})
+    write(replay.make_sink(ReplayServers([address]), sample()), episode(0, 4 * 56))
+    eventually(lambda: first.is_ready() and first.account()["inserts"] == 224)
+    saved = first.counts()
+    first.close()
+
+    chunks = read_chunks(address, silent_secs=10).values()
+    assert sorted(int(chunk["step"].observation[0, 0, 0]) for chunk in chunks) == list(range(168, 224, 7))
+    second = make_source(replay, address, spec, **plan)
+    second.restore(saved)
+    assert held_windows(second._mirrors[0]) == {(number, number + 1) for number in range(196, 224)}
+    second.close()
+
+
 def test_a_server_that_lost_chunks_is_given_back_what_the_learner_got(serve, spec, eventually, monkeypatch):
     """A learner that dies after its server would come back with what that had saved, at worst with next to nothing."""
     monkeypatch.setattr(resident, "LOOK_FOR_LOSSES_SECS", 0.0)
@@ -480,8 +502,9 @@ def test_a_server_that_is_restarted_while_its_table_is_read_is_read_again_and_wh
     assert read_chunks(address, silent_secs=30, has_data=False).keys() == NEW
 
 
-def test_a_learner_keeps_what_it_read_of_a_server_that_was_restarted_while_it_was_filled(served, spec):
+def test_a_learner_keeps_what_it_read_of_a_server_that_was_restarted_while_it_was_filled(served, spec, monkeypatch):
     """It may be the only copy: the next server holds its last checkpoint, and the learner before this one is dead."""
+    monkeypatch.setattr(resident, "RESTORE_SILENT_SECS", 30)
     address, restart = served
     source = make_source(ResidentReplay(replay_buffer_capacity=2_000, chunk_length=2), address, spec)
     with pytest.raises(Unreachable, match="was restarted while 'experience' was read"):
@@ -613,11 +636,114 @@ def test_several_replicas_each_hold_a_share(replay, address, spec, eventually):
     source.close()
 
 
+def test_images_reach_the_batch_as_they_were_seen(serve, replay, spec, eventually):
+    """A cast on the way would quadruple what is sent and held, or train on other images than the policy acted on."""
+    image_spec = spec._replace(observation=tf.TensorSpec((84, 84, 4), tf.uint8))
+    images = np.random.default_rng(0).integers(0, 256, (41, 84, 84, 4), np.uint8)
+    steps = [step._replace(observation=image) for step, image in zip(episode(0, 40), images)]
+    plan = {"batch_size": 1_000, "num_updates_per_call": 100}
+    address = f"localhost:{serve(replay.make_tables(image_spec, sample(**plan))).port}"
+    source = make_source(replay, address, image_spec, **plan)
+    source.restore({})
+    sink = replay.make_sink(ReplayServers([address]), sample(**plan))
+    write(sink, steps)
+    flush(sink)
+    eventually(lambda: source.is_ready() and source.account()["held"] == 40)
+    batch, _ = source.unpack(*source.draw(source.handle))
+    assert batch.observation.dtype == tf.uint8
+    assert batch.observation.shape == (1_000, 2, 84, 84, 4)
+    number_of = {image.tobytes(): number for number, image in enumerate(images)}
+    drawn = {tuple(number_of.get(image.tobytes()) for image in window) for window in batch.observation.numpy()}
+    assert drawn == {(number, number + 1) for number in range(40)}
+    source.close()
+
+
+# Devices are split before TensorFlow computes anything, so this needs a process of its own.
+DRAW_BY_TWO_REPLICAS = """
+import base64, json, pickle, sys
+import tensorflow as tf
+from actorlearner.replay.resident import ResidentReplay
+from actorlearner.replay.servers import ReplayServers
+from actorlearner.runtime.devices import make_strategy
+address, spec, sampling = pickle.loads(base64.b64decode(sys.argv[1]))
+strategy = make_strategy("mirrored", num_logical_cpus=2)
+source = ResidentReplay(replay_buffer_capacity=1_000).make_source(ReplayServers([address]), spec, sampling, strategy)
+source.restore({})
+assert source.is_ready()
+
+@tf.function
+def train(num_updates):  # as the learner's loop draws
+    parts = strategy.run(source.unpack)
+    for _ in tf.range(num_updates - 1):
+        parts = strategy.run(source.unpack)
+    return parts
+
+batches, _ = train(tf.constant(2))
+batches = strategy.experimental_local_results(batches.observation)
+print("RESULT", json.dumps([batch[..., 0].numpy().tolist() for batch in batches]))
+source.close()
+"""
+
+
+def test_each_of_two_replicas_draws_its_part_of_the_batch_from_a_share_of_its_own(replay, address, spec, tmp_path):
+    """Were all to draw from the first share, half of what was collected would never be trained on, without a word."""
+    sink = replay.make_sink(ReplayServers([address]), sample())
+    write(sink, episode(0, 28))
+    flush(sink)
+    task = base64.b64encode(pickle.dumps((address, spec, sample(batch_size=1_000)))).decode()
+    program = tmp_path / "draw.py"  # a file: the loop is compiled from its source
+    program.write_text(DRAW_BY_TWO_REPLICAS)
+    with Processes(tmp_path) as processes:
+        script = processes.start_python(program, task)
+        batches = json.loads(script.await_line("^RESULT (.*)").group(1))
+        assert script.wait(START_SECS) == 0, script.output
+    assert [len(batch) for batch in batches] == [500, 500]
+    one, other = ({tuple(window) for window in batch} for batch in batches)
+    assert not one & other
+    assert len(one) == len(other) == 14
+    assert one | other == {(number, number + 1) for number in range(28)}
+
+
+def test_a_replica_that_does_not_know_which_it_is_draws_nothing(replay, address, spec):
+    """Were it to draw from the first share, the others would be held, paid for and never trained on."""
+    source = make_source(replay, address, spec)
+    source._mirrors = [Mirror(spec, 2, 500) for _ in range(2)]
+
+    @tf.function(autograph=False)
+    def draw(replica):  # known only when it runs, as on a TPU
+        with tf.distribute.ReplicaContext(tf.distribute.get_strategy(), replica):
+            return source.unpack()
+
+    with pytest.raises(AssertionError, match="which of the 2 shares"):
+        draw(tf.constant(0))
+
+
 def test_a_replay_larger_than_the_memory_is_refused_with_the_numbers(address, spec):
     """The operating system would end the learner an hour later, without a word."""
     replay = ResidentReplay(replay_buffer_capacity=10**12)
     with pytest.raises(RoleError, match=r"replay_buffer_capacity = 1,000,000,000,000 takes [\d.]+ GB .*GB\. Lower it"):
         make_source(replay, address, spec)
+
+
+def test_a_device_that_is_too_small_is_named_with_what_was_asked_of_it(address, spec, monkeypatch):
+    """A GPU's memory is known only when it runs out; TensorFlow's own error names a tensor, and no setting."""
+    monkeypatch.setattr(resident, "free_host_bytes", lambda: 10**18)  # here the device is the host
+    replay = ResidentReplay(replay_buffer_capacity=10**15)  # more than a process can address: none is ever taken
+    # Takes ten seconds of TensorFlow's, which tries again meanwhile.
+    with pytest.raises(RoleError, match=r"capacity = 1,000,000,000,000,000 takes [\d.]+ GB of .* on /cpu:0\. Lower it"):
+        make_source(replay, address, spec)
+
+
+def test_a_learner_says_at_its_start_how_many_transitions_and_bytes_its_replay_takes(address, spec, caplog):
+    """Who chooses a capacity, or a machine for it, needs both; what is said must be what is taken."""
+    caplog.set_level(logging.INFO)
+    (mirror,) = make_source(ResidentReplay(replay_buffer_capacity=1_000_000), address, spec)._mirrors
+    num_bytes = sum(variable.numpy().nbytes for variable in (*mirror._rows, mirror._starts))
+    (line,) = (message for message in caplog.messages if "beside the learner" in message)
+    assert line == (
+        "the replay holds 1,000,000 transitions (windows of 2 steps) beside the learner: "
+        f"{num_bytes / 1e6:.1f} MB on each of /cpu:0"
+    )
 
 
 def test_both_tables_hold_each_chunk(replay, address, spec):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import threading
 
@@ -77,11 +78,11 @@ def test_a_learner_that_waits_says_how_much_is_collected_and_what_its_actors_do(
     sink.close(timeout_secs=10)
     run(learner.run_learner, experiment, cluster, tmp_path, tf.distribute.get_strategy(), {})
     reporter = Reporter(address)
-    reports = [CollectReport(task + 1, task, 0, 0, 0, 0.0, 0.0) for task in (0, 1)]
+    reports = [CollectReport(task + 1, task, 0, 0, 0, 0.0, 0.0, 1.0) for task in (0, 1)]
 
     def is_said():
         for number, report in enumerate(reports):
-            reports[number] = CollectReport(report.actor, report.task, report.environment_steps + 10, 0, 0, 0.0, 0.0)
+            reports[number] = dataclasses.replace(report, environment_steps=report.environment_steps + 10)
             assert reporter.send(reports[number])
         return said(
             caplog,

@@ -8,7 +8,9 @@ import time
 import numpy as np
 import portpicker
 import pytest
+import reverb
 import tensorflow as tf
+import tree
 
 from actorlearner.runtime import messages
 from actorlearner.runtime.lifecycle import ExitCode, RoleError, Stop
@@ -77,7 +79,7 @@ def test_a_board_is_read_again_only_when_something_was_put_there(address):
     assert int(reader.read()["number"]) == 2
 
 
-@pytest.mark.parametrize("take", [messages.take, messages.take_all])
+@pytest.mark.parametrize("take", [messages.take, messages.take_current])
 def test_a_queue_hands_out_each_row_once_oldest_first(address, take):
     """A report taken twice would count its steps twice."""
     sender = messages.Sender(address)
@@ -93,7 +95,20 @@ def test_a_strangers_row_in_a_queue_is_left_out_and_the_others_arrive(address, s
     """Reports come by the hundred in one reading; one insert by mistake must not cost the others."""
     for line in (row(1), stray, row(2)):
         messages.Sender(address).put("queue", line, 30)
-    assert numbers(messages.take_all(address, "queue", SIGNATURE, max_rows=10)) == [1, 2]
+    assert numbers(messages.take_current(address, "queue", SIGNATURE, max_rows=10)) == [1, 2]
+    assert "held a row that does not fit" in caplog.text
+
+
+@pytest.mark.parametrize("steps", [-1, slice(-2, None)], ids=["no step", "two steps"])
+def test_an_item_that_is_no_row_is_left_out_and_the_others_arrive(address, steps, caplog):
+    """A client that leaves out the time dimension, or writes sequences, is a stranger too."""
+    messages.Sender(address).put("queue", row(1), 30)
+    with reverb.Client(address).trajectory_writer(num_keep_alive_refs=2, validate_items=False) as writer:
+        for number in (2, 3):
+            writer.append(row(number))
+        writer.create_item("queue", 1.0, tree.map_structure(lambda column: column[steps], writer.history))
+    messages.Sender(address).put("queue", row(4), 30)
+    assert numbers(messages.take_current(address, "queue", SIGNATURE, max_rows=10)) == [1, 4]
     assert "held a row that does not fit" in caplog.text
 
 
@@ -104,7 +119,7 @@ def test_rows_taken_every_second_for_weeks_leave_nothing_in_the_process(address)
     def take_many():
         for _ in range(300):
             sender.put("queue", row(1), 30)
-            assert len(messages.take_all(address, "queue", SIGNATURE, max_rows=10)) == 1
+            assert len(messages.take_current(address, "queue", SIGNATURE, max_rows=10)) == 1
         gc.collect()
         return bytes_in_use()
 
@@ -129,8 +144,9 @@ def test_a_full_queue_is_unreachable_within_the_deadline(address):
 def test_a_server_that_is_away_is_unreachable_within_the_deadline(unused_address):
     """Reverb's clients retry for ever."""
     start = time.monotonic()
-    with pytest.raises(Unreachable, match=unused_address):
-        messages.take(unused_address, "queue", SIGNATURE, timeout_secs=1)
+    for take in (messages.take, messages.take_current):
+        with pytest.raises(Unreachable, match=unused_address):
+            take(unused_address, "queue", SIGNATURE, max_rows=1, timeout_secs=1)
     with pytest.raises(Unreachable, match=unused_address):
         messages.Sender(unused_address).put("queue", row(1), 0.3)
     assert time.monotonic() - start < 30
@@ -138,8 +154,9 @@ def test_a_server_that_is_away_is_unreachable_within_the_deadline(unused_address
 
 def test_a_missing_table_is_unreachable_and_says_what_there_is(address):
     """Sampling a table that is not there ends in an error that does not list the others."""
-    with pytest.raises(Unreachable, match="no table 'chair'; it has board, queue"):
-        messages.take(address, "chair", SIGNATURE)
+    for take in (messages.take, messages.take_current):
+        with pytest.raises(Unreachable, match="no table 'chair'; it has board, queue"):
+            take(address, "chair", SIGNATURE, max_rows=1)
 
 
 def test_a_sender_goes_on_when_its_server_comes_back(serve, eventually):

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from actorlearner.tools import drill
 from actorlearner.tools.drill_faults import Outcome, _find_miscounts, _judge_held, _judge_training_on, _ratio_error
 from actorlearner.tools.drill_run import Run
 
@@ -20,6 +21,17 @@ def run(tmp_path):
     (run.root_dir / "operative_config.gin").write_text("train.batch_size = 128\ntrain.eval_interval = 1000\n"
         "train.collect_steps_per_iteration = 4\n")
     return run
+
+
+@pytest.mark.parametrize(("samples", "named"), [(3_072_000, []), (3_078_400, []), (3_078_401, ["samples"])])
+def test_a_learners_own_replay_counts_its_samples_to_within_one_call(run, samples, named):
+    """It saves both in one piece: more would be train steps that were made twice, or not."""
+    with (run.root_dir / "operative_config.gin").open("a") as config:
+        config.write("experiment.replay = @resident_replay()\ntrain.num_updates_per_call = 50\n")
+    status = {"train_step": 24_000, "environment_steps": 102_286, "replay": {**ACCOUNT, "samples": samples}}
+    found = _find_miscounts(run, status)
+    assert len(found) == len(named)
+    assert all(name in line for name, line in zip(named, found))
 
 
 @pytest.mark.parametrize(
@@ -93,3 +105,15 @@ def test_a_server_that_holds_less_than_its_last_checkpoint_is_named(run, holds, 
     outcome = Outcome("a dead server")
     _judge_held(run, outcome, run.saved_items(), time.monotonic())
     assert bool(outcome.broken) == is_broken
+
+
+@pytest.mark.parametrize(("broken", "code"), [([], 0), (["died"], 1)], ids=["held", "broken"])
+def test_the_exit_code_says_whether_every_promise_held(tmp_path, monkeypatch, broken, code):
+    """A script that runs the drill every night looks at nothing else."""
+    outcomes = [Outcome("first", recovery_secs=1.0), Outcome("second", broken=broken), Outcome("the end")]
+    monkeypatch.setattr(drill, "_inject", lambda run, faults: iter(outcomes))
+    place = {"folder": tmp_path, "json_path": tmp_path / "drill.json"}
+    assert drill.run_drill("dqn_cartpole", faults=["kill-learner"], num_kills=0, seed=0, **place) == code
+    found = json.loads((tmp_path / "drill.json").read_text())
+    assert found["held"] == (not broken)
+    assert [outcome["broken"] for outcome in found["outcomes"]] == [[], broken, []]

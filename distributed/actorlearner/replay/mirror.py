@@ -22,6 +22,8 @@ class Mirror:
 
     Two sides work on it: one thread at a time writes chunks where no window that may be drawn lies, also while a
     compiled call draws; the learner's loop reveals them to the next call, and makes room, between two calls.
+    Where XLA compiled the call, it holds the locks of what it reads to its end (seen on a CPU): there a chunk waits for
+    that, and comes between two calls.
 
     Rows and windows are numbered from the first ever written, without end; a number modulo `_num_rows` is the place.
     """

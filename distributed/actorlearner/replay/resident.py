@@ -169,7 +169,7 @@ class ResidentReplay:
         capacity = math.ceil(self.replay_buffer_capacity / len(devices))
         num_bytes = Mirror.num_bytes_for(step_spec, sampling.num_steps, capacity)
         logging.info(
-            "the replay holds %s windows of %d steps beside the learner: %.1f MB on each of %s",
+            "the replay holds %s transitions (windows of %d steps) beside the learner: %.1f MB on each of %s",
             f"{self.replay_buffer_capacity:,}",
             sampling.num_steps,
             num_bytes / 1e6,
@@ -442,10 +442,16 @@ class ResidentSource:
 
     def unpack(self) -> tuple[Any, tf.Tensor]:
         """Returns one replica's batch, drawn from its mirror. See `BatchSource.unpack`."""
-        replica = tf.get_static_value(tf.distribute.get_replica_context().replica_id_in_sync_group) or 0
-        return self._mirrors[replica % len(self._mirrors)].draw(
-            self._batch_size // tf.distribute.get_strategy().num_replicas_in_sync
-        )
+        num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        return self._own_mirror().draw(self._batch_size // num_replicas)
+
+    def _own_mirror(self) -> Mirror:
+        if len(self._mirrors) == 1:
+            return self._mirrors[0]
+        replica = tf.get_static_value(tf.distribute.get_replica_context().replica_id_in_sync_group)
+        if replica is None:  # the first in its place would leave the others' shares undrawn, without a word
+            raise AssertionError(f"a replica cannot tell which of the {len(self._mirrors)} shares is its own")
+        return self._mirrors[int(replica)]
 
     def allow(self, num_updates: int) -> int:
         """Returns how many updates may be made now, at most `num_updates`; takes in what has arrived first."""

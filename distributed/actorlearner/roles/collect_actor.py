@@ -178,6 +178,7 @@ class Collector:
         self._asked_at = 0.0
         self.recent_returns: collections.deque[float] = collections.deque(maxlen=20)
         self.blocked_secs = 0.0
+        self.began_at = time.monotonic()
 
     @property
     def environment_crashes(self) -> int:
@@ -280,7 +281,7 @@ class Collector:
           RoleError: It did not within `--peer_patience_secs` (UNAVAILABLE).
           Stopped: `stop` was set.
         """
-        num_sent = self._sink.num_chunks
+        num_sent, start = self._sink.num_chunks, time.monotonic()
         wait_until(
             lambda: weights.num_chunks() >= num_sent or weights.phase() > Phase.TRAINING,
             lambda: f"the learner to train on chunk {num_sent:,}, in lock-step: it has on {weights.num_chunks():,}",
@@ -289,6 +290,7 @@ class Collector:
             setting="--peer_patience_secs",
             every_secs=0.005,
         )
+        self.blocked_secs += time.monotonic() - start
 
     def _is_blocked(self) -> bool:
         try:
@@ -335,6 +337,7 @@ class Progress:
                 environment_crashes=collector.environment_crashes,
                 average_return=average_return,
                 blocked_secs=collector.blocked_secs,
+                wall_secs=time.monotonic() - collector.began_at,
             )
         )
         if self._reported_at - self._shown_at >= events_interval_secs:

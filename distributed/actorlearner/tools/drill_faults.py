@@ -132,7 +132,12 @@ def _find_miscounts(run: Run, status: dict[str, Any]) -> list[str]:
     unreported = run.configured("train.eval_interval") * run.configured("train.collect_steps_per_iteration")
     most_inserts = min(1.15 * stepped + unreported, 1.5 * stepped)
     found = []
-    if not trained / 1.5 <= samples <= trained * 1.5:  # those of train steps that died with a learner stay counted
+    if run.has_mirror():  # the learner counts them, and saves them with its train step
+        call = run.configured("train.num_updates_per_call") * run.configured("train.batch_size")
+        is_off = abs(samples - trained) > call
+    else:  # the server counts them, also those of train steps that died with a learner
+        is_off = not trained / 1.5 <= samples <= trained * 1.5
+    if is_off:
         found.append(f"{samples:,} samples counted where some {trained:,} were made")
     if not stepped / 1.5 <= inserts <= most_inserts:  # windows are fewer than steps, by a fifth in short episodes
         found.append(f"{inserts:,} inserts counted where some {stepped:,} were made")
@@ -146,22 +151,41 @@ def _judge_recovery(outcome: Outcome, since: float) -> None:
         outcome.broken.append(f"recovered after {secs:.0f} s, promised {RECOVERY_SECS:.0f} s")
 
 
-def kill_role(run: Run, role: str, number: int = signal.SIGKILL) -> Outcome:
-    """Kills one role and waits until it does again what it is there for."""
+def kill_role(
+    run: Run, role: str, number: int = signal.SIGKILL, *, while_saving: bool = False, again_at: str = ""
+) -> Outcome:
+    """Kills one role and waits until it does again what it is there for.
+
+    Args:
+      run: Its.
+      role: Its name.
+      number: Of the signal.
+      while_saving: Waits until it is writing a checkpoint.
+      again_at: Its new life is killed too, as soon as it says this.
+    """
     is_dead_server = role == "replay-server-0" and number == signal.SIGKILL
-    if is_dead_server:
-        run.await_status(time.time())  # train steps after this one are made without a server
-    outcome, before, since = _before(run, f"{signal.Signals(number).name} {role}")
     pid, saved = run.pid(role), run.saved_items()
-    pending = set(before.get("pending_evaluations", []))
     num_given_back = run.log("learner-0").count(GIVEN_BACK)
+    if while_saving:
+        await_(lambda: _stop_while_saving(run, role, pid), f"checkpoint that {role} is writing", every_secs=0.001)
+    elif is_dead_server:
+        run.await_status(time.time())  # train steps after this one are made without a server
+    how = " while it saves" if while_saving else " twice" if again_at else ""
+    outcome, before, since = _before(run, f"{signal.Signals(number).name} {role}{how}")
+    pending = set(before.get("pending_evaluations", []))
     killed_at = time.time()
     with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+    if again_at:
+        await_(lambda: run.pid(role) not in (0, pid) and again_at in run.log(role), f"'{again_at}' of {role}")
+        pid, killed_at, since = run.pid(role), time.time(), time.monotonic()
         os.kill(pid, number)
     if number == signal.SIGTERM:
         await_(lambda: not is_alive(pid), f"end of {role}")
         if time.monotonic() - since > STOP_SECS:
             outcome.broken.append(f"stopped after {time.monotonic() - since:.0f} s, promised {STOP_SECS:.0f} s")
+        if role == "replay-server-0" and run.saved_replay().get("time", 0.0) < killed_at:
+            outcome.broken.append("stopped without saving")
     if is_dead_server:
         said = _await_new_server(run, pid)
         _judge_held(run, outcome, saved, since)
@@ -175,6 +199,8 @@ def kill_role(run: Run, role: str, number: int = signal.SIGKILL) -> Outcome:
         _judge_recovery(outcome, since)
         _compare(run, outcome, before, after)
         outcome.train_step_after = int(first[1]) if first else 0
+        if number == signal.SIGTERM and outcome.train_step_after < (outcome.train_step_before or 0):
+            outcome.broken.append("stopped without saving")
         if run.has_mirror() and before.get("replay"):
             came_back = int(held[1]) if held else 0
             outcome.transitions_lost = max(0, before["replay"]["held"] - came_back)
@@ -199,6 +225,17 @@ def kill_role(run: Run, role: str, number: int = signal.SIGKILL) -> Outcome:
         if role == "replay-server-0" and run.has_mirror():
             _await_return(run, outcome, num_given_back)
     return outcome
+
+
+def _stop_while_saving(run: Run, role: str, pid: int) -> bool:
+    """Returns whether a process is at its checkpoint; then it has been stopped there, and may be killed at leisure."""
+    if not run.is_saving(role):
+        return False
+    os.kill(pid, signal.SIGSTOP)
+    if run.is_saving(role):
+        return True
+    os.kill(pid, signal.SIGCONT)
+    return False
 
 
 def _await_new_server(run: Run, pid: int) -> list[dict[str, Any]]:
@@ -464,7 +501,8 @@ def send_garbage(run: Run) -> Outcome:
         port = run.port()
         assert port
         for opening in (b"", b"GET / HTTP/1.1\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5.0) as connection:
+            connection = socket.create_connection(("127.0.0.1", port), timeout=5.0)
+            with connection, contextlib.suppress(OSError):  # the server may hang up on the way
                 connection.sendall(opening + random.Random(0).randbytes(1 << 16))
 
     return _survive(run, "garbage to the port", inject)
@@ -479,7 +517,13 @@ def insert_stray(run: Run) -> Outcome:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECS)
         (run.folder / "stray.log").write_text(ended.stdout + ended.stderr)
 
-    return _survive(run, "insert with a wrong signature", inject)
+    outcome = _survive(run, "insert with a wrong signature", inject)
+    took_it = re.findall(r"(\w+) took it", (run.folder / "stray.log").read_text())
+    if not set(took_it) & set(run.saved_items()):
+        outcome.broken.append(f"nothing was inserted (see {run.folder / 'stray.log'})")
+    elif not re.search("not this experiment's", run.log("learner-0")):
+        outcome.broken.append("the learner did not say that an item is not its own")
+    return outcome
 
 
 def fill_disk(run: Run) -> Outcome:
@@ -498,6 +542,20 @@ def fill_disk(run: Run) -> Outcome:
         _await_no_process(run, outcome, 1.0)
 
     return stop(run, "full disk", damage=damage)
+
+
+def change_settings(run: Run) -> Outcome:
+    """Starts with another replay capacity than the checkpoint has: it must end with the difference, the run intact."""
+    setting = f"{'resident' if run.has_mirror() else 'uniform'}_replay.replay_buffer_capacity"
+
+    def damage(outcome: Outcome) -> None:
+        run.start(MANY_ITERATIONS, f"{setting} = {run.configured('train.initial_collect_steps') + 7}")
+        code = run.wait(PATIENCE_SECS)
+        if code != 65 or "max_size: the checkpoint has" not in run.output():
+            outcome.broken.append(f"exit code {code}, expected 65 and an error that names the difference")
+        _await_no_process(run, outcome, 1.0)
+
+    return stop(run, "other settings than the checkpoint's", damage=damage)
 
 
 def await_end(run: Run, num_iterations: int) -> Outcome:
@@ -538,6 +596,10 @@ FAULTS: dict[str, Callable[[Run], Outcome]] = {
     "stop-replay-server": lambda run: kill_role(run, "replay-server-0", signal.SIGTERM),
     "stop-collect-actor": lambda run: kill_role(run, "collect-actor-0", signal.SIGTERM),
     "stop-eval-actor": lambda run: kill_role(run, "eval-actor-0", signal.SIGTERM),
+    "kill-learner-saving": lambda run: kill_role(run, "learner-0", while_saving=True),
+    "kill-replay-server-saving": lambda run: kill_role(run, "replay-server-0", while_saving=True),
+    "kill-learner-twice": lambda run: kill_role(run, "learner-0", again_at="restored "),
+    "kill-replay-server-twice": lambda run: kill_role(run, "replay-server-0", again_at="serving replay"),
     "stall-learner": lambda run: stall_role(run, "learner-0"),
     "stall-replay-server": lambda run: stall_role(run, "replay-server-0"),
     "garbage": send_garbage,
@@ -548,6 +610,7 @@ FAULTS: dict[str, Callable[[Run], Outcome]] = {
     "stop-twice": stop_twice,
     "damage-checkpoints": damage_checkpoints,
     "full-disk": fill_disk,
+    "other-settings": change_settings,
     "stall-network": lambda run: break_network(run, "stalled"),
     "lose-network": lambda run: break_network(run, "lost"),
     "cut-network": lambda run: break_network(run, "cut"),

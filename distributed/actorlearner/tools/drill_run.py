@@ -69,9 +69,9 @@ class Run:
         """Changes the drill's own setting, from the next start on; the user's stands."""
         self._bindings.insert(len(BINDINGS), f"train.eval_interval = {num_steps}")
 
-    def start(self, num_iterations: int) -> None:
+    def start(self, num_iterations: int, *bindings_of_this_start: str) -> None:
         """Starts `actorlearner train` on the directory; returns at once."""
-        bindings = [*self._bindings, f"train.num_iterations = {num_iterations}"]
+        bindings = [*self._bindings, f"train.num_iterations = {num_iterations}", *bindings_of_this_start]
         command = [
             *(sys.executable, "-m", "actorlearner", "train", self._experiment),
             *(f"--root_dir={self.root_dir}", f"--seed={self._seed}", "--num_video_episodes=0"),
@@ -123,21 +123,31 @@ class Run:
                     points.append(json.loads(line))
         return [point for point in points if point["kind"] == kind]
 
-    def saved_items(self) -> dict[str, int]:
-        """Returns how many items the newest checkpoint of the replay holds of each table; empty before the first.
-
-        Queues are left out: they are read as soon as their server is there.
-        """
+    def saved_replay(self) -> dict[str, Any]:
+        """Returns what the newest checkpoint of the replay says of itself; empty before the first."""
         abouts = []
         for path in (self.root_dir / "checkpoints" / "replay").glob("*/about.json"):
             if re.fullmatch(r"\d+-\d+", path.parent.name):
                 with contextlib.suppress(FileNotFoundError):  # an older one, removed just now
                     abouts.append(json.loads(path.read_text()))
-        if not abouts:
+        return max(abouts, key=lambda about: about["time"], default={})
+
+    def saved_items(self) -> dict[str, int]:
+        """Returns how many items the newest checkpoint of the replay holds of each table; empty before the first.
+
+        Queues are left out: they are read as soon as their server is there.
+        """
+        newest = self.saved_replay()
+        if not newest:
             return {}
-        newest = max(abouts, key=lambda about: about["time"])
         queues = {name for name, settings in newest["tables"].items() if settings["max_times_sampled"] == 1}
         return {table: count for table, count in newest["items"].items() if table not in queues}
+
+    def is_saving(self, role: str) -> bool:
+        """Returns whether the learner or the replay server has begun a checkpoint that is not whole."""
+        checkpoints = self.root_dir / "checkpoints"
+        patterns = ("ckpt-*_temp",) if role == "learner-0" else ("replay/writing/*", "replay/*.new")
+        return any(next(checkpoints.glob(pattern), None) for pattern in patterns)
 
     def held_items(self) -> dict[str, int]:
         """Returns what the replay server's newest life held of each table when it began to serve."""
@@ -222,14 +232,16 @@ class Run:
                 os.kill(pid, signal.SIGKILL)
 
 
-def await_(condition: Callable[[], Any], what: str, secs: float = PATIENCE_SECS) -> Any:
-    """Returns the first true result of `condition`. Raises `Hang` after `secs` seconds."""
+def await_(
+    condition: Callable[[], Any], what: str, secs: float = PATIENCE_SECS, *, every_secs: float = 0.05
+) -> Any:
+    """Returns the first true result of `condition`, asked every so often. Raises `Hang` after `secs` seconds."""
     deadline = time.monotonic() + secs
     while time.monotonic() < deadline:
         result = condition()
         if result:
             return result
-        time.sleep(0.05)
+        time.sleep(every_secs)
     raise Hang(f"no {what} within {secs:.0f} s")
 
 

@@ -1,0 +1,50 @@
+"""The collect actor: what it says of itself."""
+
+from __future__ import annotations
+
+from tf_agents.specs import tensor_spec
+
+from actorlearner import reports, variable_container
+from actorlearner.cluster import Cluster
+from actorlearner.experiment import load_experiment
+from actorlearner.replay.servers import ReplayServers
+from actorlearner.reports import NewestReport
+from actorlearner.roles.collect_actor import Collector, Progress
+from actorlearner.runtime.lifecycle import Stop
+from actorlearner.runtime.telemetry import Events
+from actorlearner.variable_container import Subscriber
+
+BINDINGS = ["train.num_environments = 1", "resident_replay.chunk_length = 8", "resident_replay.stream_length = 1"]
+
+
+def test_an_actor_reports_how_much_of_its_time_it_waited_for_a_learner_that_takes_nothing(serve, tmp_path):
+    """Time that it waits unreported is time of a core that nobody knows to be spare."""
+    experiment = load_experiment("dqn_cartpole", BINDINGS)
+    agent, _ = experiment.make_agent()
+    policy = agent.collect_policy
+    sampling = experiment.sampling(agent.train_sequence_length)
+    tables = experiment.replay.make_tables(tensor_spec.from_spec(agent.collect_data_spec), sampling)
+    server = serve([*tables, *variable_container.make_tables(policy.variables()), *reports.make_tables()])
+    address = f"localhost:{server.port}"
+    weights = Subscriber(address, policy.variables(), refresh_interval_secs=1.0)
+    names = tuple(table.name for table in tables)
+    collector = Collector(experiment, Cluster(address, address), ReplayServers([address]), names, sampling, life=0)
+    acting = experiment.make_random_acting(policy, 1, "test")
+    reporter = NewestReport(address)
+    progress = Progress(Cluster(address, address), reporter, Events(tmp_path))
+
+    def report():
+        progress.report(collector, 0, events_interval_secs=60.0)
+        assert reporter.await_sent(30)
+        return reports.take_collect_reports(address)[-1]
+
+    first = report()
+    stop = Stop()
+    stop.set()  # it is waited for one look only
+    while collector.blocked_secs < 0.4:  # the queue has room for one chunk
+        collector.step(acting, -1)
+        collector.await_server(weights, stop)
+    last = report()
+    assert 0.4 <= last.blocked_secs - first.blocked_secs <= last.wall_secs - first.wall_secs
+    weights.close()
+    collector.close()
