@@ -64,19 +64,31 @@ def collected(serve, spec):
     return replay, address
 
 
-def make_source(replay, address, spec, **changes):
-    return replay.make_source(ReplayServers([address]), spec, sample(**changes), tf.distribute.get_strategy())
+@pytest.fixture
+def make_source(collected, spec):
+    """`make_source(**changes)` returns a source of that replay; it ends before the server does."""
+    replay, address = collected
+    sources = []
+
+    def make(**changes):
+        plan = sample(**changes)
+        sources.append(replay.make_source(ReplayServers([address]), spec, plan, tf.distribute.get_strategy()))
+        return sources[-1]
+
+    yield make
+    for source in sources:
+        source.handle = None  # its threads would ask for ever
 
 
 @pytest.mark.parametrize("kind", STRAYS)
 @pytest.mark.parametrize("batch_size", [1, 32])
 def test_strangers_items_are_left_out_with_one_warning_and_batches_keep_coming(
-    collected, spec, caplog, kind, batch_size
+    collected, make_source, caplog, kind, batch_size
 ):
     """The item stays in the table: each new learner would end at it too, until the launcher gave up."""
-    replay, address = collected
+    _, address = collected
     insert_stray(address, *STRAYS[kind], num_items=30)  # each batch of 32 would have some
-    source = make_source(replay, address, spec, batch_size=batch_size)
+    source = make_source(batch_size=batch_size)
 
     @tf.function
     def draw(handle):
@@ -99,10 +111,9 @@ def test_strangers_items_are_left_out_with_one_warning_and_batches_keep_coming(
     assert "Table signature" not in warning, "one line that says why"
 
 
-def test_an_update_that_fails_is_not_taken_for_a_strangers_item(collected, spec):
+def test_an_update_that_fails_is_not_taken_for_a_strangers_item(make_source):
     """The check for a NaN is an error of the same kind; passed over, training would go on with broken weights."""
-    replay, address = collected
-    source = make_source(replay, address, spec)
+    source = make_source()
 
     @tf.function
     def train(handle):
