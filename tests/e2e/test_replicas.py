@@ -53,7 +53,7 @@ for strategy in strategies:
         )
         batch = tree.map_structure(np.asarray, batch)
 
-    def make_dataset(context):
+    def make_dataset(leaves_out, context):
         data = tf.data.Dataset.from_tensor_slices((batch, np.zeros(GLOBAL_BATCH, np.int64))).repeat()
         return data.batch(context.get_per_replica_batch_size(GLOBAL_BATCH), drop_remainder=True)
 
