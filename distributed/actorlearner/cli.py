@@ -739,9 +739,10 @@ def _drill(arguments: argparse.Namespace) -> int:
         print("error: --fault, --kills and --random: expected one of them, the others left out", file=sys.stderr)
         return 64
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what it started is ended on the way out
+    drawn = random.Random(arguments.seed).sample(tuple(FAULTS), min(arguments.random, len(FAULTS)))
     return drill.run_drill(
         arguments.experiment,
-        faults=arguments.fault or random.Random(arguments.seed).choices(tuple(FAULTS), k=arguments.random),
+        faults=arguments.fault or drawn,
         num_kills=arguments.kills,
         num_iterations=arguments.num_iterations,
         seed=arguments.seed,

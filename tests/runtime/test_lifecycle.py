@@ -116,7 +116,7 @@ _ENDINGS = {
     "open('/dev/full', 'w', buffering=1).write('x\\n')": (73, "error: the disk is full: [Errno 28] No space left on"),
     # A directory that was made read-only; root may write to it all the same.
     "folder = tempfile.mkdtemp(); os.chmod(folder, 0o555); os.geteuid() or os.setuid(65534);"
-    " open(folder + '/metrics.jsonl', 'a')": (73, "error: a file or folder cannot be written: [Errno 13] Permission"),
+    " open(folder + '/metrics.jsonl', 'a')": (73, "error: a file or folder may not be used: [Errno 13] Permission"),
     "raise OSError(errno.EROFS, os.strerror(errno.EROFS), '/run/x')": (73, "Read-only file system: '/run/x'. Let this"),
     # As TensorFlow says it.
     "raise RuntimeError('/run/ckpt-2_temp/part-0; Read-only file system')": (73, "error: a file or folder cannot be"),

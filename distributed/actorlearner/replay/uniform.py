@@ -226,7 +226,8 @@ class ServerSampledSource:
         self._samples = 0
         self._leaves_out = False
         self._dataset = self._distribute()
-        self.handle = iter(self._dataset)
+        self.handle: Any = iter(self._dataset)
+        self._meets_strangers: Any = None  # the iterator that failed at one, until it is renewed
 
     def _distribute(self) -> Any:
         return self._strategy.distribute_datasets_from_function(functools.partial(self._make_dataset, self._leaves_out))
@@ -263,6 +264,8 @@ class ServerSampledSource:
 
     def leave_out(self, error: tf.errors.InvalidArgumentError) -> bool:
         """Returns whether some other client's item made `draw` fail; `renew` then. See `MeetsStrangers.leave_out`."""
+        if self.handle is self._meets_strangers:  # its server was away when it was to be renewed
+            return True
         if self._leaves_out or not _FROM_THE_ITERATOR.search(error.message):
             return False
         misfit = _MISFIT.search(error.message)
@@ -274,6 +277,7 @@ class ServerSampledSource:
             misfit[0] if misfit else find_reason(error),
         )
         self._leaves_out = True
+        self._meets_strangers = self.handle
         self._dataset = self._distribute()
         return True
 

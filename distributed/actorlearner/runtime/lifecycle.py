@@ -231,8 +231,8 @@ def run_to_exit(run: Callable[[Stop], ExitCode], final_code_file: Optional[Path]
             code = ExitCode.CANNOT_CREATE
         elif _is_unwritable(error):
             print(
-                f"error: a file or folder cannot be written: {find_reason(error)}. Let this user write there, or mount "
-                "its disk for writing, and start again with the same --root_dir: what was saved before is whole.",
+                f"error: a file or folder may not be used: {find_reason(error)}. Let this user read and write there, "
+                "or mount its disk for writing; start again with the same --root_dir: what was saved before is whole.",
                 file=sys.stderr,
             )
             code = ExitCode.CANNOT_CREATE
