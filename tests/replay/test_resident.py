@@ -591,7 +591,8 @@ def test_what_was_given_to_a_server_that_died_meanwhile_is_given_again(
     reverb.Client(address).reset(EXPERIENCE_TABLE)
     looking = threading.Thread(target=source._look_after, args=(address,), name="ingest losses", daemon=True)
     looking.start()
-    eventually(lambda: "was restarted while it was given back what it lacked. Trying again in 1 s" in caplog.text)
+    # It says that the server was restarted meanwhile, or on a busy machine that it is not back within 5 s.
+    eventually(lambda: "Trying again in 1 s" in caplog.text)
     eventually(lambda: "were given back" in caplog.text)
     first, second, *_ = (message for message in caplog.messages if "began anew" in message)
     assert "Trying again" in first
