@@ -119,7 +119,7 @@ _ENDINGS = {
     " open(folder + '/metrics.jsonl', 'a')": (73, "error: a file or folder may not be used: [Errno 13] Permission"),
     "raise OSError(errno.EROFS, os.strerror(errno.EROFS), '/run/x')": (73, "Read-only file system: '/run/x'. Let this"),
     # As TensorFlow says it.
-    "raise RuntimeError('/run/ckpt-2_temp/part-0; Read-only file system')": (73, "error: a file or folder cannot be"),
+    "raise RuntimeError('/run/ckpt-2_temp/part-0; Read-only file system')": (73, "error: a file or folder may not be"),
     # Of no file: that of a port, say.
     "raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))": (1, "PermissionError"),
     "threading.Thread(target=time.sleep, args=(60,)).start(); return ExitCode.DONE": (0, ""),
