@@ -218,7 +218,16 @@ def test_the_environment_steps_of_an_evaluation_survive_a_restart(address, tmp_p
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b'[{"train_step": 0, "env', b"\0" * 700, b"\xff\xfe", b'{"train_step": 0}', b'[{"train_step": 0}]']
+    "content",
+    [
+        b"",
+        b'{"train_step": 0, "env',
+        b"\0" * 700,
+        b"\xff\xfe\n",
+        b'{"train_step": 0}\n',
+        b'[{"train_step": 0}]\n',
+        b'{"train_step": 0, "average_return": 1.0}',  # the next line would be written behind it
+    ],
 )
 def test_results_come_back_from_the_metrics_when_their_file_is_damaged(address, tmp_path, caplog, content):
     """A disk that lost its power ended the learner in a traceback, at every start; the curve is in a second file."""
@@ -231,7 +240,7 @@ def test_results_come_back_from_the_metrics_when_their_file_is_damaged(address, 
         directory.add_metrics("evaluation", ledger.record(result(step, average_return)))
     with open(directory.metrics, "a") as file:
         file.write('{"kind": "evaluation", "train_st')  # as a learner leaves it that was killed
-    results = directory.evaluated / "results.json"
+    results = directory.evaluated / "results.jsonl"
     results.write_bytes(content)
     for _ in range(2):  # the next learner finds them as well
         again = EvaluationLedger(EvaluationRequests(address), directory.evaluated, metrics=directory.metrics)
@@ -239,6 +248,65 @@ def test_results_come_back_from_the_metrics_when_their_file_is_damaged(address, 
         best = again.best()
         assert best is not None and best.train_step == 10
     (warning,) = caplog.messages
-    assert f"{results} is damaged" in warning
-    assert f"3 results were found in {directory.metrics}" in warning
-    assert results.with_name("results.json.damaged").read_bytes() == content
+    assert f"{results} is damaged (lines that cannot be read: 1)" in warning
+    assert f"3 results were found there and in {directory.metrics}" in warning
+    assert results.with_name("results.jsonl.damaged").read_bytes() == content
+
+
+def test_a_damaged_line_costs_no_other_result(address, tmp_path):
+    """A disk that was full for a minute leaves part of a line in the middle; also without metrics.jsonl."""
+    ledger = make(address, tmp_path)
+    for step in (0, 10, 20):
+        ledger.request(snapshot(step))
+        ledger.record(result(step, float(step)))
+    file = tmp_path / "results.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text(lines[0] + lines[1][:30] + "\n" + lines[2])
+    again = make(address, tmp_path)
+    assert [entry["train_step"] for entry in again.results()] == [0, 20]
+    assert again.best().train_step == 20
+
+
+def test_a_result_is_written_once(address, tmp_path):
+    """All results anew at each one took half a percent of a learner's time after two hours, and would grow on."""
+    ledger = make(address, tmp_path)
+    for step in range(10):
+        ledger.request(snapshot(step))
+        before = (tmp_path / "results.jsonl").read_bytes() if step else b""
+        ledger.record(result(step))
+        content = (tmp_path / "results.jsonl").read_bytes()
+        assert content.startswith(before)
+        assert content.count(b"\n") == step + 1
+
+
+def test_a_result_that_cannot_be_written_stays_awaited(address, tmp_path):
+    """Taken off the list before it is on the disk, it would be in neither."""
+    ledger = make(address, tmp_path)
+    ledger.request(snapshot(10))
+    (tmp_path / "results.jsonl").mkdir()
+    with pytest.raises(OSError, match="results.jsonl"):
+        ledger.record(result(10))
+    assert ledger.pending() == [10]
+    (tmp_path / "results.jsonl").rmdir()
+    assert ledger.record(result(10))["train_step"] == 10
+    assert [entry["train_step"] for entry in make(address, tmp_path).results()] == [10]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04"])
+def test_a_best_policy_whose_weights_are_lost_is_followed_by_the_best_after_it(address, tmp_path, caplog, content):
+    """The learner ended in an AssertionError after its last train step, and again at every start."""
+    ledger = make(address, tmp_path)
+    ledger.request(snapshot(10))
+    ledger.record(result(10, 9.0))
+    if content is None:
+        (tmp_path / "10.npz").unlink()
+    else:
+        (tmp_path / "10.npz").write_bytes(content)
+    again = make(address, tmp_path)
+    assert "the weights of the best policy so far are lost" in caplog.text
+    assert again.best() is None
+    for step, average_return in ((20, 3.0), (30, 1.0)):
+        again.request(snapshot(step))
+        again.record(result(step, average_return))
+    assert again.best().train_step == 20
+    assert [entry["train_step"] for entry in again.results()] == [10, 20, 30]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import logging
@@ -53,7 +52,7 @@ class EvaluationLedger:
         retry_secs: A request without a result is queued again after this time, whatever its eval actor says.
         lease_secs: A request is queued again when for this time it was neither in the queue nor said to be in work: its
           eval actor has died, or the queue with its server.
-        metrics: The run's metrics.jsonl, which has the results too: what is read when their file is damaged.
+        metrics: The run's metrics.jsonl, which has the results too: read when their file is damaged.
         """
         self._requests = requests
         self._folder = folder
@@ -61,9 +60,12 @@ class EvaluationLedger:
         self._lease_secs = lease_secs
         self._looked_at = -math.inf
         self._sending = threading.Lock()
-        self._results_file = folder / "results.json"
+        self._results_file = folder / "results.jsonl"
         self._lock = threading.Lock()
         self._results = self._read_results(metrics)
+        self._best = max(filter(self._has_weights, self._results), key=self._rank, default=None)
+        if self._results and self._best is None:
+            logging.warning("%s: the weights of the best policy so far are lost; the best from now on is kept", folder)
         self._pending: dict[int, _Pending] = {}
         self._pending_delivered: Optional[_Pending] = None
         self._delivered: Optional[EvaluationResult] = None
@@ -72,27 +74,24 @@ class EvaluationLedger:
     def _read_results(self, metrics: Optional[Path]) -> dict[int, dict[str, Any]]:
         if not self._results_file.exists():
             return {}
-        try:
-            return {result["train_step"]: _as_result(result) for result in json.loads(self._results_file.read_bytes())}
-        except (ValueError, TypeError, KeyError) as error:
+        results, num_damaged = _find_results(self._results_file)
+        if num_damaged:
             aside = self._results_file.replace(self._results_file.with_name(self._results_file.name + ".damaged"))
-            results = _find_results(metrics) if metrics else {}
+            found = _find_results(metrics)[0] if metrics else {}
+            results = {**found, **results}
             logging.warning(
-                "%s is damaged (%r) and was moved to %s. %d results were found in %s; a policy without is evaluated "
-                "again if its weights are still there.",
+                "%s is damaged (lines that cannot be read: %d) and was moved to %s. %d results were found there "
+                "and in %s; a policy without is evaluated again if its weights are still there.",
                 self._results_file,
-                error,
+                num_damaged,
                 aside.name,
                 len(results),
                 metrics,
             )
-            self._write_results(results)
-            return results
-
-    def _write_results(self, results: dict[int, dict[str, Any]]) -> None:
-        temporary = self._results_file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(list(results.values())))
-        temporary.replace(self._results_file)
+            temporary = self._results_file.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(result) + "\n" for result in results.values()))
+            temporary.replace(self._results_file)
+        return results
 
     def request(self, snapshot: Snapshot, purpose: Purpose = Purpose.PERIODIC, *, environment_steps: int = 0) -> None:
         """Notes that a snapshot, taken after `environment_steps`, is due for evaluation; each train step once.
@@ -200,32 +199,34 @@ class EvaluationLedger:
                 return None
             if result.train_step not in self._pending:
                 return None
-            best_before = self._best_train_step()
-            pending = self._pending.pop(result.train_step)
-            self._results[result.train_step] = {
+            entry = {
                 "train_step": result.train_step,
-                "environment_steps": pending.environment_steps,
+                "environment_steps": self._pending[result.train_step].environment_steps,
                 "average_return": result.average_return,
                 "average_episode_length": result.average_episode_length,
                 "min_episode_length": result.min_episode_length,
                 "num_episodes": result.num_episodes,
                 "wall_secs": round(result.wall_secs, 3),
             }
-            self._write_results(self._results)
-            best = self._best_train_step()
-            for train_step in {best_before, result.train_step}:
-                if train_step is not None and train_step != best:
-                    self._weights_file(train_step).unlink(missing_ok=True)
-            return self._results[result.train_step]
+            with open(self._results_file, "a") as file:  # a line each: a run of days has tens of thousands
+                file.write(json.dumps(entry) + "\n")
+            self._results[result.train_step] = entry
+            del self._pending[result.train_step]
+            known = [result.train_step] if self._best is None else [self._best, result.train_step]
+            self._best = max(known, key=self._rank)
+            for train_step in set(known) - {self._best}:
+                self._weights_file(train_step).unlink(missing_ok=True)
+            return entry
 
     def _weights_file(self, train_step: int) -> Path:
         return self._folder / f"{train_step}.npz"
 
-    def _best_train_step(self) -> Optional[int]:
-        """The later of equals: it has seen more."""
-        if not self._results:
-            return None
-        return max(self._results, key=lambda step: (self._results[step]["average_return"], step))
+    def _has_weights(self, train_step: int) -> bool:
+        return _read_weights(self._weights_file(train_step), train_step) is not None
+
+    def _rank(self, train_step: int) -> tuple[float, int]:
+        """Returns what is highest for the best; of equals the later, as it has seen more."""
+        return self._results[train_step]["average_return"], train_step
 
     def results(self) -> list[dict[str, Any]]:
         """Returns the results known so far, by train step."""
@@ -234,8 +235,8 @@ class EvaluationLedger:
 
     def newest(self) -> Optional[dict[str, Any]]:
         """Returns the result of the latest train step that has one."""
-        results = self.results()
-        return results[-1] if results else None
+        with self._lock:
+            return self._results[max(self._results)] if self._results else None
 
     def pending(self) -> list[int]:
         """Returns the train steps whose results have not come back."""
@@ -247,35 +248,30 @@ class EvaluationLedger:
         return self._delivered
 
     def best(self) -> Optional[Snapshot]:
-        """Returns the weights of the policy with the highest average return; None when nothing was evaluated."""
+        """Returns the weights of the policy with the highest average return; None if there are none, or lost."""
         with self._lock:
-            train_step = self._best_train_step()
-            if train_step is None:
+            if self._best is None:
                 return None
-            read = _read_weights(self._weights_file(train_step), train_step)
-            assert read is not None, "a file with a result was written whole"
-            return read[0]
+            read = _read_weights(self._weights_file(self._best), self._best)
+            return read and read[0]
 
 
-def _as_result(values: dict[str, Any]) -> dict[str, Any]:
-    """Returns a result as summary.json lists it, without what metrics.jsonl adds.
-
-    Raises:
-      KeyError, TypeError, ValueError: These values are no result.
-    """
-    int(values["train_step"]), float(values["average_return"])
-    return {name: value for name, value in values.items() if name not in ("kind", "time")}
-
-
-def _find_results(metrics: Path) -> dict[int, dict[str, Any]]:
-    """Returns the results that metrics.jsonl has, by train step; damaged lines are left out."""
-    results = {}
-    for line in metrics.read_bytes().splitlines() if metrics.exists() else ():
-        with contextlib.suppress(ValueError, TypeError, KeyError):
+def _find_results(lines: Path) -> tuple[dict[int, dict[str, Any]], int]:
+    """Returns the results that results.jsonl or metrics.jsonl has, by train step, and how many lines are damaged."""
+    results, num_damaged = {}, 0
+    content = lines.read_bytes() if lines.exists() else b""
+    for line in content.splitlines(keepends=True) or [b""]:
+        try:
+            if not line.endswith(b"\n"):
+                raise ValueError("cut short")
             values = json.loads(line)
-            if values["kind"] == "evaluation":
-                results[values["train_step"]] = _as_result(values)
-    return results
+            if values.pop("kind", "evaluation") == "evaluation":
+                values.pop("time", None)
+                int(values["train_step"]), float(values["average_return"])
+                results[values["train_step"]] = values
+        except (ValueError, TypeError, KeyError, AttributeError):
+            num_damaged += 1
+    return results, num_damaged
 
 
 def _read_weights(path: Path, train_step: int) -> Optional[tuple[Snapshot, int]]:

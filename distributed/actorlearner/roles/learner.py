@@ -39,7 +39,7 @@ from actorlearner.runtime.devices import has_one_gpu
 from actorlearner.runtime.health import beat
 from actorlearner.runtime.lifecycle import SAY_EVERY_SECS, ExitCode, RoleError, Stop, Stopped, find_reason, wait_until
 from actorlearner.runtime.messages import Unreachable
-from actorlearner.variable_container import EvaluationRequests, Phase, Publisher, Purpose, Version
+from actorlearner.variable_container import EvaluationRequests, Phase, Publisher, Purpose, Snapshot, Version
 
 
 @gin.configurable(
@@ -722,8 +722,9 @@ def finish(
                 stop,
                 patience_secs,
             )
-        best = ledger.best()
-        assert best is not None, "step 0 or the last step is always evaluated"
+        variables = agent.collect_policy.variables()
+        newest = Snapshot(-1, int(train_step.numpy()), [variable.numpy() for variable in variables])
+        best = ledger.best() or newest
         ledger.request(best, Purpose.DELIVERED)
         _await_result(
             lambda: ledger.delivered() is not None,
@@ -733,7 +734,7 @@ def finish(
             stop,
             patience_secs,
         )
-        best.assign_to(agent.collect_policy.variables())
+        best.assign_to(variables)
         train_step.assign(best.train_step)
     record.note_phase("reporting")
     export.save_policies()
