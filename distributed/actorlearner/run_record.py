@@ -54,11 +54,12 @@ class RunRecord:
         self.attendance = reports.Attendance()
         self._train_rate, self._collect_rate = Rate(), Rate()
         self._rates_lock = threading.Lock()  # the loop and a thread both ask for them
+        self._taking = threading.Lock()  # whoever waits for it finds noted what the other took
         self._status_lock = threading.Lock()  # both write the status, the newer one last
         self._train_events, self._eval_events = Events(directory.train_events), Events(directory.eval_events)
         self._closing = threading.Event()
         # Each its own: two of them wait for a server that is away, and then above all the status must be true.
-        work = {"reports": self._take_reports, "evaluations": ledger.send_unsent, "status": self._write_status}
+        work = {"reports": self.take_reports, "evaluations": ledger.send_unsent, "status": self._write_status}
         self._threads = [
             threading.Thread(target=self._every_second, args=(name, do), name=name, daemon=True)
             for name, do in work.items()
@@ -140,6 +141,11 @@ class RunRecord:
                 logging.warning("the record's %s: %s", name, error)
             except Exception:  # the record must go on, whatever one row or one write brings
                 logging.exception("the record's %s", name)
+
+    def take_reports(self) -> None:
+        """Notes what the actors have said so far; blocks some two seconds when their server is away."""
+        with self._taking:
+            self._take_reports()
 
     def _take_reports(self) -> None:
         try:

@@ -114,6 +114,7 @@ def test_starting_again_goes_on_from_the_checkpoint_to_the_end(stopped_run):
     stopped_at = _newest_checkpoint(root_dir)
     end = (stopped_at // 100 + 10) * 100
     before = len((root_dir / "metrics.jsonl").read_text().splitlines())
+    collected = int(re.findall(r"collected (\d+) steps", _logged(root_dir, "collect-actor-0"))[-1])
     with Processes(root_dir.parent) as processes:
         train = processes.start(
             "train", "dqn_cartpole", "--root_dir=run", "--seed=2", "--num_video_episodes=0",
@@ -125,6 +126,8 @@ def test_starting_again_goes_on_from_the_checkpoint_to_the_end(stopped_run):
         assert int(train.await_line(r"saved the replay under train step (\d+)").group(1)) < end
     lines = [json.loads(line) for line in (root_dir / "metrics.jsonl").read_text().splitlines()[before:]]
     assert min(line["train_step"] for line in lines if line["kind"] == "train") > stopped_at
+    # Also what the actor collected after its last report of every few seconds, until it was stopped.
+    assert min(line["environment_steps"] for line in lines if line["kind"] == "train") >= collected
     summary = json.loads((root_dir / "summary.json").read_text())
     assert summary["train_steps"] == end
     evaluated = [evaluation["train_step"] for evaluation in summary["evaluations"]]

@@ -27,6 +27,10 @@ FAULTS = (
     "lose-network",
     "kill-everything",
     "damage-checkpoints",
+    "interrupt",
+    "read-only-directory",
+    "nan-observation",
+    "diverge",
 )
 DRILL_SECS = 500.0  # a quiet machine needs a quarter of it; less than the test may take
 
@@ -117,6 +121,21 @@ def test_the_whole_run_is_resumed_from_what_is_whole(drill: Drill, fault: str):
     assert not broken(outcome), drill.process.output
     assert outcome["train_step_after"] > 0
     assert outcome["ratio_error"] < 0.01
+
+
+@pytest.mark.parametrize("fault", ["read-only directory", "NaN observation", "loss that overflows"])
+def test_what_must_end_a_run_ends_it_with_an_error_and_costs_nothing_that_was_saved(drill: Drill, fault: str):
+    """A traceback says nothing to whoever started the run, and a run that goes on with NaN is lost without a word."""
+    outcome = drill.outcomes[fault]
+    assert not broken(outcome) and not outcome["not_done"], drill.process.output
+    assert outcome["train_step_after"] > 0
+
+
+def test_ctrl_c_stops_the_run_and_saves_it(drill: Drill):
+    """A terminal sends it to every process at once."""
+    outcome = drill.outcomes["SIGINT launcher"]
+    assert not broken(outcome), drill.process.output
+    assert outcome["train_step_after"] >= outcome["train_step_before"]
 
 
 def test_training_that_diverges_stops_and_keeps_the_last_good_checkpoint(processes: Processes, tmp_path: Path):

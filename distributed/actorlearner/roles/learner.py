@@ -488,6 +488,7 @@ class TrainingLoop:
                     saved_at = now
                     self._save(with_replay=True)
         finally:
+            self._record.take_reports()  # the launcher stops the actors first: their last ones are there
             self._save(with_replay=True)
             self._replay_checkpoints.wait(secs=3.0)
 

@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
@@ -30,6 +30,7 @@ END_SECS = 1_200.0
 STALL_SECS = 30.0  # longer than it takes to notice a host that has vanished
 PARTITION_SECS = 60.0
 SAVE_SECS = 2.0  # a small replay is saved within this time
+READ_ONLY = Path("/sys/kernel")  # nobody makes a file here, root neither
 GIVEN_BACK = "that it had lost were given back"  # says a learner to a replay server that began anew
 
 _STRAY = """
@@ -63,10 +64,11 @@ class Outcome:
     mirror_secs: Optional[float] = None  # from its death to the last of them
     held_again_secs: Optional[float] = None  # until it held again what it had saved
     broken: list[str] = dataclasses.field(default_factory=list)
+    not_done: str = ""  # why there was nothing to hold
 
     @property
     def verdict(self) -> str:
-        return "; ".join(self.broken) or "held"
+        return "; ".join(self.broken) or (f"not done: {self.not_done}" if self.not_done else "held")
 
     @property
     def remarks(self) -> str:
@@ -437,15 +439,16 @@ def stop(
     run: Run,
     fault: str = "SIGTERM launcher",
     *,
+    number: int = signal.SIGTERM,
     damage: Optional[Callable[[Outcome], None]] = None,
     may_lose: bool = False,
 ) -> Outcome:
     """Stops the run, which saves, does something to its files, after which it `may_lose` some, and starts it again."""
     outcome, before, since = _before(run, fault)
-    code = run.stop()
+    code = run.stop(number)
     if time.monotonic() - since > STOP_SECS:
         outcome.broken.append(f"stopped after {time.monotonic() - since:.0f} s, promised {STOP_SECS:.0f} s")
-    if code != 128 + signal.SIGTERM:
+    if code != 128 + number:
         outcome.broken.append(f"exit code {code}")
     _await_no_process(run, outcome, 1.0)
     if damage:
@@ -539,31 +542,106 @@ def fill_disk(run: Run) -> Outcome:
     metrics = run.root_dir / "metrics.jsonl"
 
     def damage(outcome: Outcome) -> None:
-        kept = metrics.rename(run.folder / "metrics.kept")
-        metrics.symlink_to("/dev/full")
-        run.start(MANY_ITERATIONS)
-        code = run.wait(PATIENCE_SECS)
-        if code != 73 or "error: the disk is full" not in run.output():
-            outcome.broken.append(f"exit code {code}, expected 73 and an error that says so")
-        metrics.unlink()
-        kept.rename(metrics)
-        _await_no_process(run, outcome, 1.0)
+        with _replaced(metrics, run.folder / "metrics.kept", Path("/dev/full")):
+            _expect_end(run, outcome, 73, "the disk is full")
 
     return stop(run, "full disk", damage=damage)
+
+
+def make_read_only(run: Run) -> Outcome:
+    """Lets a folder turn read-only under a run, then starts it in one: each must end with one clear error."""
+    outcome, before, _ = _before(run, "read-only directory")
+    turned_at = time.time()
+    evaluated = run.root_dir / "checkpoints" / "evaluated"
+    with _replaced(evaluated, run.folder / "evaluated.kept", READ_ONLY):
+        _expect_end(run, outcome, 73, "may not be used", starts=False)  # at the next evaluation
+    with _replaced(run.root_dir, run.folder / "run.kept", READ_ONLY):
+        _expect_end(run, outcome, 73, "cannot hold a run")
+    _resume(run, outcome, before)
+    _judge_loss(run, outcome, before, turned_at)
+    return outcome
+
+
+@contextlib.contextmanager
+def _replaced(path: Path, kept: Path, by: Path) -> Iterator[None]:
+    path.rename(kept)
+    path.symlink_to(by)
+    try:
+        yield
+    finally:
+        path.unlink()
+        kept.rename(path)
+
+
+def _expect_end(
+    run: Run,
+    outcome: Outcome,
+    code: int,
+    words: str,
+    *bindings: str,
+    starts: bool = True,
+    experiment: Optional[str] = None,
+) -> None:
+    """The run must end with an exit code and an error of these words (a pattern), and leave no process."""
+    num_said = len(run.output())
+    if starts:
+        run.start(MANY_ITERATIONS, *bindings, experiment=experiment)
+    ended_with = run.wait(PATIENCE_SECS)
+    if ended_with != code or not re.search(rf"^error: .*{words}", run.output()[num_said:], re.MULTILINE):
+        outcome.broken.append(f"exit code {ended_with}, expected {code} and an error that says '{words}'")
+    _await_no_process(run, outcome, 1.0)
 
 
 def change_settings(run: Run) -> Outcome:
     """Starts with another replay capacity than the checkpoint has: it must end with the difference, the run intact."""
     setting = f"{'resident' if run.has_mirror() else 'uniform'}_replay.replay_buffer_capacity"
+    capacity = run.configured("train.initial_collect_steps") + 7
 
     def damage(outcome: Outcome) -> None:
-        run.start(MANY_ITERATIONS, f"{setting} = {run.configured('train.initial_collect_steps') + 7}")
-        code = run.wait(PATIENCE_SECS)
-        if code != 65 or "max_size: the checkpoint has" not in run.output():
-            outcome.broken.append(f"exit code {code}, expected 65 and an error that names the difference")
-        _await_no_process(run, outcome, 1.0)
+        _expect_end(run, outcome, 65, r"(.*\n)*.*max_size: the checkpoint has", f"{setting} = {capacity}")
 
     return stop(run, "other settings than the checkpoint's", damage=damage)
+
+
+def change_experiment(run: Run) -> Outcome:
+    """Starts another experiment on the run's directory: it must end with the difference, the run intact."""
+    other = "dqn_cartpole" if Path(run.experiment).stem != "dqn_cartpole" else "sac_minitaur"
+
+    def damage(outcome: Outcome) -> None:
+        words = r"(.*\n)*.*(holds the run of another experiment|the checkpoint has)"
+        _expect_end(run, outcome, 65, words, experiment=other)
+
+    return stop(run, "another experiment's checkpoint", damage=damage)
+
+
+def observe_not_finite(run: Run) -> Outcome:
+    """Lets every environment observe a NaN: the run must end with its place, and nothing of it in the replay."""
+    fault, factory = "NaN observation", run.factory("environment")
+    if factory is None:
+        return Outcome(fault, not_done="experiment.environment is not bound to a configurable")
+    bindings = (
+        "import actorlearner.tools.drill_environment",
+        f"not_finite_environment.environment = @{factory}()",
+        "experiment.environment = @not_finite_environment()",
+    )
+
+    def damage(outcome: Outcome) -> None:
+        _expect_end(run, outcome, 65, r"environment \d+ gave (observation|reward).* = nan", *bindings)
+
+    return stop(run, fault, damage=damage)
+
+
+def diverge(run: Run) -> Outcome:
+    """Lets the loss overflow: the run must end with the train step, and keep its last good checkpoint."""
+    fault, factory = "loss that overflows", run.factory("agent")
+    setting = f"{factory}.reward_scale_factor"
+    if factory is None or not run.is_configured(setting):
+        return Outcome(fault, not_done=f"there is no {setting}")
+
+    def damage(outcome: Outcome) -> None:
+        _expect_end(run, outcome, 65, r"at train step [\d,]+ .*: training has diverged", f"{setting} = 1e38")
+
+    return stop(run, fault, damage=damage)
 
 
 def await_end(run: Run, num_iterations: int) -> Outcome:
@@ -615,10 +693,15 @@ FAULTS: dict[str, Callable[[Run], Outcome]] = {
     "kill-launcher": kill_launcher,
     "kill-everything": kill_everything,
     "stop": stop,
+    "interrupt": lambda run: stop(run, "SIGINT launcher", number=signal.SIGINT),
     "stop-twice": stop_twice,
     "damage-checkpoints": damage_checkpoints,
     "full-disk": fill_disk,
+    "read-only-directory": make_read_only,
     "other-settings": change_settings,
+    "other-experiment": change_experiment,
+    "nan-observation": observe_not_finite,
+    "diverge": diverge,
     "stall-network": lambda run: break_network(run, "stalled"),
     "lose-network": lambda run: break_network(run, "lost"),
     "cut-network": lambda run: break_network(run, "cut"),

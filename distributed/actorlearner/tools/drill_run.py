@@ -53,7 +53,7 @@ class Run:
     """One run directory, and the launcher at work on it, if any."""
 
     def __init__(self, experiment: str, folder: Path, gin_bindings: Sequence[str], seed: int):
-        self._experiment = experiment
+        self.experiment = experiment
         self._bindings = [*BINDINGS, *gin_bindings]
         self._seed = seed
         self.folder = folder
@@ -69,11 +69,18 @@ class Run:
         """Changes the drill's own setting, from the next start on; the user's stands."""
         self._bindings.insert(len(BINDINGS), f"train.eval_interval = {num_steps}")
 
-    def start(self, num_iterations: int, *bindings_of_this_start: str) -> None:
-        """Starts `actorlearner train` on the directory; returns at once."""
-        bindings = [*self._bindings, f"train.num_iterations = {num_iterations}", *bindings_of_this_start]
+    def start(self, num_iterations: int, *bindings_of_this_start: str, experiment: Optional[str] = None) -> None:
+        """Starts `actorlearner train` on the directory; returns at once.
+
+        Args:
+          num_iterations: Train steps until training ends.
+          bindings_of_this_start: On top of all others.
+          experiment: Another than the drill's; the user's bindings are not for it.
+        """
+        bindings = [*(BINDINGS if experiment else self._bindings), f"train.num_iterations = {num_iterations}"]
+        bindings += bindings_of_this_start
         command = [
-            *(sys.executable, "-m", "actorlearner", "train", self._experiment),
+            *(sys.executable, "-m", "actorlearner", "train", experiment or self.experiment),
             *(f"--root_dir={self.root_dir}", f"--seed={self._seed}", "--num_video_episodes=0"),
             *(f"--gin_bindings={binding}" for binding in bindings),
         ]
@@ -113,6 +120,22 @@ class Run:
             return 0
         found = re.search(rf"^{re.escape(setting)} = (\d+)", lines, re.MULTILINE)
         return int(found[1]) if found else 0
+
+    def is_configured(self, setting: str) -> bool:
+        """Returns whether the run's operative configuration has a setting."""
+        try:
+            lines = (self.root_dir / "operative_config.gin").read_text()
+        except OSError:
+            return False
+        return bool(re.search(rf"^{re.escape(setting)} = ", lines, re.MULTILINE))
+
+    def factory(self, part: str) -> Optional[str]:
+        """Returns what makes a part of the experiment, e.g. "dqn" for its agent; None when gin alone cannot tell."""
+        with contextlib.suppress(OSError):
+            lines = (self.root_dir / "operative_config.gin").read_text()
+            if found := re.search(rf"^experiment\.{part} = @([\w./]+)\(\)$", lines, re.MULTILINE):
+                return found[1]
+        return None
 
     def metrics(self, kind: str) -> list[dict[str, Any]]:
         """Returns the points of a kind in the run's metrics, the oldest first; a line under way is left out."""
@@ -219,10 +242,17 @@ class Run:
         """Waits for a train step. Raises `Hang`."""
         await_(lambda: self.status().get("train_step", 0) >= step, f"train step {step:,}")
 
-    def stop(self) -> int:
-        """Stops the launcher, which saves, and returns its exit code. Raises `Hang`."""
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Stops the launcher, which saves, and returns its exit code. Raises `Hang`.
+
+        Args:
+          number: Of the signal; SIGINT goes to all that a terminal's Ctrl-C would reach.
+        """
         assert self.launcher is not None
-        self.launcher.send_signal(signal.SIGTERM)
+        if number == signal.SIGINT:
+            os.killpg(self.launcher.pid, number)
+        else:
+            self.launcher.send_signal(number)
         return self.wait(PATIENCE_SECS)
 
     def kill_processes(self) -> None:
