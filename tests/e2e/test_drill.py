@@ -156,6 +156,34 @@ def test_training_that_diverges_stops_and_keeps_the_last_good_checkpoint(process
             assert np.isfinite(value).all(), f"{name} {shape}"
 
 
+SAC = """
+include 'base.gin'
+include 'agents/sac.gin'
+include 'environments/cartpole.gin'
+gym_environment.env_name = 'Pendulum-v1'
+sac.actor_fc_layer_params = (16,)
+sac.critic_joint_fc_layer_params = (16,)
+"""
+
+
+def test_what_a_diverged_update_left_is_not_saved(processes: Processes, tmp_path: Path):
+    """Its loss is looked at beside the update: the weights were finite, Adam's moments were not, each start ended so."""
+    (tmp_path / "sac.gin").write_text(SAC)
+    train = (
+        "train", "sac.gin", "--root_dir=run", "--seed=1", "--num_video_episodes=0", "--num_eval_actors=0",
+        *bind("train.initial_collect_steps = 200", "train.batch_size = 32", "train.eval_interval = 0"),
+    )  # fmt: skip
+    first = processes.start(*train, *bind("train.num_iterations = 100"))
+    assert first.wait(RUN_SECS) == 0, first.output
+    checkpoints = tmp_path / "run" / "checkpoints"
+    before = {path.name: path.read_bytes() for path in checkpoints.glob("ckpt-*")}
+    assert before
+    second = processes.start(*train, *bind("train.num_iterations = 1_000", "sac.reward_scale_factor = 1e36"))
+    assert second.wait(RUN_SECS) == 65, second.output
+    assert "training has diverged" in second.stderr
+    assert {path.name: path.read_bytes() for path in checkpoints.glob("ckpt-*")} == before
+
+
 def test_a_stopped_drill_leaves_no_process(processes, tmp_path, eventually):
     """What trains on in the background is in whatever is measured next."""
     drill = processes.start("drill", "dqn_cartpole", "--fault=kill-learner", f"--root_dir={tmp_path}/runs")

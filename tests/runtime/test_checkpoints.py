@@ -38,6 +38,22 @@ def test_weights_train_step_and_counts_come_back_together(tmp_path):
     assert (int(train_step), weights.numpy().tolist()) == (20, [2.0, 3.0])
 
 
+def test_the_variables_it_knows_are_all_that_it_writes_but_its_own(tmp_path):
+    """An optimizer's moments that are not finite spoil what is restored, however sound the weights look."""
+    weights = tf.Variable([1.0, 2.0], name="weights")
+    optimizer = tf.keras.optimizers.Adam()
+    agent = tf.Module()
+    agent.weights, agent.optimizer = weights, optimizer
+    checkpoints = Checkpoints(tmp_path, tf.Variable(0, dtype=tf.int64), {"agent": agent})
+    optimizer.build([weights])
+    checkpoints.save({})
+    written = tf.train.load_checkpoint(tf.train.latest_checkpoint(tmp_path)).get_variable_to_shape_map()
+    names = {name for name in written if name.endswith("VARIABLE_VALUE")} - {"counts/.ATTRIBUTES/VARIABLE_VALUE"}
+    moments = [variable for variable in checkpoints.variables() if variable.shape == [2] and variable is not weights]
+    assert len(checkpoints.variables()) == len(names)
+    assert len(moments) == 2
+
+
 def test_only_the_newest_checkpoints_are_kept_also_over_restarts(tmp_path):
     """A disk filled by checkpoints ends the run."""
     for step in range(5):

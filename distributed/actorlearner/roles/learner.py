@@ -430,7 +430,7 @@ class TrainingLoop:
         self._record = record
         self._checkpoints = checkpoints
         self._replay_checkpoints = replay_checkpoints
-        self._all_variables = list(agent.variables)
+        self._all_variables = checkpoints.variables()
         self._is_finite = tf.function(functools.partial(_all_finite, self._all_variables), autograph=False)
         self._export = export
         self._version = 0
@@ -449,7 +449,10 @@ class TrainingLoop:
         Raises:
           Stopped: `stop` was set; a checkpoint was saved.
           RoleError: No data came for longer than the deadline (UNAVAILABLE); a checkpoint was saved.
+          Diverged: The loss is not finite (DATA). Nothing was saved: parts of the last update were made, and Adam's
+            moments remember it even where every weight is finite.
         """
+        has_diverged = False
         step = int(self._train_step.numpy())
         self._record.note_restored(step)
         if step:  # going on: actors need not warm up again
@@ -487,9 +490,13 @@ class TrainingLoop:
                 if step > before and now - saved_at >= checkpoint_interval_secs:
                     saved_at = now
                     self._save(with_replay=True)
+        except Diverged:
+            has_diverged = True
+            raise
         finally:
             self._record.take_reports()  # the launcher stops the actors first: their last ones are there
-            self._save(with_replay=True)
+            if not has_diverged:
+                self._save(with_replay=True)
             self._replay_checkpoints.wait(secs=3.0)
 
     def _answer_chunk(self, step: int) -> None:
@@ -672,7 +679,7 @@ def require_finite(step: int, scalars: Optional[Mapping[str, float]], variables:
     """Returns when the last update's scalars are finite.
 
     Raises:
-      RoleError: One is not (DATA); the message has the train step, the scalar and the first bad variable.
+      Diverged: One is not; the message has the train step, the scalar and the first bad variable.
     """
     for name, value in (scalars or {}).items():
         if not math.isfinite(value):
@@ -685,9 +692,13 @@ def refuse_not_finite(step: int, error: tf.errors.InvalidArgumentError, variable
         raise _diverged(step, find_reason(error), variables) from error
 
 
-def _diverged(step: int, what: str, variables: Sequence[tf.Variable]) -> RoleError:
+class Diverged(RoleError):
+    """A loss or a weight is not finite."""
+
+
+def _diverged(step: int, what: str, variables: Sequence[tf.Variable]) -> Diverged:
     variable = find_not_finite(variables)
-    return RoleError(
+    return Diverged(
         f"at train step {step:,} {what}: training has diverged"
         + (f"; the first variable that is not finite is {variable}" if variable else "")
         + ". The last good checkpoint is kept. Lower the learning rate, clip gradients, or look at the rewards and "

@@ -86,6 +86,11 @@ class Checkpoints:
             ) from error
         logging.info("restored %s", prefix)
 
+    def variables(self) -> list[tf.Variable]:
+        """Returns all that a checkpoint holds of the objects: an optimizer's moments too, once they are there."""
+        everything = tf.train.TrackableView(self._checkpoint).descendants()
+        return [one for one in everything if isinstance(one, tf.Variable) and one is not self._counts]
+
     def save(self, counts: dict[str, Any]) -> None:
         """Writes a checkpoint under the present train step; blocks until it is on disk.
 
