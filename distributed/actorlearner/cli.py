@@ -405,8 +405,10 @@ def _learner(arguments: argparse.Namespace) -> int:
         from actorlearner.roles.learner import run_learner
         from actorlearner.run_directory import RunDirectory
         from actorlearner.runtime.devices import leave_one_core, make_strategy
+        from actorlearner.runtime.eager_tensors import stop_leak
         from actorlearner.runtime.lifecycle import ExitCode
 
+        stop_leak()
         leave_one_core()
         experiment = _load_experiment(arguments)
         strategy = make_strategy(arguments.strategy, tpu=arguments.tpu, num_logical_cpus=arguments.num_logical_cpus)
@@ -571,7 +573,9 @@ def _claim_task(arguments: argparse.Namespace) -> int:
 
 def _hold_to_one_thread() -> None:
     from actorlearner.runtime.devices import hold_to_one_thread
+    from actorlearner.runtime.eager_tensors import stop_leak
 
+    stop_leak()
     hold_to_one_thread()
 
 

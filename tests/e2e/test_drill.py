@@ -167,7 +167,7 @@ sac.critic_joint_fc_layer_params = (16,)
 
 
 def test_what_a_diverged_update_left_is_not_saved(processes: Processes, tmp_path: Path):
-    """Its loss is looked at beside the update: the weights were finite, Adam's moments were not, each start ended so."""
+    """Its loss is looked at beside the update: weights may be finite and Adam's moments not."""
     (tmp_path / "sac.gin").write_text(SAC)
     train = (
         "train", "sac.gin", "--root_dir=run", "--seed=1", "--num_video_episodes=0", "--num_eval_actors=0",
