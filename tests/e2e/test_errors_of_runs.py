@@ -1,0 +1,83 @@
+"""What must end a run ends it with an error, for real: disks, NaN, divergence. Nothing that was saved is lost by it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests.e2e.drills import Drill, broken, drill_with
+from tests.e2e.processes import RUN_SECS, Processes, bind
+
+FAULTS = ("interrupt", "read-only-directory", "nan-observation", "diverge")
+
+
+@pytest.fixture(scope="module")
+def drill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drill]:
+    with drill_with(tmp_path_factory.mktemp("drill"), FAULTS) as drill:
+        yield drill
+
+
+@pytest.mark.parametrize("fault", ["read-only directory", "NaN observation", "loss that overflows"])
+def test_what_must_end_a_run_ends_it_with_an_error_and_costs_nothing_that_was_saved(drill: Drill, fault: str):
+    """A traceback says nothing to whoever started the run, and a run that goes on with NaN is lost without a word."""
+    outcome = drill.outcomes[fault]
+    assert not broken(outcome) and not outcome["not_done"], drill.process.output
+    assert outcome["train_step_after"] > 0
+
+
+def test_ctrl_c_stops_the_run_and_saves_it(drill: Drill):
+    """A terminal sends it to every process at once."""
+    outcome = drill.outcomes["SIGINT launcher"]
+    assert not broken(outcome), drill.process.output
+    assert outcome["train_step_after"] >= outcome["train_step_before"]
+
+
+def test_training_that_diverges_stops_and_keeps_the_last_good_checkpoint(processes: Processes, tmp_path: Path):
+    """NaN weights saved over the last good ones end a run of days."""
+    train = processes.start(
+        "train", "dqn_cartpole", "--root_dir=run", "--seed=1", "--num_video_episodes=0", "--num_eval_actors=0",
+        *bind("train.num_iterations = 1_000", "train.initial_collect_steps = 200", "train.batch_size = 32"),
+        *bind("dqn.learning_rate = 1e30", "dqn.final_learning_rate = 1e30", "train.num_updates_per_call = 1"),
+        *bind("learner.checkpoint_interval_secs = 0"),
+    )  # fmt: skip
+    assert train.wait(RUN_SECS) == 65, train.output
+    assert "at train step" in train.stderr and "training has diverged" in train.stderr
+    assert re.search(r"\b(nan|inf)\b|is not finite is '", train.stderr, re.IGNORECASE)
+    newest = tf.train.load_checkpoint(str(tmp_path / "run" / "checkpoints"))
+    for name, shape in newest.get_variable_to_shape_map().items():
+        value = newest.get_tensor(name)
+        if np.issubdtype(np.asarray(value).dtype, np.floating):
+            assert np.isfinite(value).all(), f"{name} {shape}"
+
+
+SAC = """
+include 'base.gin'
+include 'agents/sac.gin'
+include 'environments/cartpole.gin'
+gym_environment.env_name = 'Pendulum-v1'
+sac.actor_fc_layer_params = (16,)
+sac.critic_joint_fc_layer_params = (16,)
+"""
+
+
+def test_what_a_diverged_update_left_is_not_saved(processes: Processes, tmp_path: Path):
+    """Its loss is looked at beside the update: weights may be finite and Adam's moments not."""
+    (tmp_path / "sac.gin").write_text(SAC)
+    train = (
+        "train", "sac.gin", "--root_dir=run", "--seed=1", "--num_video_episodes=0", "--num_eval_actors=0",
+        *bind("train.initial_collect_steps = 200", "train.batch_size = 32", "train.eval_interval = 0"),
+    )  # fmt: skip
+    first = processes.start(*train, *bind("train.num_iterations = 100"))
+    assert first.wait(RUN_SECS) == 0, first.output
+    checkpoints = tmp_path / "run" / "checkpoints"
+    before = {path.name: path.read_bytes() for path in checkpoints.glob("ckpt-*")}
+    assert before
+    second = processes.start(*train, *bind("train.num_iterations = 1_000", "sac.reward_scale_factor = 1e36"))
+    assert second.wait(RUN_SECS) == 65, second.output
+    assert "training has diverged" in second.stderr
+    assert {path.name: path.read_bytes() for path in checkpoints.glob("ckpt-*")} == before
