@@ -126,15 +126,17 @@ def _ratio_error(status: dict[str, Any]) -> Optional[float]:
 def _find_miscounts(run: Run, status: dict[str, Any]) -> list[str]:
     """Returns what the account counts otherwise than the train steps and the actors' own reports do.
 
-    The account keeps itself within its buffer, also when it has lost or doubled what came before. Both others are a
-    second old at most, but a dead actor's reports since the learner's last checkpoint are lost when that dies too.
+    The account keeps itself within its buffer, also when it has lost or doubled what came before. The train steps are a
+    second old at most and the reports two, but a dead actor's since the learner's last checkpoint are lost when that
+    dies too.
     """
     account = status.get("replay", {})
     samples, inserts = account.get("samples", 0), account.get("inserts", 0)
     trained = status.get("train_step", 0) * run.configured("train.batch_size")
     stepped = status.get("environment_steps", 0)
     unreported = run.configured("train.eval_interval") * run.configured("train.collect_steps_per_iteration")
-    most_inserts = min(1.15 * stepped + unreported, 1.5 * stepped)
+    not_yet_reported = 2.0 * (status.get("environment_steps_per_sec") or 0.0)
+    most_inserts = min(1.15 * stepped + unreported, 1.5 * stepped) + not_yet_reported
     found = []
     if run.has_mirror():  # the learner counts them, and saves them with its train step
         call = run.configured("train.num_updates_per_call") * run.configured("train.batch_size")
