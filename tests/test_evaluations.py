@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import resource
 
 import numpy as np
 import portpicker
@@ -248,13 +249,38 @@ def test_results_come_back_from_the_metrics_when_their_file_is_damaged(address, 
         best = again.best()
         assert best is not None and best.train_step == 10
     (warning,) = caplog.messages
-    assert f"{results} is damaged (lines that cannot be read: 1)" in warning
+    assert f"{results} is damaged (lines that cannot be read: 1) and was set aside" in warning
     assert f"3 results were found there and in {directory.metrics}" in warning
     assert results.with_name("results.jsonl.damaged").read_bytes() == content
 
 
+def test_results_come_back_from_the_metrics_when_their_file_is_gone(address, tmp_path, caplog):
+    """The curve would begin anew in the middle, and the best policy be evaluated as if it never had been."""
+    directory = RunDirectory(tmp_path)
+    directory.hold()
+    ledger = make(address, directory.evaluated)
+    for step, average_return in ((0, 1.0), (10, 8.0)):
+        ledger.request(snapshot(step))
+        directory.add_metrics("evaluation", ledger.record(result(step, average_return)))
+    (directory.evaluated / "results.jsonl").unlink()
+    for _ in range(2):
+        again = EvaluationLedger(EvaluationRequests(address), directory.evaluated, metrics=directory.metrics)
+        assert again.results() == ledger.results()
+        assert again.best().train_step == 10
+    assert len(caplog.messages) == 1 and "results.jsonl is missing. 2 results were found" in caplog.text
+
+
+def test_a_run_that_begins_again_without_its_checkpoints_evaluates_again(address, tmp_path):
+    """Its metrics tell of policies that are not these."""
+    directory = RunDirectory(tmp_path)
+    directory.hold()
+    directory.add_metrics("evaluation", {"train_step": 0, "average_return": 9.0})
+    ledger = EvaluationLedger(EvaluationRequests(address), directory.evaluated, metrics=directory.metrics)
+    assert ledger.results() == []
+
+
 def test_a_damaged_line_costs_no_other_result(address, tmp_path):
-    """A disk that was full for a minute leaves part of a line in the middle; also without metrics.jsonl."""
+    """Also without metrics.jsonl, which the same disk may have damaged."""
     ledger = make(address, tmp_path)
     for step in (0, 10, 20):
         ledger.request(snapshot(step))
@@ -265,6 +291,25 @@ def test_a_damaged_line_costs_no_other_result(address, tmp_path):
     again = make(address, tmp_path)
     assert [entry["train_step"] for entry in again.results()] == [0, 20]
     assert again.best().train_step == 20
+
+
+def test_a_result_of_which_the_disk_took_a_part_does_not_spoil_the_next(address, tmp_path):
+    """The next would be written behind the part, into the same line."""
+    ledger = make(address, tmp_path)
+    for step in (0, 10):
+        ledger.request(snapshot(step))
+    ledger.record(result(0))
+    size = (tmp_path / "results.jsonl").stat().st_size
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, unlimited[1]))
+    try:
+        with pytest.raises(OSError):
+            ledger.record(result(10))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert ledger.pending() == [10]
+    ledger.record(result(10))
+    assert [entry["train_step"] for entry in make(address, tmp_path).results()] == [0, 10]
 
 
 def test_a_result_is_written_once(address, tmp_path):
@@ -303,10 +348,21 @@ def test_a_best_policy_whose_weights_are_lost_is_followed_by_the_best_after_it(a
     else:
         (tmp_path / "10.npz").write_bytes(content)
     again = make(address, tmp_path)
-    assert "the weights of the best policy so far are lost" in caplog.text
+    assert "the best policy's weights are lost" in caplog.text
     assert again.best() is None
     for step, average_return in ((20, 3.0), (30, 1.0)):
         again.request(snapshot(step))
         again.record(result(step, average_return))
     assert again.best().train_step == 20
     assert [entry["train_step"] for entry in again.results()] == [10, 20, 30]
+
+
+def test_weights_lost_while_the_learner_lives_do_not_stay_the_best(address, tmp_path):
+    """Each later policy would be dropped as worse than one that nobody has."""
+    ledger = make(address, tmp_path)
+    for step in (10, 20):
+        ledger.request(snapshot(step))
+    ledger.record(result(10, 9.0))
+    (tmp_path / "10.npz").unlink()
+    ledger.record(result(20, 3.0))
+    assert ledger.best().train_step == 20

@@ -381,7 +381,7 @@ def _replay_server(arguments: argparse.Namespace) -> int:
         is_first = is_alone or cluster.variables_address == own
         from actorlearner.roles.replay_server import run_replay_server
 
-        _hold_to_one_thread()
+        _keep_tensorflow_small()
         port = arguments.port or int(own.rpartition(":")[2])
         if arguments.tls_dir:
             port = _open_to_peers(arguments, port)
@@ -446,7 +446,7 @@ def _collect_actor(arguments: argparse.Namespace) -> int:
     def run(cluster: Cluster, stop: Stop) -> ExitCode:
         from actorlearner.roles.collect_actor import run_collect_actor
 
-        _hold_to_one_thread()
+        _keep_tensorflow_small()
         with _telling_why(arguments, cluster):
             return run_collect_actor(_load_experiment(arguments), cluster, arguments.root_dir, stop)
 
@@ -457,7 +457,7 @@ def _eval_actor(arguments: argparse.Namespace) -> int:
     def run(cluster: Cluster, stop: Stop) -> ExitCode:
         from actorlearner.roles.eval_actor import run_eval_actor
 
-        _hold_to_one_thread()
+        _keep_tensorflow_small()
         with _telling_why(arguments, cluster):
             return run_eval_actor(_load_experiment(arguments), cluster, stop)
 
@@ -571,7 +571,7 @@ def _claim_task(arguments: argparse.Namespace) -> int:
     return task
 
 
-def _hold_to_one_thread() -> None:
+def _keep_tensorflow_small() -> None:
     from actorlearner.runtime.devices import hold_to_one_thread
     from actorlearner.runtime.eager_tensors import stop_leak
 
@@ -604,7 +604,7 @@ def _video(arguments: argparse.Namespace) -> int:
         config = arguments.root_dir / "operative_config.gin"
         if not config.is_file():
             raise RoleError(f"'{arguments.root_dir}' is no run directory: there is no {config}.", ExitCode.USAGE)
-        _hold_to_one_thread()
+        _keep_tensorflow_small()
         experiment = load_experiment(str(config), seed=arguments.seed)
         _record_videos(experiment, arguments.root_dir, arguments.num_episodes)
         return ExitCode.DONE

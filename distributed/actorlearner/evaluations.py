@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import math
+import os
 import threading
 import time
 import zipfile
@@ -52,7 +54,7 @@ class EvaluationLedger:
         retry_secs: A request without a result is queued again after this time, whatever its eval actor says.
         lease_secs: A request is queued again when for this time it was neither in the queue nor said to be in work: its
           eval actor has died, or the queue with its server.
-        metrics: The run's metrics.jsonl, which has the results too: read when their file is damaged.
+        metrics: The run's metrics.jsonl, which has the results too: read when their file is damaged or missing.
         """
         self._requests = requests
         self._folder = folder
@@ -65,26 +67,27 @@ class EvaluationLedger:
         self._results = self._read_results(metrics)
         self._best = max(filter(self._has_weights, self._results), key=self._rank, default=None)
         if self._results and self._best is None:
-            logging.warning("%s: the weights of the best policy so far are lost; the best from now on is kept", folder)
+            logging.warning("%s: the best policy's weights are lost; the best from now on is kept", folder)
         self._pending: dict[int, _Pending] = {}
         self._pending_delivered: Optional[_Pending] = None
         self._delivered: Optional[EvaluationResult] = None
         self._heard_at = time.monotonic()
 
     def _read_results(self, metrics: Optional[Path]) -> dict[int, dict[str, Any]]:
-        if not self._results_file.exists():
-            return {}
         results, num_damaged = _find_results(self._results_file)
-        if num_damaged:
-            aside = self._results_file.replace(self._results_file.with_name(self._results_file.name + ".damaged"))
-            found = _find_results(metrics)[0] if metrics else {}
+        is_missing = not self._results_file.exists()
+        found = _find_results(metrics)[0] if metrics and (num_damaged or is_missing) else {}
+        if is_missing and not (found and any(self._folder.glob("*.npz"))):
+            return {}  # a new run, or one that begins again without its checkpoints
+        if num_damaged or is_missing:
             results = {**found, **results}
+            if not is_missing:
+                self._results_file.replace(self._results_file.with_name(self._results_file.name + ".damaged"))
             logging.warning(
-                "%s is damaged (lines that cannot be read: %d) and was moved to %s. %d results were found there "
-                "and in %s; a policy without is evaluated again if its weights are still there.",
+                "%s is %s. %d results were found there and in %s; a policy without is evaluated again if its weights "
+                "are still there.",
                 self._results_file,
-                num_damaged,
-                aside.name,
+                "missing" if is_missing else f"damaged (lines that cannot be read: {num_damaged}) and was set aside",
                 len(results),
                 metrics,
             )
@@ -208,10 +211,12 @@ class EvaluationLedger:
                 "num_episodes": result.num_episodes,
                 "wall_secs": round(result.wall_secs, 3),
             }
-            with open(self._results_file, "a") as file:  # a line each: a run of days has tens of thousands
-                file.write(json.dumps(entry) + "\n")
+            _append(self._results_file, json.dumps(entry) + "\n")  # one of many: a run of days has tens of thousands
             self._results[result.train_step] = entry
             del self._pending[result.train_step]
+            if self._best is not None and not self._weights_file(self._best).exists():
+                logging.warning("%s: the best policy's weights are lost; the best from now on is kept", self._folder)
+                self._best = None
             known = [result.train_step] if self._best is None else [self._best, result.train_step]
             self._best = max(known, key=self._rank)
             for train_step in set(known) - {self._best}:
@@ -256,11 +261,25 @@ class EvaluationLedger:
             return read and read[0]
 
 
+def _append(path: Path, line: str) -> None:
+    """Adds all of a line or nothing. Raises `OSError`."""
+    num_bytes = path.stat().st_size if path.exists() else 0
+    try:
+        with open(path, "a") as file:
+            file.write(line)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.truncate(path, num_bytes)  # the next line would be written behind what a full disk took of this one
+        raise
+
+
 def _find_results(lines: Path) -> tuple[dict[int, dict[str, Any]], int]:
     """Returns the results that results.jsonl or metrics.jsonl has, by train step, and how many lines are damaged."""
-    results, num_damaged = {}, 0
-    content = lines.read_bytes() if lines.exists() else b""
-    for line in content.splitlines(keepends=True) or [b""]:
+    results: dict[int, dict[str, Any]] = {}
+    num_damaged = 0
+    if not lines.exists():
+        return results, num_damaged
+    for line in lines.read_bytes().splitlines(keepends=True) or [b""]:
         try:
             if not line.endswith(b"\n"):
                 raise ValueError("cut short")

@@ -59,7 +59,7 @@ class RunRecord:
         self._train_events, self._eval_events = Events(directory.train_events), Events(directory.eval_events)
         self._closing = threading.Event()
         # Each its own: two of them wait for a server that is away, and then above all the status must be true.
-        work = {"reports": self.take_reports, "evaluations": ledger.send_unsent, "status": self._write_status}
+        work = {"reports": self._take_reports, "evaluations": ledger.send_unsent, "status": self._write_status}
         self._threads = [
             threading.Thread(target=self._every_second, args=(name, do), name=name, daemon=True)
             for name, do in work.items()
@@ -135,19 +135,27 @@ class RunRecord:
 
     def _every_second(self, name: str, do: Callable[[], None]) -> None:
         while not self._closing.wait(1.0):
-            try:
-                do()
-            except OSError as error:  # a full disk, say: the learner's own next write ends the run, and says so
-                logging.warning("the record's %s: %s", name, error)
-            except Exception:  # the record must go on, whatever one row or one write brings
-                logging.exception("the record's %s", name)
+            self._try(name, do)
 
-    def take_reports(self) -> None:
-        """Notes what the actors have said so far; blocks some two seconds when their server is away."""
-        with self._taking:
-            self._take_reports()
+    def _try(self, name: str, do: Callable[[], None]) -> None:
+        try:
+            do()
+        except OSError as error:  # a full disk, say: the learner's own next write ends the run, and says so
+            logging.warning("the record's %s: %s", name, error)
+        except Exception:  # the record must go on, whatever one row or one write brings
+            logging.exception("the record's %s", name)
+
+    def take_last_reports(self, secs: float = 1.0) -> None:
+        """Notes what the actors have said until now, as far as that takes `secs` seconds; raises nothing."""
+        last = threading.Thread(target=self._try, args=("last reports", self._take_reports), daemon=True)
+        last.start()
+        last.join(secs)
 
     def _take_reports(self) -> None:
+        with self._taking:
+            self._take_reports_alone()
+
+    def _take_reports_alone(self) -> None:
         try:
             # Asked first: a server that is back would be noticed late after a question that waits longer.
             messages.ask_for_life(self._cluster.variables_address, timeout_secs=2.0)

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from actorlearner.experiment import load_experiment
+from actorlearner.runtime.checkpoints import Checkpoints
 from tests.e2e.drills import Drill, broken, drill_with
 from tests.e2e.processes import RUN_SECS, Processes, bind
 
-FAULTS = ("interrupt", "read-only-directory", "nan-observation", "diverge")
+FAULTS = ("interrupt", "read-only-directory", "nan-observation", "diverge", "full-disk", "other-experiment")
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +24,9 @@ def drill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drill]:
         yield drill
 
 
-@pytest.mark.parametrize("fault", ["read-only directory", "NaN observation", "loss that overflows"])
+@pytest.mark.parametrize("fault", [
+    "read-only directory", "NaN observation", "loss that overflows", "full disk", "another experiment's checkpoint"
+])
 def test_what_must_end_a_run_ends_it_with_an_error_and_costs_nothing_that_was_saved(drill: Drill, fault: str):
     """A traceback says nothing to whoever started the run, and a run that goes on with NaN is lost without a word."""
     outcome = drill.outcomes[fault]
@@ -31,7 +35,7 @@ def test_what_must_end_a_run_ends_it_with_an_error_and_costs_nothing_that_was_sa
 
 
 def test_ctrl_c_stops_the_run_and_saves_it(drill: Drill):
-    """A terminal sends it to every process at once."""
+    """Whoever presses it has not lost the minutes since the last checkpoint."""
     outcome = drill.outcomes["SIGINT launcher"]
     assert not broken(outcome), drill.process.output
     assert outcome["train_step_after"] >= outcome["train_step_before"]
@@ -65,8 +69,13 @@ sac.critic_joint_fc_layer_params = (16,)
 """
 
 
-def test_what_a_diverged_update_left_is_not_saved(processes: Processes, tmp_path: Path):
-    """Its loss is looked at beside the update: weights may be finite and Adam's moments not."""
+@pytest.mark.parametrize(
+    "scale",
+    [3e18, 1e36],
+    ids=["the loss overflows, all variables are finite", "Adam's moments overflow too"],
+)
+def test_what_a_diverged_update_left_is_not_saved(processes: Processes, tmp_path: Path, scale: float):
+    """Its loss is looked at beside the update: weights may be finite and spoilt all the same, at each later start."""
     (tmp_path / "sac.gin").write_text(SAC)
     train = (
         "train", "sac.gin", "--root_dir=run", "--seed=1", "--num_video_episodes=0", "--num_eval_actors=0",
@@ -77,7 +86,29 @@ def test_what_a_diverged_update_left_is_not_saved(processes: Processes, tmp_path
     checkpoints = tmp_path / "run" / "checkpoints"
     before = {path.name: path.read_bytes() for path in checkpoints.glob("ckpt-*")}
     assert before
-    second = processes.start(*train, *bind("train.num_iterations = 1_000", "sac.reward_scale_factor = 1e36"))
+    second = processes.start(*train, *bind("train.num_iterations = 1_000", f"sac.reward_scale_factor = {scale}"))
     assert second.wait(RUN_SECS) == 65, second.output
     assert "training has diverged" in second.stderr
     assert {path.name: path.read_bytes() for path in checkpoints.glob("ckpt-*")} == before
+
+
+def test_a_moment_that_overflows_while_loss_and_weights_stay_finite_ends_the_run(processes: Processes, tmp_path: Path):
+    """Adam divides by it: nothing is learned any more, for hours, and every save would be as useless."""
+    bindings = ("train.initial_collect_steps = 200", "train.batch_size = 32", "train.eval_interval = 0")
+    train = (
+        "train", "dqn_cartpole", "--root_dir=run", "--seed=1", "--num_video_episodes=0", "--num_eval_actors=0",
+        *bind(*bindings),
+    )  # fmt: skip
+    first = processes.start(*train, *bind("train.num_iterations = 100"))
+    assert first.wait(RUN_SECS) == 0, first.output
+    folder = tmp_path / "run" / "checkpoints"
+    agent, train_step = load_experiment("dqn_cartpole", bindings, seed=1).make_agent()
+    agent._optimizer.build(agent._q_network.trainable_weights)
+    checkpoints = Checkpoints(folder, train_step, {"agent": agent})
+    counts = checkpoints.restore()
+    moment = next(variable for variable in checkpoints.variables() if re.search(r"\bv/", variable.name))
+    moment.assign(tf.fill(moment.shape, np.inf))
+    checkpoints.save(counts)
+    second = processes.start(*train, *bind("train.num_iterations = 100_000"))
+    assert second.wait(RUN_SECS) == 65, second.output
+    assert re.search(r"not finite: training has diverged; the first variable .* '.*v/.*' \[", second.stderr)

@@ -449,8 +449,8 @@ class TrainingLoop:
         Raises:
           Stopped: `stop` was set; a checkpoint was saved.
           RoleError: No data came for longer than the deadline (UNAVAILABLE); a checkpoint was saved.
-          Diverged: The loss is not finite (DATA). Nothing was saved: parts of the last update were made, and Adam's
-            moments remember it even where every weight is finite.
+          Diverged: The loss, a weight or a moment is not finite (DATA). Nothing was saved: parts of the last update
+            were made, and Adam's moments remember it even where every weight is finite.
         """
         has_diverged = False
         step = int(self._train_step.numpy())
@@ -494,7 +494,7 @@ class TrainingLoop:
             has_diverged = True
             raise
         finally:
-            self._record.take_reports()  # the launcher stops the actors first: their last ones are there
+            self._record.take_last_reports()  # the launcher stops the actors first: their last ones are there
             if not has_diverged:
                 self._save(with_replay=True)
             self._replay_checkpoints.wait(secs=3.0)
@@ -641,13 +641,14 @@ class TrainingLoop:
     def _save(self, *, with_replay: bool = False) -> None:
         """Writes a checkpoint, and asks for the replay's under the same train step.
 
-        What cannot be written is said, and training goes on; weights that are not finite are not written.
+        What cannot be written is said, and training goes on.
+
+        Raises:
+          Diverged: A weight or an optimizer's moment is not finite. It was not written.
         """
-        if not self._is_finite():
-            bad = find_not_finite(self._all_variables)
-            logging.warning("not saved: %s is not finite; the checkpoints before are kept", bad)
-            return
         step = int(self._train_step.numpy())
+        if not self._is_finite():
+            raise _diverged(step, "what is to be saved is not finite", self._all_variables)
         try:
             self._checkpoints.save({**self._record.counts(), **self._source.counts(), "version": self._version + 1})
         except (tf.errors.OpError, OSError) as error:
@@ -737,6 +738,8 @@ def finish(
         variables = agent.collect_policy.variables()
         newest = Snapshot(-1, int(train_step.numpy()), [variable.numpy() for variable in variables])
         best = ledger.best() or newest
+        if best is newest:
+            logging.warning("no evaluated policy's weights are there: the last train step's are handed over")
         ledger.request(best, Purpose.DELIVERED)
         _await_result(
             lambda: ledger.delivered() is not None,

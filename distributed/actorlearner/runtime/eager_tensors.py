@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import logging
 import sys
 
 from tensorflow.python.framework.ops import EagerTensor
@@ -22,7 +23,7 @@ def stop_leak() -> bool:
     """Returns whether eager tensors leak nothing from here on. Call it before anything is computed.
 
     Where an eager tensor is alive already, or TensorFlow or CPython are not the ones that this is known of, nothing is
-    changed.
+    changed, and a warning says so.
     """
     if sys.version_info < (3, 11) or not EagerTensor.__flags__ & _MANAGED_DICT:
         return True
@@ -30,8 +31,12 @@ def stop_leak() -> bool:
     is_known = sys.version_info[:2] == (3, 11) and flags.value == EagerTensor.__flags__
     has_own_dict = EagerTensor.__dictoffset__ > 0
     # What is alive was made with the room before it, and would be freed as if it had none.
-    is_alive = any(isinstance(one, EagerTensor) for one in gc.get_objects())
+    is_alive = any(type(one) is EagerTensor for one in gc.get_objects())
     if not is_known or not has_own_dict or is_alive:
+        logging.warning(
+            "memory will grow by 48 bytes with each eager tensor (tensorflow#62551): %s",
+            "one was made while modules were imported" if is_alive else "this CPython or TensorFlow is not known",
+        )
         return False
     flags.value &= ~_MANAGED_DICT
     ctypes.pythonapi.PyType_Modified(ctypes.py_object(EagerTensor))

@@ -86,6 +86,9 @@ def run_drill(
         console.print(
             f"time to recover: median {median_secs:.1f} s, longest {recoveries[-1]:.1f} s, of {len(recoveries)}"
         )
+    not_done = [outcome.fault for outcome in outcomes if outcome.not_done]
+    if not_done:
+        console.print(f"not done here, so nothing is known of: {', '.join(not_done)}")
     held = all(not outcome.broken for outcome in outcomes)
     if json_path:
         content = {
