@@ -153,22 +153,21 @@ install() { # uv|pip ARGUMENT...
   fi
 }
 
-# Sets `python` to a CPython 3.9-3.11 with venv and ensurepip; fetches one if there is none. 3.10 comes first: on 3.11
-# TensorFlow 2.15 leaks 48 bytes with each eager tensor (tensorflow#62551), and 3.9 is slower.
+# Sets `python` to a CPython 3.9-3.11 with venv and ensurepip; fetches one if there is none. 3.11 comes first: it is the
+# fastest of them, and the only one that still gets security fixes.
 find_python() {
   local candidate version
   if [ -n "${PYTHON:-}" ] && ! supported_python "$PYTHON" >/dev/null; then
     say "PYTHON=$PYTHON is not a CPython 3.9-3.11 with venv; looking for another"
   fi
-  for candidate in "${PYTHON:-}" python3.10 "$checkout"/.setup/python/cpython-3.10*/bin/python3.10 python3.11 python3.9 \
-    python3 python "$checkout"/.setup/python/cpython-3.11*/bin/python3.11; do
+  for candidate in "${PYTHON:-}" python3.11 python3.10 python3.9 python3 python "$checkout"/.setup/python/cpython-3.11*/bin/python3.11; do
     [ -n "$candidate" ] && version=$(supported_python "$candidate") || continue
     python=$(command -v "$candidate")
     say "using Python $version: $python"
     return
   done
   say "found no CPython 3.9-3.11 with venv"
-  fetch_python 3.10
+  fetch_python 3.11
 }
 
 supported_python() { # PYTHON; prints its version, e.g. 3.11, or fails
