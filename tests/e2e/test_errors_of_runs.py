@@ -69,6 +69,17 @@ sac.critic_joint_fc_layer_params = (16,)
 """
 
 
+SMALL = ("train.initial_collect_steps = 200", "train.batch_size = 32", "train.eval_interval = 0")
+
+
+def _train_100_steps(processes: Processes, experiment: str) -> tuple[str, ...]:
+    """Returns the command that goes on with a run of 100 train steps, given how many there are to be."""
+    train = ("train", experiment, "--root_dir=run", "--seed=1", "--num_video_episodes=0", "--num_eval_actors=0")
+    first = processes.start(*train, *bind(*SMALL, "train.num_iterations = 100"))
+    assert first.wait(RUN_SECS) == 0, first.output
+    return (*train, *bind(*SMALL))
+
+
 @pytest.mark.parametrize(
     "scale",
     [3e18, 1e36],
@@ -77,12 +88,7 @@ sac.critic_joint_fc_layer_params = (16,)
 def test_what_a_diverged_update_left_is_not_saved(processes: Processes, tmp_path: Path, scale: float):
     """Its loss is looked at beside the update: weights may be finite and spoilt all the same, at each later start."""
     (tmp_path / "sac.gin").write_text(SAC)
-    train = (
-        "train", "sac.gin", "--root_dir=run", "--seed=1", "--num_video_episodes=0", "--num_eval_actors=0",
-        *bind("train.initial_collect_steps = 200", "train.batch_size = 32", "train.eval_interval = 0"),
-    )  # fmt: skip
-    first = processes.start(*train, *bind("train.num_iterations = 100"))
-    assert first.wait(RUN_SECS) == 0, first.output
+    train = _train_100_steps(processes, "sac.gin")
     checkpoints = tmp_path / "run" / "checkpoints"
     before = {path.name: path.read_bytes() for path in checkpoints.glob("ckpt-*")}
     assert before
@@ -94,15 +100,9 @@ def test_what_a_diverged_update_left_is_not_saved(processes: Processes, tmp_path
 
 def test_a_moment_that_overflows_while_loss_and_weights_stay_finite_ends_the_run(processes: Processes, tmp_path: Path):
     """Adam divides by it: nothing is learned any more, for hours, and every save would be as useless."""
-    bindings = ("train.initial_collect_steps = 200", "train.batch_size = 32", "train.eval_interval = 0")
-    train = (
-        "train", "dqn_cartpole", "--root_dir=run", "--seed=1", "--num_video_episodes=0", "--num_eval_actors=0",
-        *bind(*bindings),
-    )  # fmt: skip
-    first = processes.start(*train, *bind("train.num_iterations = 100"))
-    assert first.wait(RUN_SECS) == 0, first.output
+    train = _train_100_steps(processes, "dqn_cartpole")
     folder = tmp_path / "run" / "checkpoints"
-    agent, train_step = load_experiment("dqn_cartpole", bindings, seed=1).make_agent()
+    agent, train_step = load_experiment("dqn_cartpole", SMALL, seed=1).make_agent()
     agent._optimizer.build(agent._q_network.trainable_weights)
     checkpoints = Checkpoints(folder, train_step, {"agent": agent})
     counts = checkpoints.restore()
