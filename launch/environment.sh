@@ -232,6 +232,7 @@ set_up_peers() {
     fi
     say "$with failed, for the reason above"
   done
+  rm -rf "$venv" # a Python without the packages would be taken for one with them
   fail "could not install what requirements-bench.lock names." \
     "No network: the packages come from PyPI, torch from $torch_index (or from where PIP_FIND_LINKS says)."
 }
