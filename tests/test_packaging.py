@@ -273,9 +273,11 @@ def environment(checkout: Path) -> "dict[str, str]":
     }
 
 
-def start(checkout: Path, *arguments: str, **overrides: str) -> "subprocess.CompletedProcess[str]":
+def start(
+    checkout: Path, *arguments: str, script: str = "local.sh", **overrides: str
+) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [str(checkout / "launch" / "local.sh"), *arguments],
+        [str(checkout / "launch" / script), *arguments],
         cwd=checkout.parent,  # anywhere but the checkout
         env={**environment(checkout), **overrides},
         capture_output=True,
@@ -408,3 +410,20 @@ def test_set_up_that_cannot_install_tries_uv_then_pip_and_says_what_to_do(tmp_pa
     places = [failed.stderr.find(line) for line in told]
     assert -1 not in places and places == sorted(places), failed.stderr
     assert staleness(checkout) == "an earlier set-up was interrupted"
+
+
+@pytest.mark.parametrize("asked", [[], ["--only", "learner", "minitaur"], ["--only=learner"]])
+def test_benchmarks_go_on_without_peers_that_cannot_be_installed(checkout, asked):
+    """Their torch comes from an index of its own, which not every machine reaches; most comparisons need none of it."""
+    (checkout / "requirements-bench.lock").write_text("torch==0.0.0+nowhere\n")
+    went_on = start(checkout, *asked, script="bench.sh")
+    assert (went_on.returncode, went_on.stdout) == (0, f"{['bench', *asked]}\n"), went_on.stderr
+    assert "setup: going on without Stable-Baselines3 and SBX" in went_on.stderr
+    assert not (checkout / ".venv-bench").exists()
+
+
+@pytest.mark.parametrize("asked", [["--only", "learner-gpu"], ["--only=endurance", "--minutes=60"]])
+def test_benchmarks_of_ours_alone_make_no_peers(checkout, asked):
+    (checkout / "requirements-bench.lock").write_text("torch==0.0.0+nowhere\n")
+    began = start(checkout, *asked, script="bench.sh")
+    assert (began.returncode, began.stdout, began.stderr) == (0, f"{['bench', *asked]}\n", "")

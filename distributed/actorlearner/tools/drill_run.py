@@ -114,28 +114,23 @@ class Run:
 
     def configured(self, setting: str) -> int:
         """Returns a whole number of the run's operative configuration; 0 when there is none yet."""
-        try:
-            lines = (self.root_dir / "operative_config.gin").read_text()
-        except OSError:
-            return 0
-        found = re.search(rf"^{re.escape(setting)} = (\d+)", lines, re.MULTILINE)
+        found = re.search(rf"^{re.escape(setting)} = (\d+)", self._operative_config(), re.MULTILINE)
         return int(found[1]) if found else 0
 
     def is_configured(self, setting: str) -> bool:
         """Returns whether the run's operative configuration has a setting."""
-        try:
-            lines = (self.root_dir / "operative_config.gin").read_text()
-        except OSError:
-            return False
-        return bool(re.search(rf"^{re.escape(setting)} = ", lines, re.MULTILINE))
+        return bool(re.search(rf"^{re.escape(setting)} = ", self._operative_config(), re.MULTILINE))
 
     def factory(self, part: str) -> Optional[str]:
         """Returns what makes a part of the experiment, e.g. "dqn" for its agent; None when gin alone cannot tell."""
-        with contextlib.suppress(OSError):
-            lines = (self.root_dir / "operative_config.gin").read_text()
-            if found := re.search(rf"^experiment\.{part} = @([\w./]+)\(\)$", lines, re.MULTILINE):
-                return found[1]
-        return None
+        found = re.search(rf"^experiment\.{part} = @([\w./]+)\(\)$", self._operative_config(), re.MULTILINE)
+        return found[1] if found else None
+
+    def _operative_config(self) -> str:
+        try:
+            return (self.root_dir / "operative_config.gin").read_text()
+        except OSError:  # none is written yet
+            return ""
 
     def metrics(self, kind: str) -> list[dict[str, Any]]:
         """Returns the points of a kind in the run's metrics, the oldest first; a line under way is left out."""
@@ -180,10 +175,7 @@ class Run:
 
     def has_mirror(self) -> bool:
         """Returns whether the learner holds the replay, and can give it back to its server."""
-        try:
-            return "@resident_replay" in (self.root_dir / "operative_config.gin").read_text()
-        except OSError:
-            return False
+        return "@resident_replay" in self._operative_config()
 
     def log(self, role: str) -> str:
         """Returns what the newest life of a role has said."""
