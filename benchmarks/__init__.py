@@ -1,6 +1,6 @@
 """What the README's figures were made with: ours and a reference, in turns, in one run on one machine.
 
-    ./launch/bench.sh                       makes .venv and .venv-bench, then: actorlearner bench
+    ./launch/bench.sh                       makes .venv, and .venv-bench for `learner`, then: actorlearner bench
     .venv/bin/actorlearner bench --only learner collect-cartpole
 
     measuring.py     two programs measured in turns

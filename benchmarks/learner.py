@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from benchmarks.machine import find_gpu, finds_gpu_in_tensorflow
+from benchmarks.machine import find_gpu, finds_gpu_in_tensorflow, peer_versions
 from benchmarks.measuring import Figures, Measure, Settings, Side, alternate, repeating, run_program
 from benchmarks.results import Row
 
@@ -35,7 +35,7 @@ def compare(settings: Settings) -> Sequence[Row]:
     """Returns a row for each reference, all measured on the processor."""
     start = functools.partial(Side, settings=settings)
     peers = [("learner-sb3", "Stable-Baselines3 SAC.train", 2.0), ("learner-sbx", "SBX SAC.train", 1.0)]
-    have_peers = settings.peers_python.is_file()
+    have_peers = bool(peer_versions(settings.peers_python))
     sides = [
         lambda: start("learner-ours", program=("learner", "ours", "0")),
         lambda: start("learner-stock", program=("learner", "stock", "cpu")),
@@ -48,7 +48,7 @@ def compare(settings: Settings) -> Sequence[Row]:
     ours, *theirs = (_rates(found) for found in alternate(settings, sides, window_secs=settings.window(6.0)))
     reference = "stock Learner with ReverbReplayBuffer"
     rows = [Row("learner-stock", MEASURE, reference, UNIT, 3.5, ours, theirs[0])]
-    why = f"there is no {settings.peers_python}; ./launch/bench.sh makes it, then: actorlearner bench --only learner"
+    why = f"{settings.peers_python} lacks them; `./launch/bench.sh --only learner` installs them, or says why it cannot"
     for index, (name, reference, bar) in enumerate(peers, start=1):
         if have_peers:
             rows.append(Row(name, MEASURE, reference, UNIT, bar, ours, theirs[index]))

@@ -29,7 +29,7 @@ def describe_machine(peers_python: Path) -> dict[str, Any]:
         "system": platform.platform(),
         "load_average": os.getloadavg()[0],
         "commit": _run("git", "-C", str(CHECKOUT), "describe", "--always", "--dirty", "--exclude=*"),
-        "versions": {"python": platform.python_version(), **_versions(), **_peer_versions(peers_python)},
+        "versions": {"python": platform.python_version(), **_versions(), **peer_versions(peers_python)},
     }
 
 
@@ -53,15 +53,8 @@ def finds_gpu_in_tensorflow() -> bool:
     return (_run(sys.executable, "-c", ask) or "0") != "0"
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
-
-
-def _peer_versions(python: Path) -> dict[str, str]:
+def peer_versions(python: Path) -> dict[str, str]:
+    """Returns the versions of Stable-Baselines3, SBX and what they compute with; empty where one of them is missing."""
     if not python.is_file():
         return {}
     ask = (
@@ -70,6 +63,14 @@ def _peer_versions(python: Path) -> dict[str, str]:
         f"for name in {PEER_PACKAGES!r}: print(name, version(name))"
     )
     return dict(line.split() for line in (_run(str(python), "-I", "-c", ask) or "").splitlines())
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
 
 
 def _run(*command: str) -> Optional[str]:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures speed against references, after making .venv and .venv-bench if they are missing or stale.
+# Measures speed against references, after making .venv, and .venv-bench for those that need it, if they are missing or stale.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
@@ -15,14 +15,23 @@ prints a table and writes bench.json. Leave the machine alone meanwhile.
                All of them: .venv/bin/actorlearner bench --help
 
 The first start makes .venv. The first that measures `learner` also makes .venv-bench, for Stable-Baselines3 and SBX, whose
-versions conflict with TensorFlow 2.15's; if it cannot, their rows say "not measured". Once both are there it needs no network.
+versions conflict with TensorFlow 2.15's; if it cannot, their rows say "not measured", and the next start tries again. Once
+both are there it needs no network.
 HELP
     exit ;;
 esac
 
+needs_peers() { # only the comparison `learner` has them as references
+  case " $* " in
+    *" --markdown"* | *" --peers_python"* | *" --help "* | *" -h "*) return 1 ;;
+    *" --only"*) [[ " $* " =~ [\ =]learner\  ]] ;;
+  esac
+}
+
 set_up_environment run
-# Only the comparison `learner` has them as references. In a subshell, as the set-up ends its shell when it fails.
-if [[ " $* " != *" --only"* || " $* " =~ [\ =]learner\  ]]; then
-  (set_up_peers) || say 'going on without Stable-Baselines3 and SBX: rows against them will say "not measured"'
+if needs_peers "$@"; then
+  trap 'exit 130' INT # pip ends at Ctrl-C as if it had failed
+  # In a subshell, as the set-up ends its shell when it fails.
+  (trap 'exit 130' INT; set_up_peers) || say 'going on without them: rows against what .venv-bench lacks will say "not measured"'
 fi
 exec "$venv/bin/actorlearner" bench "$@"

@@ -221,18 +221,17 @@ set_up_peers() {
     fail "$venv was not made by this script, so it is not touched." "Move it away or delete it, then start again."
   say "making $venv from requirements-bench.lock; this takes a few minutes"
   find_python_of_peers
-  torch=$(grep -oE '^torch==[^ ;]+' "$lock")
+  torch=$(grep -oE '^torch==[^ ;]+' "$lock") || fail "$lock names no torch." "Write it anew: make lock."
   for with in uv pip; do
     [ "$with" = pip ] || command -v uv >/dev/null || continue
     if rm -rf "$venv" && mkdir "$venv" && echo incomplete >"$venv/setup-stamp" && "$python" -m venv "$venv" &&
-      install "$with" --no-deps --extra-index-url "$torch_index" "$torch" && install "$with" --no-deps -r "$lock"; then
-      fingerprint requirements-bench.lock >"$venv/setup-stamp"
+      install "$with" --no-deps --extra-index-url "$torch_index" "$torch" && install "$with" --no-deps -r "$lock" &&
+      fingerprint requirements-bench.lock >"$venv/setup-stamp"; then
       say "done in $((SECONDS - started)) s"
       return
     fi
     say "$with failed, for the reason above"
   done
-  rm -rf "$venv" # a Python without the packages would be taken for one with them
   fail "could not install what requirements-bench.lock names." \
     "No network: the packages come from PyPI, torch from $torch_index (or from where PIP_FIND_LINKS says)."
 }

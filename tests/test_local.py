@@ -392,6 +392,21 @@ def test_an_actor_that_ends_after_training_is_not_started_again(launch):
     assert len(launch.words("started")) == 4
 
 
+def test_an_actor_that_is_told_of_an_end_reached_before_is_not_started_again(launch):
+    """The learner of a run that had ended writes no status: it tells the others, who may be gone before it is."""
+    launch.root_dir.mkdir()
+    (launch.root_dir / "summary.json").write_text('{"has_ended": true}')
+    launch.start(
+        {
+            "learner": "wait_for(lambda: noted('collect-actor 0 done')); time.sleep(0.3); sys.exit(0)",
+            "collect-actor": "note('done'); sys.exit(0)",
+        }
+    )
+    assert launch.finish() == 0
+    assert "starting it again" not in launch.stdout + launch.stderr
+    assert len(launch.words("started")) == 4
+
+
 # --- Restarting -------------------------------------------------------------------------------------------------------
 
 

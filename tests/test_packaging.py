@@ -1,11 +1,13 @@
-"""The package, its lock files and the set-up scripts: launch/local.sh, tests/run.sh and what they share."""
+"""The package, its lock files and what sets up: launch/local.sh, launch/bench.sh, tests/run.sh and what they share."""
 
 import ast
+import contextlib
 import fcntl
 import os
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -238,6 +240,7 @@ def make_checkout(base: Path) -> Path:
     lock = [make_wheel_of_installed(tool, base / "wheels") for tool in BUILD_TOOLS]
     for name in ("requirements.lock", "requirements-test.lock"):
         (checkout / name).write_text("".join(f"{line} ; python_version > '3'\n" for line in lock))
+    (checkout / "requirements-bench.lock").write_text("torch==0.0.0+nowhere\n")
     return checkout
 
 
@@ -261,7 +264,8 @@ def checkout(pristine):
 
 def environment(checkout: Path) -> "dict[str, str]":
     """The environment to start the scripts in: no network, no uv, this Python."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "UV_", "PYTHON"))}
+    dropped = ("PIP_", "UV_", "PYTHON", "PEERS_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     places = [place for place in kept["PATH"].split(":") if not os.path.exists(os.path.join(place, "uv"))]
     return {
         **kept,
@@ -412,18 +416,49 @@ def test_set_up_that_cannot_install_tries_uv_then_pip_and_says_what_to_do(tmp_pa
     assert staleness(checkout) == "an earlier set-up was interrupted"
 
 
-@pytest.mark.parametrize("asked", [[], ["--only", "learner", "minitaur"], ["--only=learner"]])
-def test_benchmarks_go_on_without_peers_that_cannot_be_installed(checkout, asked):
-    """Their torch comes from an index of its own, which not every machine reaches; most comparisons need none of it."""
-    (checkout / "requirements-bench.lock").write_text("torch==0.0.0+nowhere\n")
-    went_on = start(checkout, *asked, script="bench.sh")
-    assert (went_on.returncode, went_on.stdout) == (0, f"{['bench', *asked]}\n"), went_on.stderr
-    assert "setup: going on without Stable-Baselines3 and SBX" in went_on.stderr
-    assert not (checkout / ".venv-bench").exists()
-
-
-@pytest.mark.parametrize("asked", [["--only", "learner-gpu"], ["--only=endurance", "--minutes=60"]])
-def test_benchmarks_of_ours_alone_make_no_peers(checkout, asked):
-    (checkout / "requirements-bench.lock").write_text("torch==0.0.0+nowhere\n")
+def bench(checkout: Path, *asked: str) -> "subprocess.CompletedProcess[str]":
+    """Runs launch/bench.sh, which must get as far as the benchmarks."""
     began = start(checkout, *asked, script="bench.sh")
-    assert (began.returncode, began.stdout, began.stderr) == (0, f"{['bench', *asked]}\n", "")
+    assert (began.returncode, began.stdout) == (0, f"{['bench', *asked]}\n"), began.stderr
+    return began
+
+
+def test_benchmarks_go_on_without_peers_that_cannot_be_installed(checkout):
+    """Their torch comes from an index of its own, which not every machine reaches; most comparisons need none of it."""
+    told = bench(checkout, "--only", "minitaur", "learner").stderr
+    assert "setup: error: could not install what requirements-bench.lock names" in told
+    assert "setup: going on without them" in told
+
+
+@pytest.mark.parametrize(
+    "asked", [["--only", "learner-gpu"], ["--only=endurance", "--minutes=60"], ["--markdown=bench.json"]]
+)
+def test_benchmarks_without_peers_fetch_none(checkout, asked):
+    """They are a gigabyte, and whoever reads a table again or measures an endurance waits for it in vain."""
+    assert bench(checkout, *asked).stderr == ""
+
+
+def test_ctrl_c_while_peers_are_installed_starts_no_benchmark(checkout):
+    """pip and uv end at it as if they had failed, and half an hour of measuring would begin."""
+    uv = checkout.parent / "slow" / "uv"
+    uv.parent.mkdir()
+    uv.write_text("#!/bin/bash\ntrap 'exit 1' INT\necho at work >&2\nfor _ in {1..300}; do sleep 0.1; done\n")
+    uv.chmod(0o755)
+    settings = environment(checkout)
+    began = subprocess.Popen(
+        [str(checkout / "launch" / "bench.sh")],
+        env={**settings, "PATH": f"{uv.parent}:{settings['PATH']}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # whoever runs the tests may be ignoring it
+    )
+    try:
+        assert "at work\n" in iter(began.stderr.readline, "")
+        os.killpg(began.pid, signal.SIGINT)
+        stdout, _ = began.communicate(timeout=10)
+        assert (began.returncode, stdout) == (130, "")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(began.pid, signal.SIGKILL)

@@ -779,7 +779,7 @@ class _Launcher:
             role.restart_at = None  # it ended just before the learner said that it is needed no more
             return
         self._start(role)
-        if role is self._learner and not has_ended(self._options.root_dir / "summary.json"):
+        if role is self._learner and not self._has_ended():
             # It goes on from its checkpoint, and may need again whom the one before it needed no more.
             self._launched_at, self._status = time.time(), None
             for other in self._roles:
@@ -793,10 +793,15 @@ class _Launcher:
 
     def _is_done(self, role: _Role) -> bool:
         """Whether the run can reach its end without this role: evaluations outlast the collecting."""
+        if role is not self._learner and role.last_returncode == 0 and self._has_ended():
+            return True  # before this start: its learner tells the others, and writes no status
         self._read_status()
         is_by_itself = role.kind == COLLECT_ACTOR or role.last_returncode == 0
         phases = PHASES_AFTER_TRAINING if is_by_itself else PHASES_AFTER_EVALUATION
         return role is not self._learner and self._status is not None and self._status.phase in phases
+
+    def _has_ended(self) -> bool:
+        return has_ended(self._options.root_dir / "summary.json")
 
     # Starting and stopping
 

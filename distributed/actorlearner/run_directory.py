@@ -127,6 +127,12 @@ class RunDirectory:
         status = self.read_json(self.status) or {}
         self.write_json(self.status, {**status, "phase": "over", "time": time.time()})
 
+    def forget_end(self) -> None:
+        """Says in summary.json that the run goes on past the end that it had reached, if it had reached one."""
+        summary = self.read_json(self.summary)
+        if summary and summary.get("has_ended"):
+            self.write_json(self.summary, {**summary, "has_ended": False})
+
     def past_learners(self) -> list[int]:
         """Returns the numbers of the learners that held this directory before; all are dead, as this one holds it."""
         assert self._lock is not None, "hold first"

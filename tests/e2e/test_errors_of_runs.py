@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -112,3 +114,16 @@ def test_a_moment_that_overflows_while_loss_and_weights_stay_finite_ends_the_run
     second = processes.start(*train, *bind("train.num_iterations = 100_000"))
     assert second.wait(RUN_SECS) == 65, second.output
     assert re.search(r"not finite: training has diverged; the first variable .* '.*v/.*' \[", second.stderr)
+
+
+def test_a_run_that_goes_on_past_its_end_has_not_ended(processes: Processes, tmp_path: Path):
+    """Were its learner killed while the actors, done, are gone, a launcher would not start them for the next one."""
+    train = _train_100_steps(processes, "dqn_cartpole")
+    summary = tmp_path / "run" / "summary.json"
+    ended = json.loads(summary.read_text())
+    assert ended["has_ended"]
+    second = processes.start(*train, *bind("train.num_iterations = 1_000_000"))
+    second.await_line("restored .*ckpt-100")
+    assert json.loads(summary.read_text()) == {**ended, "has_ended": False}
+    second.send(signal.SIGTERM)
+    assert second.wait(RUN_SECS) == 143, second.output
