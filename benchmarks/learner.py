@@ -48,7 +48,7 @@ def compare(settings: Settings) -> Sequence[Row]:
     ours, *theirs = (_rates(found) for found in alternate(settings, sides, window_secs=settings.window(6.0)))
     reference = "stock Learner with ReverbReplayBuffer"
     rows = [Row("learner-stock", MEASURE, reference, UNIT, 3.5, ours, theirs[0])]
-    why = f"{settings.peers_python} lacks them; `./launch/bench.sh --only learner` installs them, or says why it cannot"
+    why = f"{settings.peers_python} lacks them; `./launch/bench.sh --only learner` makes .venv-bench, or says why not"
     for index, (name, reference, bar) in enumerate(peers, start=1):
         if have_peers:
             rows.append(Row(name, MEASURE, reference, UNIT, bar, ours, theirs[index]))

@@ -54,8 +54,9 @@ def finds_gpu_in_tensorflow() -> bool:
 
 
 def peer_versions(python: Path) -> dict[str, str]:
-    """Returns the versions of Stable-Baselines3, SBX and what they compute with; empty where one of them is missing."""
-    if not python.is_file():
+    """Returns the versions of Stable-Baselines3, SBX and what they compute with; empty where they cannot be used."""
+    stamp = python.parent.parent / "setup-stamp"
+    if not python.is_file() or (stamp.is_file() and stamp.read_text().startswith("incomplete")):
         return {}
     ask = (
         "import platform; from importlib.metadata import version\n"

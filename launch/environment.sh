@@ -90,7 +90,7 @@ make_environment() { # run|test
   find_python
   if command -v uv >/dev/null; then
     say "installing $lock with uv ($(command -v uv))"
-    if clear_environment && uv venv --quiet --allow-existing --python "$python" "$venv" && install_locked uv "$lock" && install_package uv; then
+    if clear_environment "$venv" && uv venv --quiet --allow-existing --python "$python" "$venv" && install_locked uv "$lock" && install_package uv; then
       write_stamp "$1"
       say "done in $((SECONDS - started)) s"
       return
@@ -98,7 +98,7 @@ make_environment() { # run|test
     say "uv failed, for the reason above; trying pip, whose settings (mirror, proxy, certificates) may be others"
   fi
   say "installing $lock with pip; this takes a few minutes"
-  if clear_environment && "$python" -m venv "$venv" && install_locked pip "$lock" && install_package pip; then
+  if clear_environment "$venv" && "$python" -m venv "$venv" && install_locked pip "$lock" && install_package pip; then
     write_stamp "$1"
     say "done in $((SECONDS - started)) s"
   else
@@ -121,8 +121,13 @@ fail_to_install() { # LOCKFILE
     "Disk: .venv takes 2.5 GB. Then start again; what was downloaded is kept."
 }
 
-clear_environment() {
-  rm -rf "$venv" && mkdir "$venv" && echo incomplete >"$stamp"
+# Leaves nothing there but a stamp, and that from the first moment on: without one it would be taken for someone else's.
+clear_environment() { # DIRECTORY
+  local entry
+  mkdir -p "$1" && echo incomplete >"$1/setup-stamp" || return
+  for entry in "$1"/* "$1"/.[!.]*; do
+    [ "$entry" = "$1/setup-stamp" ] || rm -rf "$entry" || return
+  done
 }
 
 # Installs exactly what the lock file says. The build tools come first and from the lock file too, so that what has to be
@@ -220,11 +225,12 @@ set_up_peers() {
   [ ! -e "$venv" ] || [ -e "$venv/setup-stamp" ] ||
     fail "$venv was not made by this script, so it is not touched." "Move it away or delete it, then start again."
   say "making $venv from requirements-bench.lock; this takes a few minutes"
+  clear_environment "$venv" || fail "could not clear $venv; the reason is above."
   find_python_of_peers
   torch=$(grep -oE '^torch==[^ ;]+' "$lock") || fail "$lock names no torch." "Write it anew: make lock."
   for with in uv pip; do
     [ "$with" = pip ] || command -v uv >/dev/null || continue
-    if rm -rf "$venv" && mkdir "$venv" && echo incomplete >"$venv/setup-stamp" && "$python" -m venv "$venv" &&
+    if clear_environment "$venv" && "$python" -m venv "$venv" &&
       install "$with" --no-deps --extra-index-url "$torch_index" "$torch" && install "$with" --no-deps -r "$lock" &&
       fingerprint requirements-bench.lock >"$venv/setup-stamp"; then
       say "done in $((SECONDS - started)) s"

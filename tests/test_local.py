@@ -383,11 +383,12 @@ def test_an_actor_that_ends_after_training_is_not_started_again(launch):
     launch.start(
         {
             "learner": "write_status(phase='final evaluation'); note('final'); "
-            "wait_for(lambda: noted('eval-actor 0 done')); time.sleep(0.3); sys.exit(0)",
+            "wait_for(lambda: noted('eval-actor 0 done') and noted('go 0 now')); time.sleep(0.3); sys.exit(0)",
             "eval-actor": "wait_for(lambda: noted('collect-actor 0 done')); note('done'); sys.exit(0)",
             "collect-actor": "wait_for(lambda: noted('learner 0 final')); note('done'); sys.exit(0)",
         }
     )
+    launch.go()
     assert launch.finish() == 0
     assert len(launch.words("started")) == 4
 
@@ -398,10 +399,12 @@ def test_an_actor_that_is_told_of_an_end_reached_before_is_not_started_again(lau
     (launch.root_dir / "summary.json").write_text('{"has_ended": true}')
     launch.start(
         {
-            "learner": "wait_for(lambda: noted('collect-actor 0 done')); time.sleep(0.3); sys.exit(0)",
+            "learner": "wait_for(lambda: noted('collect-actor 0 done') and noted('go 0 now')); "
+            "time.sleep(0.3); sys.exit(0)",
             "collect-actor": "note('done'); sys.exit(0)",
         }
     )
+    launch.go()
     assert launch.finish() == 0
     assert "starting it again" not in launch.stdout + launch.stderr
     assert len(launch.words("started")) == 4

@@ -122,8 +122,8 @@ def test_a_run_that_goes_on_past_its_end_has_not_ended(processes: Processes, tmp
     summary = tmp_path / "run" / "summary.json"
     ended = json.loads(summary.read_text())
     assert ended["has_ended"]
-    second = processes.start(*train, *bind("train.num_iterations = 1_000_000"))
-    second.await_line("restored .*ckpt-100")
+    second = processes.start(*train, *bind("train.num_iterations = 1_000_000", "train.log_interval = 100"))
+    second.await_line("train step 200:", RUN_SECS)
     assert json.loads(summary.read_text()) == {**ended, "has_ended": False}
     second.send(signal.SIGTERM)
     assert second.wait(RUN_SECS) == 143, second.output

@@ -97,7 +97,6 @@ def run_learner(
     if _has_ended(directory, schedule.num_iterations):
         _say_it_is_over(cluster, schedule.num_iterations, stop)
         return ExitCode.DONE
-    directory.forget_end()  # else a launcher thinks at the next death of this one that nobody is needed any more
 
     patience_secs = cluster.peer_patience_secs
     signatures = experiment.replay.table_signatures(agent.collect_data_spec)
@@ -152,6 +151,7 @@ def run_learner(
     try:
         record.save_configuration(operative_config())
         publish = PublishInterval(publish_interval, publish_interval_secs)
+        directory.forget_end()  # else a launcher thinks at the next death of this one that nobody is needed any more
         loop.run(stop, publish, checkpoint_interval_secs=checkpoint_interval_secs)
         record.note_phase("final evaluation")
         publisher.announce(Phase.EVALUATING)
