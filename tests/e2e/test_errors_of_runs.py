@@ -14,8 +14,10 @@ import tensorflow as tf
 
 from actorlearner.experiment import load_experiment
 from actorlearner.runtime.checkpoints import Checkpoints
-from tests.e2e.drills import Drill, broken, drill_with
+from tests.e2e.drills import TEST_SECS, Drill, broken, drill_with
 from tests.e2e.processes import RUN_SECS, Processes, bind
+
+pytestmark = pytest.mark.timeout(TEST_SECS)
 
 FAULTS = ("interrupt", "read-only-directory", "nan-observation", "diverge", "full-disk", "other-experiment")
 
