@@ -8,7 +8,15 @@ import time
 import pytest
 
 from actorlearner.tools import drill
-from actorlearner.tools.drill_faults import Outcome, _find_miscounts, _judge_held, _judge_training_on, _ratio_error
+from actorlearner.tools.drill_faults import (
+    SAVE_SECS,
+    Outcome,
+    _find_miscounts,
+    _judge_held,
+    _judge_loss,
+    _judge_training_on,
+    _ratio_error,
+)
 from actorlearner.tools.drill_run import Run
 
 ACCOUNT = {"samples": 3_072_000, "inserts": 97_408, "ahead": 2_560.0, "error_buffer": 6_400}  # of a run as it should be
@@ -117,3 +125,30 @@ def test_the_exit_code_says_whether_every_promise_held(tmp_path, monkeypatch, br
     found = json.loads((tmp_path / "drill.json").read_text())
     assert found["held"] == (not broken)
     assert [outcome["broken"] for outcome in found["outcomes"]] == [[], broken, []]
+
+
+@pytest.mark.parametrize(
+    ("secs_before_death", "collected", "lost", "is_kept"),
+    [
+        ((20.0, 1.0), (8_000, 9_500), 2_100, True),
+        ((20.0, 1.0), (8_000, 9_500), 2_101, False),
+        ((20.0, 1.0), (11_000, 9_500), 600, True),  # the learner began again in between
+        ((20.0, 1.0), (11_000, 9_500), 601, False),
+        ((1.0,), (9_500,), 10_100, True),  # nothing had to be saved yet
+        ((20.0, -1.0), (8_000, 7_000), 2_101, False),  # counted after the death
+    ],
+)
+def test_what_a_death_of_all_may_lose_was_collected_since_the_last_checkpoint(
+    run, secs_before_death, collected, lost, is_kept
+):
+    """A learner that began again shortly before counts less than the one before it: else nothing at all may be lost."""
+    with (run.root_dir / "operative_config.gin").open("a") as config:
+        config.write(f"learner.checkpoint_interval_secs = {10.0 - SAVE_SECS}\n")
+    points = [
+        {"kind": "train", "time": KILLED_AT - secs, "environment_steps": steps}
+        for secs, steps in zip(secs_before_death, collected)
+    ]
+    (run.root_dir / "metrics.jsonl").write_text("".join(json.dumps(point) + "\n" for point in points))
+    outcome = Outcome("SIGKILL everything", transitions_lost=lost)
+    _judge_loss(run, outcome, {"environment_steps": 10_000, "replay": {"held": 10_000}}, KILLED_AT)
+    assert (outcome.broken == []) == is_kept

@@ -403,8 +403,11 @@ def _resume(run: Run, outcome: Outcome, before: dict[str, Any], within_secs: flo
 def _judge_loss(run: Run, outcome: Outcome, before: dict[str, Any], killed_at: float) -> None:
     """What was there `checkpoint_interval_secs` before a death of all, at `killed_at`, must be there again."""
     saved_at = killed_at - run.configured("learner.checkpoint_interval_secs") - SAVE_SECS
-    points = [point for point in run.metrics("train") if point["time"] <= saved_at]
-    unsaved = before.get("environment_steps", 0) - (points[-1]["environment_steps"] if points else 0)
+    points = [point for point in run.metrics("train") if point["time"] <= killed_at]
+    num_early = sum(point["time"] <= saved_at for point in points)
+    # The later ones too: a learner that died and began again since then counts on from less.
+    counts = [point["environment_steps"] for point in points[num_early - 1 :]] if num_early else [0]
+    unsaved = before.get("environment_steps", 0) - min(counts)
     most = unsaved + 0.01 * before.get("replay", {}).get("held", 0)
     if (outcome.transitions_lost or 0) > most:
         outcome.broken.append(f"{outcome.transitions_lost:,} transitions lost, at most {most:,.0f} were not saved")
