@@ -128,27 +128,29 @@ def test_the_exit_code_says_whether_every_promise_held(tmp_path, monkeypatch, br
 
 
 @pytest.mark.parametrize(
-    ("secs_before_death", "collected", "lost", "is_kept"),
+    ("points", "lost", "is_kept"),
     [
-        ((20.0, 1.0), (8_000, 9_500), 2_100, True),
-        ((20.0, 1.0), (8_000, 9_500), 2_101, False),
-        ((20.0, 1.0), (11_000, 9_500), 600, True),  # the learner began again in between
-        ((20.0, 1.0), (11_000, 9_500), 601, False),
-        ((1.0,), (9_500,), 10_100, True),  # nothing had to be saved yet
-        ((20.0, -1.0), (8_000, 7_000), 2_101, False),  # counted after the death
+        ([(20.0, 400, 8_000), (1.0, 900, 9_500)], 2_100, True),
+        ([(20.0, 400, 8_000), (1.0, 900, 9_500)], 2_101, False),
+        ([(1.0, 900, 9_500)], 10_100, True),  # nothing had to be saved yet
+        ([(20.0, 400, 8_000), (-1.0, 300, 7_000)], 2_101, False),  # one after the death
+        # A learner that began again since, set back: with 7,000 of the 10,000 that it holds now.
+        ([(20.0, 990, 11_000), (1.0, 900, 9_500)], 3_100, True),
+        ([(20.0, 990, 11_000), (1.0, 900, 9_500)], 3_101, False),
+        ([(20.0, 990, 11_000), (11.0, 800, 8_500), (1.0, 900, 9_500)], 1_600, True),  # so long ago that it saved itself
+        ([(20.0, 990, 11_000), (11.0, 800, 8_500), (1.0, 900, 9_500)], 1_601, False),
     ],
 )
-def test_what_a_death_of_all_may_lose_was_collected_since_the_last_checkpoint(
-    run, secs_before_death, collected, lost, is_kept
-):
-    """A learner that began again shortly before counts less than the one before it: else nothing at all may be lost."""
+def test_what_a_death_of_all_may_lose_was_collected_since_the_last_checkpoint(run, points, lost, is_kept):
+    """A learner that began again shortly before counts less than the one before; it saved what it began with."""
     with (run.root_dir / "operative_config.gin").open("a") as config:
         config.write(f"learner.checkpoint_interval_secs = {10.0 - SAVE_SECS}\n")
-    points = [
-        {"kind": "train", "time": KILLED_AT - secs, "environment_steps": steps}
-        for secs, steps in zip(secs_before_death, collected)
+    lines = [
+        {"kind": "train", "time": KILLED_AT - secs, "train_step": step, "environment_steps": collected}
+        for secs, step, collected in points
     ]
-    (run.root_dir / "metrics.jsonl").write_text("".join(json.dumps(point) + "\n" for point in points))
+    (run.root_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    before = {"train_step": 1_000, "environment_steps": 10_000, "replay": {"held": 10_000}, "came_back": 7_000}
     outcome = Outcome("SIGKILL everything", transitions_lost=lost)
-    _judge_loss(run, outcome, {"environment_steps": 10_000, "replay": {"held": 10_000}}, KILLED_AT)
+    _judge_loss(run, outcome, before, KILLED_AT)
     assert (outcome.broken == []) == is_kept

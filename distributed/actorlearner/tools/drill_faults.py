@@ -83,8 +83,14 @@ class Outcome:
 
 
 def _before(run: Run, fault: str) -> tuple[Outcome, dict[str, Any], float]:
-    status = run.status()
+    status = {**run.status(), "came_back": _came_back(run)}
     return Outcome(fault, train_step_before=status.get("train_step")), status, time.monotonic()
+
+
+def _came_back(run: Run) -> int:
+    """Returns how much of the replay the learner that is alive, or was last, began with."""
+    found = re.search(r"(\d+) windows came back", run.log("learner-0"))
+    return int(found[1]) if found else 0
 
 
 def _compare(run: Run, outcome: Outcome, before: dict[str, Any], after: dict[str, Any]) -> None:
@@ -392,23 +398,26 @@ def _resume(run: Run, outcome: Outcome, before: dict[str, Any], within_secs: flo
         outcome.broken.append(f"resumed after {secs:.0f} s, expected {within_secs:.0f} s")
     _compare(run, outcome, before, after)
     first = re.search(r"restored .*ckpt-(\d+)", run.log("learner-0"))
-    held = re.search(r"(\d+) windows came back", run.log("learner-0"))
     outcome.train_step_after = int(first[1]) if first else 0
     if not outcome.train_step_after:
         outcome.broken.append("began anew")
     if run.has_mirror() and before.get("replay"):
-        outcome.transitions_lost = max(0, before["replay"]["held"] - (int(held[1]) if held else 0))
+        outcome.transitions_lost = max(0, before["replay"]["held"] - _came_back(run))
 
 
 def _judge_loss(run: Run, outcome: Outcome, before: dict[str, Any], killed_at: float) -> None:
     """What was there `checkpoint_interval_secs` before a death of all, at `killed_at`, must be there again."""
     saved_at = killed_at - run.configured("learner.checkpoint_interval_secs") - SAVE_SECS
     points = [point for point in run.metrics("train") if point["time"] <= killed_at]
-    num_early = sum(point["time"] <= saved_at for point in points)
-    # The later ones too: a learner that died and began again since then counts on from less.
-    counts = [point["environment_steps"] for point in points[num_early - 1 :]] if num_early else [0]
-    unsaved = before.get("environment_steps", 0) - min(counts)
-    most = unsaved + 0.01 * before.get("replay", {}).get("held", 0)
+    steps = [point["train_step"] for point in points]
+    begins = [i for i in range(1, len(steps)) if steps[i] < steps[i - 1]]  # of learners that a death set back
+    saved = [point for point in points[begins[-1] if begins else 0 :] if point["time"] <= saved_at]
+    held = before.get("replay", {}).get("held", 0)
+    if begins and not saved:  # this learner was too young to have saved more than it began with
+        unsaved = held - before.get("came_back", 0)
+    else:
+        unsaved = before.get("environment_steps", 0) - (saved[-1]["environment_steps"] if saved else 0)
+    most = max(0, unsaved) + 0.01 * held
     if (outcome.transitions_lost or 0) > most:
         outcome.broken.append(f"{outcome.transitions_lost:,} transitions lost, at most {most:,.0f} were not saved")
 
