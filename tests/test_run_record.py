@@ -32,11 +32,12 @@ def make_record(tmp_path):
     """`make_record(address)` begins the record of a run whose server listens there; it is closed after the test."""
     records = []
 
-    def make(address):
+    def make(address, counts=None, account=dict):
         directory = RunDirectory(tmp_path)
         ledger = EvaluationLedger(EvaluationRequests(address), directory.evaluated)
         cluster = Cluster(address, address)
-        records.append(RunRecord(load_experiment("dqn_cartpole", []), cluster, directory, ledger, {}, {}))
+        experiment = load_experiment("dqn_cartpole", [])
+        records.append(RunRecord(experiment, cluster, directory, ledger, {}, counts or {}, account))
         return records[-1]
 
     yield make
@@ -47,6 +48,26 @@ def make_record(tmp_path):
 @pytest.fixture
 def record(make_record, silent_address):
     return make_record(silent_address)
+
+
+@pytest.fixture
+def address(serve):
+    """Of a server that actors and record can reach."""
+    tables = [*reports.make_tables(), *variable_container.make_tables([tf.Variable(0.0)])]
+    return f"localhost:{serve(tables).port}"
+
+
+@pytest.fixture
+def report(address):
+    """`report(actor, environment_steps)` sends what an actor says of itself."""
+    reporter = Reporter(address)
+
+    def report(actor, environment_steps, blocked_secs=0.0, wall_secs=1.0):
+        totals = {"episodes": 0, "environment_crashes": 0, "average_return": 0.0, "blocked_secs": blocked_secs}
+        row = CollectReport(actor, 0, environment_steps, wall_secs=wall_secs, **totals)
+        assert reporter.send(row, timeout_secs=30)
+
+    return report
 
 
 def read_status(folder):
@@ -77,18 +98,10 @@ def test_the_time_of_the_last_train_step_is_that_of_one_made_here(record, tmp_pa
 
 
 def test_a_point_of_training_says_which_part_of_their_time_the_actors_waited_since_the_one_before(
-    serve, make_record, tmp_path, eventually
+    address, report, make_record, tmp_path, eventually
 ):
     """A learner that is never starved may be the slow one: without this the actors' cores idle and nobody knows."""
-    tables = [*reports.make_tables(), *variable_container.make_tables([tf.Variable(0.0)])]
-    address = f"localhost:{serve(tables).port}"
     record = make_record(address)
-    reporter = Reporter(address)
-
-    def report(actor, environment_steps, blocked_secs, wall_secs):
-        totals = {"episodes": 0, "environment_crashes": 0, "average_return": 0.0, "blocked_secs": blocked_secs}
-        row = CollectReport(actor, 0, environment_steps, wall_secs=wall_secs, **totals)
-        assert reporter.send(row, timeout_secs=30)
 
     def point(environment_steps):
         eventually(lambda: record.environment_steps == environment_steps)
@@ -106,3 +119,35 @@ def test_a_point_of_training_says_which_part_of_their_time_the_actors_waited_sin
     assert point(120) == 0.5  # nobody reported since
     report(actor=7, environment_steps=200, blocked_secs=53.0, wall_secs=98.0)
     assert point(210) == 0.0
+
+
+def test_steps_whose_report_died_with_an_actor_are_counted_by_what_the_replay_got(
+    address, report, make_record, eventually
+):
+    """An actor reports once a second: each death of all would take thousands of steps off, for good."""
+    counts = {"collected": {"7": 5_000, "8": 1_000}, "inserts": 9_000}
+    record = make_record(address, counts)
+    assert record.environment_steps == 9_000
+    report(actor=9, environment_steps=400)
+    eventually(lambda: record.environment_steps == 9_400)
+    report(actor=7, environment_steps=7_500)  # it lives on: 2,500 of what had arrived was its own
+    report(actor=9, environment_steps=500)
+    eventually(lambda: record.environment_steps == 9_500)
+    report(actor=7, environment_steps=8_100)
+    eventually(lambda: record.environment_steps == 9_600)
+    record.close()
+    again = make_record(address, {**record.counts(), "inserts": 9_550})
+    assert again.environment_steps == 9_600
+
+
+def test_a_point_of_training_says_what_the_replay_holds(record, make_record, silent_address, tmp_path, eventually):
+    """A curve that falls after a restart may be that of a learner whose replay is gone."""
+    scalars = {"loss": 0.0, "waiting_share": 0.0, "staleness": 0.0}
+
+    def point(record):
+        record.log_training(1, scalars)
+        return json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1]).get("replay_held")
+
+    assert point(record) is None  # nobody knows
+    record = make_record(silent_address, account=lambda: {"held": 1_234})
+    eventually(lambda: point(record) == 1_234)

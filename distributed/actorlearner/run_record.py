@@ -41,8 +41,13 @@ class RunRecord:
         self._ledger = ledger
         self._versions = versions
         self._account = account
+        self._replay: dict[str, Any] = {}  # its account of at most a second ago
         self._wall_secs_before = counts.get("wall_secs", 0.0)
         self._collected: dict[str, int] = counts.get("collected", {})
+        self._collected_before = frozenset(self._collected)  # by these actors, of whom some live on and report more
+        # What the replay got was collected, also where the report of it died with its actor.
+        counted = counts.get("environment_steps", sum(self._collected.values()))
+        self._restored_steps: int = max(counted, counts.get("inserts", 0))
         self._crashes: dict[str, int] = counts.get("crashes", {})
         self._started_at = time.monotonic()
         self._train_step = 0
@@ -69,11 +74,19 @@ class RunRecord:
 
     @property
     def environment_steps(self) -> int:
-        return sum(list(self._collected.values()))  # a copy: the thread adds actors
+        """The steps reported so far; of those before this learner's life never fewer than its replay got."""
+        collected = dict(self._collected)  # a copy: the thread adds actors
+        of_known = sum(collected[actor] for actor in self._collected_before)
+        return max(of_known, self._restored_steps) + sum(collected.values()) - of_known
 
     def counts(self) -> dict[str, Any]:
         """Returns what a checkpoint keeps of this record."""
-        return {"wall_secs": self._wall_secs(), "collected": dict(self._collected), "crashes": dict(self._crashes)}
+        return {
+            "wall_secs": self._wall_secs(),
+            "collected": dict(self._collected),
+            "environment_steps": self.environment_steps,
+            "crashes": dict(self._crashes),
+        }
 
     def _wall_secs(self) -> float:
         return self._wall_secs_before + time.monotonic() - self._started_at
@@ -115,6 +128,8 @@ class RunRecord:
     def log_training(self, step: int, scalars: dict[str, float]) -> None:
         """Writes one point of training to the log, TensorBoard and metrics.jsonl."""
         values = {**scalars, **self._rates()}
+        if self._replay:
+            values["replay_held"] = self._replay["held"]
         blocked_share = self._blocked_share.take()
         if blocked_share is not None:
             values["collect_blocked_share"] = blocked_share
@@ -208,6 +223,7 @@ class RunRecord:
     def _status(self) -> dict[str, Any]:
         num_iterations = self._experiment.schedule.num_iterations
         rates = self._rates()
+        self._replay = self._account()
         train_rate = rates["train_steps_per_sec"]
         return {
             "phase": self._phase,
@@ -220,7 +236,7 @@ class RunRecord:
             "last_evaluation": self._ledger.newest(),
             "seconds_left": (num_iterations - self._train_step) / train_rate if train_rate else None,
             "waiting_for": self._waiting_for,
-            "replay": self._account(),
+            "replay": self._replay,
             "pending_evaluations": self._ledger.pending(),
             "process": os.getpid(),
             "time": time.time(),

@@ -11,6 +11,7 @@ from actorlearner.tools import drill
 from actorlearner.tools.drill_faults import (
     SAVE_SECS,
     Outcome,
+    _before,
     _find_miscounts,
     _judge_held,
     _judge_loss,
@@ -128,29 +129,35 @@ def test_the_exit_code_says_whether_every_promise_held(tmp_path, monkeypatch, br
 
 
 @pytest.mark.parametrize(
-    ("points", "lost", "is_kept"),
+    ("points", "age_secs", "lost", "is_kept"),
     [
-        ([(20.0, 400, 8_000), (1.0, 900, 9_500)], 2_100, True),
-        ([(20.0, 400, 8_000), (1.0, 900, 9_500)], 2_101, False),
-        ([(1.0, 900, 9_500)], 10_100, True),  # nothing had to be saved yet
-        ([(20.0, 400, 8_000), (-1.0, 300, 7_000)], 2_101, False),  # one after the death
-        # A learner that began again since, set back: with 7,000 of the 10,000 that it holds now.
-        ([(20.0, 990, 11_000), (1.0, 900, 9_500)], 3_100, True),
-        ([(20.0, 990, 11_000), (1.0, 900, 9_500)], 3_101, False),
-        ([(20.0, 990, 11_000), (11.0, 800, 8_500), (1.0, 900, 9_500)], 1_600, True),  # so long ago that it saved itself
-        ([(20.0, 990, 11_000), (11.0, 800, 8_500), (1.0, 900, 9_500)], 1_601, False),
+        ([(20.0, 8_000), (1.0, 9_500)], 30.0, 2_100, True),
+        ([(20.0, 8_000), (1.0, 9_500)], 30.0, 2_101, False),
+        ([(20.0, 8_000), (11.0, 9_000), (9.0, 9_200)], 30.0, 1_101, False),  # what there was ten seconds before
+        ([(20.0, 8_000), (-1.0, 7_000)], 30.0, 2_101, False),  # one after the death
+        ([(20.0, None)], 30.0, 3_101, False),  # the replay had not said yet what it holds
+        # A learner so young that it saved nothing yet, which began with 7,000 of the 10,000 that it holds now.
+        ([(20.0, 9_900), (1.0, 9_500)], 8.0, 3_100, True),
+        ([(20.0, 9_900), (1.0, 9_500)], 8.0, 3_101, False),
     ],
 )
-def test_what_a_death_of_all_may_lose_was_collected_since_the_last_checkpoint(run, points, lost, is_kept):
-    """A learner that began again shortly before counts less than the one before; it saved what it began with."""
+def test_what_a_death_of_all_may_lose_was_collected_since_the_last_checkpoint(run, points, age_secs, lost, is_kept):
+    """A learner that began again shortly before holds less than the one before; what it began with is saved."""
     with (run.root_dir / "operative_config.gin").open("a") as config:
-        config.write(f"learner.checkpoint_interval_secs = {10.0 - SAVE_SECS}\n")
+        config.write(f"learner.checkpoint_interval_secs = {10.0 - SAVE_SECS}\nexperiment.replay = @resident_replay()\n")
     lines = [
-        {"kind": "train", "time": KILLED_AT - secs, "train_step": step, "environment_steps": collected}
-        for secs, step, collected in points
+        {"kind": "train", "time": KILLED_AT - secs, **({} if held is None else {"replay_held": held})}
+        for secs, held in points
     ]
     (run.root_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    before = {"train_step": 1_000, "environment_steps": 10_000, "replay": {"held": 10_000}, "came_back": 7_000}
-    outcome = Outcome("SIGKILL everything", transitions_lost=lost)
+    began_at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(KILLED_AT - age_secs))
+    (run.root_dir / "logs").mkdir()
+    (run.root_dir / "logs" / "learner-0.log").write_text(
+        f"--- {began_at} process 7: learner\nI 12:00:00 9000 windows came back from the replay server\n\n"
+        f"--- {began_at} process 8: learner\nI 12:00:00 7000 windows came back from the replay server\n"
+    )
+    (run.root_dir / "status.json").write_text(json.dumps({"train_step": 1_000, "replay": {"held": 10_000}}))
+    outcome, before, _ = _before(run, "SIGKILL everything")
+    outcome.transitions_lost = lost
     _judge_loss(run, outcome, before, KILLED_AT)
     assert (outcome.broken == []) == is_kept

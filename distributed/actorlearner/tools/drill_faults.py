@@ -83,12 +83,14 @@ class Outcome:
 
 
 def _before(run: Run, fault: str) -> tuple[Outcome, dict[str, Any], float]:
-    status = {**run.status(), "came_back": _came_back(run)}
+    status = {**run.status(), "began_at": run.began_at("learner-0"), "came_back": _came_back(run)}
     return Outcome(fault, train_step_before=status.get("train_step")), status, time.monotonic()
 
 
 def _came_back(run: Run) -> int:
-    """Returns how much of the replay the learner that is alive, or was last, began with."""
+    """Returns how much of the replay the learner, or where it has none its server, began with in its newest life."""
+    if not run.has_mirror():
+        return run.held_items().get("uniform_table", 0)
     found = re.search(r"(\d+) windows came back", run.log("learner-0"))
     return int(found[1]) if found else 0
 
@@ -135,8 +137,8 @@ def _find_miscounts(run: Run, status: dict[str, Any]) -> list[str]:
     """Returns what the account counts otherwise than the train steps and the actors' own reports do.
 
     The account keeps itself within its buffer, also when it has lost or doubled what came before. The train steps are a
-    second old at most and the reports two, but a dead actor's since the learner's last checkpoint are lost when that
-    dies too.
+    second old at most and the reports two. What was reported is lost with a learner from its last checkpoint on, as
+    are the inserts; which of the steps before nobody reported, it counts by the inserts that the checkpoint has.
     """
     account = status.get("replay", {})
     samples, inserts = account.get("samples", 0), account.get("inserts", 0)
@@ -406,18 +408,16 @@ def _resume(run: Run, outcome: Outcome, before: dict[str, Any], within_secs: flo
 
 
 def _judge_loss(run: Run, outcome: Outcome, before: dict[str, Any], killed_at: float) -> None:
-    """What was there `checkpoint_interval_secs` before a death of all, at `killed_at`, must be there again."""
+    """What was there `checkpoint_interval_secs` before a death of all, at `killed_at`, must be there again.
+
+    Of a learner that was younger than that: what it began with, which had been saved.
+    """
     saved_at = killed_at - run.configured("learner.checkpoint_interval_secs") - SAVE_SECS
-    points = [point for point in run.metrics("train") if point["time"] <= killed_at]
-    steps = [point["train_step"] for point in points]
-    begins = [i for i in range(1, len(steps)) if steps[i] < steps[i - 1]]  # of learners that a death set back
-    saved = [point for point in points[begins[-1] if begins else 0 :] if point["time"] <= saved_at]
+    points = [point for point in run.metrics("train") if before["began_at"] <= point["time"] <= saved_at]
+    were_there = [point["replay_held"] for point in points if "replay_held" in point]
+    promised = were_there[-1] if were_there else before["came_back"]
     held = before.get("replay", {}).get("held", 0)
-    if begins and not saved:  # this learner was too young to have saved more than it began with
-        unsaved = held - before.get("came_back", 0)
-    else:
-        unsaved = before.get("environment_steps", 0) - (saved[-1]["environment_steps"] if saved else 0)
-    most = max(0, unsaved) + 0.01 * held
+    most = max(0, held - promised) + 0.01 * held
     if (outcome.transitions_lost or 0) > most:
         outcome.broken.append(f"{outcome.transitions_lost:,} transitions lost, at most {most:,.0f} were not saved")
 

@@ -189,6 +189,11 @@ class Run:
         match = re.match(r"(?:--- )?.* process (\d+): ", self.log(role))
         return int(match[1]) if match else 0
 
+    def began_at(self, role: str) -> float:
+        """Returns when a role's newest life began, in unix seconds rounded up; 0 before the first."""
+        match = re.match(r"(?:--- )?(.*) process \d+: ", self.log(role))
+        return time.mktime(time.strptime(match[1], "%Y-%m-%d %H:%M:%S")) + 1.0 if match else 0.0
+
     def port(self) -> int:
         """Returns the port of the replay server's newest life; 0 as long as it does not listen."""
         match = re.search(r"serving replay and variables on port (\d+)", self.log("replay-server-0"))
