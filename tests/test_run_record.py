@@ -125,19 +125,21 @@ def test_steps_whose_report_died_with_an_actor_are_counted_by_what_the_replay_go
     address, report, make_record, eventually
 ):
     """An actor reports once a second: each death of all would take thousands of steps off, for good."""
-    counts = {"collected": {"7": 5_000, "8": 1_000}, "inserts": 9_000}
-    record = make_record(address, counts)
+    replay = {"inserts": 9_100}
+    record = make_record(address, {"collected": {"7": 5_000, "8": 1_000}, "inserts": 9_000}, lambda: replay)
     assert record.environment_steps == 9_000
-    report(actor=9, environment_steps=400)
-    eventually(lambda: record.environment_steps == 9_400)
-    report(actor=7, environment_steps=7_500)  # it lives on: 2,500 of what had arrived was its own
-    report(actor=9, environment_steps=500)
+    eventually(lambda: record.environment_steps == 9_100)
+    report(actor=7, environment_steps=8_500)  # it lives on: what had arrived was its own
     eventually(lambda: record.environment_steps == 9_500)
-    report(actor=7, environment_steps=8_100)
-    eventually(lambda: record.environment_steps == 9_600)
+    report(actor=9, environment_steps=400)
+    eventually(lambda: record.environment_steps == 9_900)
+    replay["inserts"] = 12_000
+    eventually(lambda: record.environment_steps == 12_000)
+    replay["inserts"] = 11_000  # a replay server came back with its last checkpoint
+    report(actor=9, environment_steps=3_400)
+    eventually(lambda: record.environment_steps == 12_900)
     record.close()
-    again = make_record(address, {**record.counts(), "inserts": 9_550})
-    assert again.environment_steps == 9_600
+    assert make_record(address, {**record.counts(), "inserts": 11_000}).environment_steps == 12_900
 
 
 def test_a_point_of_training_says_what_the_replay_holds(record, make_record, silent_address, tmp_path, eventually):
@@ -149,5 +151,5 @@ def test_a_point_of_training_says_what_the_replay_holds(record, make_record, sil
         return json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1]).get("replay_held")
 
     assert point(record) is None  # nobody knows
-    record = make_record(silent_address, account=lambda: {"held": 1_234})
+    record = make_record(silent_address, account=lambda: {"held": 1_234, "inserts": 0})
     eventually(lambda: point(record) == 1_234)

@@ -44,10 +44,8 @@ class RunRecord:
         self._replay: dict[str, Any] = {}  # its account of at most a second ago
         self._wall_secs_before = counts.get("wall_secs", 0.0)
         self._collected: dict[str, int] = counts.get("collected", {})
-        self._collected_before = frozenset(self._collected)  # by these actors, of whom some live on and report more
         # What the replay got was collected, also where the report of it died with its actor.
-        counted = counts.get("environment_steps", sum(self._collected.values()))
-        self._restored_steps: int = max(counted, counts.get("inserts", 0))
+        self._least_steps: int = max(counts.get("environment_steps", 0), counts.get("inserts", 0))
         self._crashes: dict[str, int] = counts.get("crashes", {})
         self._started_at = time.monotonic()
         self._train_step = 0
@@ -74,10 +72,8 @@ class RunRecord:
 
     @property
     def environment_steps(self) -> int:
-        """The steps reported so far; of those before this learner's life never fewer than its replay got."""
-        collected = dict(self._collected)  # a copy: the thread adds actors
-        of_known = sum(collected[actor] for actor in self._collected_before)
-        return max(of_known, self._restored_steps) + sum(collected.values()) - of_known
+        """The steps that actors reported, never fewer than the transitions that the replay got."""
+        return max(sum(list(self._collected.values())), self._least_steps)  # a copy: the thread adds actors
 
     def counts(self) -> dict[str, Any]:
         """Returns what a checkpoint keeps of this record."""
@@ -128,8 +124,9 @@ class RunRecord:
     def log_training(self, step: int, scalars: dict[str, float]) -> None:
         """Writes one point of training to the log, TensorBoard and metrics.jsonl."""
         values = {**scalars, **self._rates()}
-        if self._replay:
-            values["replay_held"] = self._replay["held"]
+        held = self._replay.get("held")
+        if held is not None:
+            values["replay_held"] = held
         blocked_share = self._blocked_share.take()
         if blocked_share is not None:
             values["collect_blocked_share"] = blocked_share
@@ -222,8 +219,9 @@ class RunRecord:
 
     def _status(self) -> dict[str, Any]:
         num_iterations = self._experiment.schedule.num_iterations
+        self._replay = replay = self._account()
+        self._least_steps = max(self._least_steps, replay.get("inserts", 0))
         rates = self._rates()
-        self._replay = self._account()
         train_rate = rates["train_steps_per_sec"]
         return {
             "phase": self._phase,
@@ -236,7 +234,7 @@ class RunRecord:
             "last_evaluation": self._ledger.newest(),
             "seconds_left": (num_iterations - self._train_step) / train_rate if train_rate else None,
             "waiting_for": self._waiting_for,
-            "replay": self._replay,
+            "replay": replay,
             "pending_evaluations": self._ledger.pending(),
             "process": os.getpid(),
             "time": time.time(),
