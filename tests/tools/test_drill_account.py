@@ -28,8 +28,9 @@ ACCOUNT = {"samples": 3_072_000, "inserts": 97_408, "ahead": 2_560.0, "error_buf
 def run(tmp_path):
     run = Run("dqn_cartpole", tmp_path, [], seed=0)
     run.root_dir.mkdir()
-    (run.root_dir / "operative_config.gin").write_text("train.batch_size = 128\ntrain.eval_interval = 1000\n"
-        "train.collect_steps_per_iteration = 4\n")
+    (run.root_dir / "operative_config.gin").write_text(
+        "train.batch_size = 128\ntrain.collect_steps_per_iteration = 4\n"
+    )
     return run
 
 

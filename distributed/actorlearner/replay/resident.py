@@ -485,14 +485,15 @@ class ResidentSource:
         """Returns how the replay stands, in figures. See `BatchSource.account`."""
         servers, away = self._servers.all(), self._servers.away()
         several = {"servers": {address: address not in away for address in servers}} if len(servers) > 1 else {}
-        return {
-            "held": self._num_windows(),
-            "inserts": self._inserts + self._num_staged,
-            "samples": self._samples,
-            "ahead": self._ahead(),
-            "error_buffer": self._error_buffer,
-            **several,
-        }
+        with self._changed:  # what is just being revealed would else count twice
+            return {
+                "held": self._num_windows(),
+                "inserts": self._inserts + self._num_staged,
+                "samples": self._samples,
+                "ahead": self._ahead(),
+                "error_buffer": self._error_buffer,
+                **several,
+            }
 
     def describe(self) -> str:
         """Returns how the replay stands, in words; never blocks."""
