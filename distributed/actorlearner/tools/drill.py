@@ -12,6 +12,7 @@ import json
 import math
 import random
 import shutil
+import statistics
 import sys
 import tempfile
 import time
@@ -77,14 +78,14 @@ def run_drill(
         run.kill_processes()
         if sys.exc_info()[0]:
             console.print(f"the run is in {run.folder}")
-    recoveries = sorted(o.recovery_secs for o in outcomes if o.recovery_secs is not None)
-    median_secs = recoveries[len(recoveries) // 2] if recoveries else 0.0
+    recoveries = [o.recovery_secs for o in outcomes if o.recovery_secs is not None]
+    median_secs = statistics.median(recoveries) if recoveries else 0.0
     if num_kills and median_secs > MEDIAN_SECS:
         outcomes[-1].broken.append(f"recovered after {median_secs:.0f} s in the median, promised {MEDIAN_SECS:.0f} s")
     console.print(make_table(outcomes))
     if recoveries:
         console.print(
-            f"time to recover: median {median_secs:.1f} s, longest {recoveries[-1]:.1f} s, of {len(recoveries)}"
+            f"time to recover: median {median_secs:.1f} s, longest {max(recoveries):.1f} s, of {len(recoveries)}"
         )
     not_done = [outcome.fault for outcome in outcomes if outcome.not_done]
     if not_done:
