@@ -15,8 +15,8 @@ import pytest
 def pytest_configure(config):
     """Gives what killed processes leave behind one folder, which goes when pytest does; its workers inherit it."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
-        tempfile.gettempdir()  # pytest's own folders stay where one looks for them
-        os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="tests-")  # short: sockets are made below
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # its own stay where one looks for them
+        tempfile.tempdir = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="tests-")  # short: sockets are made below
         config.add_cleanup(lambda: shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True))
 
 
