@@ -177,3 +177,18 @@ def test_what_a_death_of_all_may_lose_was_collected_since_the_last_checkpoint(ru
     outcome.transitions_lost = lost
     _judge_loss(run, outcome, before, KILLED_AT)
     assert (outcome.broken == []) == is_kept
+
+
+@pytest.mark.parametrize(
+    ("said", "verdict"),
+    [("8,000 in 'uniform_table'", "held"), ("8,000 in 'a_table_of_yours'", "not done")],
+)
+def test_a_replay_that_does_not_say_what_came_back_is_not_taken_for_one_that_held(run, said, verdict):
+    """By the time the learner trains again, new transitions stand in the place of those that were lost."""
+    (run.root_dir / "logs").mkdir()
+    log = f"--- 2026-11-23 07:00:00 process 8: replay-server\nI 12:00:00 the replay holds {said}\n"
+    (run.root_dir / "logs" / "replay-server-0.log").write_text(log)
+    (run.root_dir / "status.json").write_text(json.dumps({"train_step": 1_000, "replay": {"held": 8_000}}))
+    outcome, before, _ = _before(run, "SIGKILL everything")
+    _judge_loss(run, outcome, before, KILLED_AT)
+    assert outcome.verdict.partition(":")[0] == verdict

@@ -443,6 +443,9 @@ def _judge_loss(run: Run, outcome: Outcome, before: dict[str, Any], killed_at: f
     A learner that was younger must bring back what it began with: that is saved as soon as it trains. So must a server
     that holds the replay alone: it began with a checkpoint.
     """
+    if _came_back(run) is None:
+        outcome.not_done = "the replay server's log does not say what its 'uniform_table' began with"
+        return
     saved_at = killed_at - run.configured("learner.checkpoint_interval_secs") - SAVE_SECS
     points = [point for point in run.metrics("train") if before["began_at"] <= point["time"] <= saved_at]
     were_there = [point["replay_held"] for point in points if "replay_held" in point]
