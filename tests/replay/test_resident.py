@@ -304,6 +304,7 @@ def test_a_server_that_lost_chunks_is_given_back_what_the_learner_got(serve, spe
     reverb.Client(address).reset(EXPERIENCE_TABLE)  # as a server does that begins anew from no checkpoint
     eventually(lambda: len(read_chunks(address, silent_secs=10)) == len(first._mirrors[0]._chunks))
     given_back = read_chunks(address, silent_secs=10)
+    eventually(lambda: first.num_given_back == len(given_back))
     for number, chunk in given_back.items():
         valid = int(chunk["length"])
         assert valid == sent[number]["length"]

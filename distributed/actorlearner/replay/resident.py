@@ -371,6 +371,7 @@ class ResidentSource:
         self._num_durable_chunks = num_durable_chunks
         self._inserts = self._samples = 0
         self.num_chunks = 0  # those the mirrors hold or held
+        self.num_given_back = 0
         self._turns = itertools.count()  # of the mirrors
         self._num_staged = 0  # windows written to the mirrors and not revealed yet
         self._misfit: Optional[ValueError] = None  # a chunk that no mirror can hold
@@ -604,6 +605,8 @@ class ResidentSource:
                 continue
             try:
                 num_given = self._give_back(address)
+                with self._changed:
+                    self.num_given_back += num_given
                 losses.note_pass(num_given)
             except Exception as error:  # it has what its last checkpoint held; no reason to end training
                 wait_secs, retry_secs = retry_secs, min(MAX_RETRY_SECS, 2 * retry_secs)

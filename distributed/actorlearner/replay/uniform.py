@@ -222,7 +222,7 @@ class ServerSampledSource:
         self._batch_size = batch_size
         self._strategy = strategy
         self._make_dataset = make_dataset
-        self.num_chunks = 0
+        self.num_chunks = self.num_given_back = 0
         self._samples = 0
         self._leaves_out = False
         self._dataset = self._distribute()

@@ -469,6 +469,7 @@ class TrainingLoop:
             self._publisher.announce(Phase.TRAINING)
             publish_interval.begin(step)
             saved_at = -math.inf  # at once: learners that die young, one after the other, would save the replay never
+            num_given_back = self._source.num_given_back
             self._shares.take()  # what came before was no training
             while step < self._schedule.num_iterations:
                 if stop.is_set():
@@ -488,9 +489,12 @@ class TrainingLoop:
                     self._record.log_training(step, {**scalars, **self._shares.take()})
                 if scalars is not None and step % self._schedule.policy_save_interval == 0:
                     self._export.save_checkpoint(step)
-                if step > before and now - saved_at >= checkpoint_interval_secs:
-                    saved_at = now
+                is_given_back = self._source.num_given_back > num_given_back  # by a server that began anew: not saved
+                if step > before and (is_given_back or now - saved_at >= checkpoint_interval_secs):
+                    saved_at, num_given_back = now, self._source.num_given_back
                     self._save(with_replay=True)
+                    if is_given_back:
+                        logging.info("asked to save what replay servers were given back, under train step %d", step)
         except Diverged:
             has_diverged = True
             raise

@@ -33,7 +33,8 @@ SAVE_SECS = 2.0  # a small replay is saved within this time
 READ_ONLY = Path("/sys/kernel")  # nobody makes a file here, root neither
 REPORT_SECS = 3.0  # an actor's report is in the learner's account after this time
 UNKNOWN_STEPS = 4_000  # a dead learner was so much further than it had said at most: two seconds at 2,000 train steps/s
-GIVEN_BACK = "that it had lost were given back"  # says a learner to a replay server that began anew
+GIVEN_BACK = re.compile(r"(\d+) chunks that it had lost were given back")  # says a learner of a server that began anew
+SAVES_GIVEN_BACK = re.compile(r"asked to save what replay servers were given back, under train step (\d+)")
 
 _STRAY = """
 import sys, numpy as np, reverb
@@ -204,7 +205,7 @@ def kill_role(
     """
     is_dead_server = role == "replay-server-0" and number == signal.SIGKILL
     pid, saved = run.pid(role), run.saved_items()
-    num_given_back = run.log("learner-0").count(GIVEN_BACK)
+    log_before = run.log("learner-0")
     if while_saving:
         await_(lambda: _stop_while_saving(run, role, pid), f"checkpoint that {role} is writing", every_secs=0.001)
     elif is_dead_server:
@@ -258,7 +259,7 @@ def kill_role(
         _judge_recovery(outcome, since)
         _compare(run, outcome, before, run.status())
         if role == "replay-server-0" and run.has_mirror():
-            _await_return(run, outcome, num_given_back)
+            _await_return(run, outcome, log_before)
     return outcome
 
 
@@ -397,24 +398,30 @@ def _await_results(run: Run, due: set[int], num_results: int) -> set[int]:
     return done()
 
 
-def _await_return(run: Run, outcome: Outcome, num_given_back: int) -> None:
-    """Waits until the server has saved what the learner gave back to it, if that lives and trains for so long."""
+def _await_return(run: Run, outcome: Outcome, log_before: str) -> None:
+    """Waits until the server has saved what the learner gave back to it, if that lives and trains for so long.
+
+    Args:
+      run: The server's.
+      outcome: Gets what is found.
+      log_before: The learner's before the server died.
+    """
     learner = run.pid("learner-0")
+
+    def news(pattern: re.Pattern[str]) -> list[int]:
+        return [int(number) for number in pattern.findall(run.log("learner-0")[len(log_before) :])]
 
     def has_ended() -> bool:
         return run.pid("learner-0") != learner or run.status().get("phase") not in ("training", "waiting")
 
-    def is_given_back() -> bool:
-        return has_ended() or run.log("learner-0").count(GIVEN_BACK) > num_given_back
-
     def is_saved() -> bool:
-        return has_ended() or run.saved_replay().get("time", 0.0) > given_back_at + SAVE_SECS
+        asked = news(SAVES_GIVEN_BACK)
+        return has_ended() or bool(asked and run.saved_replay().get("train_step", 0) >= asked[-1])
 
-    save_secs = run.configured("learner.checkpoint_interval_secs") + RECOVERY_SECS
     try:
-        await_(is_given_back, "replay that is given back", RECOVERY_SECS)
-        given_back_at = time.time()
-        await_(is_saved, "checkpoint of what was given back", save_secs)
+        await_(lambda: has_ended() or news(GIVEN_BACK), "replay that is given back", RECOVERY_SECS)
+        if any(news(GIVEN_BACK)):
+            await_(is_saved, "checkpoint of what was given back", RECOVERY_SECS)
     except Hang as hang:
         outcome.broken.append(str(hang))
 
