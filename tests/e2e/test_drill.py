@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,6 +74,8 @@ def test_training_goes_on_from_the_mirror_and_its_new_server_saves_what_it_is_gi
     outcome = json.loads((tmp_path / "drill.json").read_text())["outcomes"][0]
     assert not broken(outcome), process.output
     assert outcome["mirror_secs"] > outcome["held_again_secs"] / 2, "some 3 s, and a status is a second old at most"
+    (log,) = tmp_path.glob("*/run/logs/learner-0.log")
+    assert re.search(r"[1-9]\d* chunks that it had lost were given back", log.read_text())
 
 
 @pytest.mark.parametrize("fault", ["insert with a wrong signature", "garbage to the port"])

@@ -82,7 +82,7 @@ class BatchSource(Protocol):
     """How many chunks were taken in; 0 for ever where there are none."""
 
     num_given_back: int
-    """How many chunks were written to replay servers that had lost them; 0 for ever where none are."""
+    """How many chunks were sent to replay servers that had lost them; 0 for ever where none are."""
 
     can_fuse: bool
     """Whether XLA can compile `draw` and `unpack` together with the update."""

@@ -605,8 +605,6 @@ class ResidentSource:
                 continue
             try:
                 num_given = self._give_back(address)
-                with self._changed:
-                    self.num_given_back += num_given
                 losses.note_pass(num_given)
             except Exception as error:  # it has what its last checkpoint held; no reason to end training
                 wait_secs, retry_secs = retry_secs, min(MAX_RETRY_SECS, 2 * retry_secs)
@@ -636,14 +634,18 @@ class ResidentSource:
         newest = heapq.nlargest(self._num_durable_chunks, places.keys() | there)  # others it would have dropped
         lost = sorted(set(newest) - there)
         num_given = 0
-        with contextlib.closing(ChunkWriter(address)) as writer:
-            while lost and not self._closing:
-                numbers, lost = lost[:GIVE_BACK_CHUNKS], lost[GIVE_BACK_CHUNKS:]
-                with self._writing:
-                    rows = {number: places[number].read() for number in numbers if places[number].is_held()}
-                # Only here are they awaited: a GPU's come after the compiled call that is under way.
-                writer.write((places[number].unfold(number, held) for number, held in rows.items()), SAVING_SECS)
-                num_given += len(rows)
+        try:
+            with contextlib.closing(ChunkWriter(address)) as writer:
+                while lost and not self._closing:
+                    numbers, lost = lost[:GIVE_BACK_CHUNKS], lost[GIVE_BACK_CHUNKS:]
+                    with self._writing:
+                        rows = {number: places[number].read() for number in numbers if places[number].is_held()}
+                    num_given += len(rows)
+                    # Only here are they awaited: a GPU's come after the compiled call that is under way.
+                    writer.write((places[number].unfold(number, held) for number, held in rows.items()), SAVING_SECS)
+        finally:  # what was not confirmed may be there too
+            with self._changed:
+                self.num_given_back += num_given
         return num_given
 
     def _warn_of_stranger(self, address: str, why: str) -> None:

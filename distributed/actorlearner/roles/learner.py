@@ -489,12 +489,13 @@ class TrainingLoop:
                     self._record.log_training(step, {**scalars, **self._shares.take()})
                 if scalars is not None and step % self._schedule.policy_save_interval == 0:
                     self._export.save_checkpoint(step)
-                is_given_back = self._source.num_given_back > num_given_back  # by a server that began anew: not saved
-                if step > before and (is_given_back or now - saved_at >= checkpoint_interval_secs):
-                    saved_at, num_given_back = now, self._source.num_given_back
+                if step > before and now - saved_at >= checkpoint_interval_secs:
+                    saved_at = now
                     self._save(with_replay=True)
-                    if is_given_back:
-                        logging.info("asked to save what replay servers were given back, under train step %d", step)
+                if self._source.num_given_back > num_given_back:  # a server that began anew has it in memory only
+                    num_given_back = self._source.num_given_back
+                    logging.info("asking to save what replay servers were given back, under train step %d", step)
+                    self._replay_checkpoints.ask(step)
         except Diverged:
             has_diverged = True
             raise

@@ -34,7 +34,7 @@ READ_ONLY = Path("/sys/kernel")  # nobody makes a file here, root neither
 REPORT_SECS = 3.0  # an actor's report is in the learner's account after this time
 UNKNOWN_STEPS = 4_000  # a dead learner was so much further than it had said at most: two seconds at 2,000 train steps/s
 GIVEN_BACK = re.compile(r"(\d+) chunks that it had lost were given back")  # says a learner of a server that began anew
-SAVES_GIVEN_BACK = re.compile(r"asked to save what replay servers were given back, under train step (\d+)")
+SAVES_GIVEN_BACK = re.compile(r"asking to save what replay servers were given back, under train step (\d+)")
 
 _STRAY = """
 import sys, numpy as np, reverb
@@ -205,7 +205,6 @@ def kill_role(
     """
     is_dead_server = role == "replay-server-0" and number == signal.SIGKILL
     pid, saved = run.pid(role), run.saved_items()
-    log_before = run.log("learner-0")
     if while_saving:
         await_(lambda: _stop_while_saving(run, role, pid), f"checkpoint that {role} is writing", every_secs=0.001)
     elif is_dead_server:
@@ -213,7 +212,7 @@ def kill_role(
     how = " while it saves" if while_saving else " twice" if again_at else ""
     outcome, before, since = _before(run, f"{signal.Signals(number).name} {role}{how}")
     pending = set(before.get("pending_evaluations", []))
-    killed_at = time.time()
+    log_before, killed_at = run.log("learner-0"), time.time()
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
     if again_at:
@@ -420,7 +419,7 @@ def _await_return(run: Run, outcome: Outcome, log_before: str) -> None:
 
     try:
         await_(lambda: has_ended() or news(GIVEN_BACK), "replay that is given back", RECOVERY_SECS)
-        if any(news(GIVEN_BACK)):
+        if any(news(GIVEN_BACK)) or news(SAVES_GIVEN_BACK):  # the latter of an attempt that did not end well
             await_(is_saved, "checkpoint of what was given back", RECOVERY_SECS)
     except Hang as hang:
         outcome.broken.append(str(hang))
