@@ -149,7 +149,7 @@ def standing_in_for_learner(experiment: Experiment, address: str, zero_weights: 
     source = experiment.replay.make_source(
         servers,
         tensor_spec.from_spec(agent.collect_data_spec),
-        experiment.sampling(agent.train_sequence_length),
+        experiment.sampling(agent),
         tf.distribute.get_strategy(),
     )
     source.restore({})
@@ -218,7 +218,7 @@ class Feeder:
             tf.nest.map_structure(lambda leaf: np.asarray(leaf)[None], step)  # a batch of one environment
             for step in make_noise_episode(agent.collect_data_spec)
         ]
-        sampling = dataclasses.replace(experiment.sampling(agent.train_sequence_length), num_environments=1)
+        sampling = dataclasses.replace(experiment.sampling(agent), num_environments=1)
         self._sink = experiment.replay.make_sink(ReplayServers([address]), sampling)
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None

@@ -46,13 +46,15 @@ class Schedule:
       num_iterations: Train steps until training ends.
       initial_collect_steps: Items the replay must hold before training; until then a random policy acts.
       collect_steps_per_iteration: Environment steps per train step; with `batch_size` it gives samples per insert.
-        Inserts are windows, as many as one-step updates have environment steps; with n-step returns an episode of N
-        steps has N + 1 - n.
+        Inserts are windows. An episode of N steps has N of them; with n-step returns of an algorithm whose windows may
+        not end early (dqn), N + 1 - n.
       batch_size: Trajectories in one train step, over all replicas together.
       log_interval: Train steps between two log lines, and between two points in TensorBoard.
       num_eval_episodes: Episodes of one evaluation.
       eval_interval: Train steps between two evaluations; 0 evaluates nothing.
       policy_save_interval: Train steps between two numbered policy checkpoints.
+      random_action_repeat: Each random action of the warm-up is repeated so many steps: held, it moves a robot whose
+        motors would only shake at a new one each step.
       num_environments: Environments one collect actor steps as a batch.
       num_updates_per_call: Train steps in one call of the compiled loop; signals are looked at in between.
       lock_step: One collect actor and the learner take turns: a chunk of steps, the train steps it allows, the next
@@ -68,6 +70,7 @@ class Schedule:
     num_eval_episodes: PositiveInt = 10
     eval_interval: NonNegativeInt = 1_000
     policy_save_interval: PositiveInt = 5_000
+    random_action_repeat: PositiveInt = 1
     num_environments: PositiveInt = 1
     num_updates_per_call: PositiveInt = 50
     lock_step: bool = False
@@ -121,10 +124,11 @@ class Experiment:
                 "experiment.replay = @resident_replay()."
             )
 
-    def sampling(self, num_steps: int) -> Sampling:
-        """Returns what the schedule asks of the replay, for an agent that trains on windows of `num_steps` steps."""
+    def sampling(self, agent: tf_agent.TFAgent) -> Sampling:
+        """Returns what the schedule asks of the replay, with windows of the length that `agent` trains on."""
         return Sampling(
-            num_steps=num_steps,
+            num_steps=agent.train_sequence_length,
+            windows_may_end_early=getattr(agent, "windows_may_end_early", False),
             batch_size=self.schedule.batch_size,
             num_updates_per_call=self.schedule.num_updates_per_call,
             num_environments=self.schedule.num_environments,
@@ -205,7 +209,8 @@ class Experiment:
         time_step_spec, action_spec, info_spec = (
             tensor_spec.to_array_spec(spec) for spec in (self.time_step_spec, self.action_spec, policy.info_spec)
         )
-        return RandomActing(time_step_spec, action_spec, info_spec, num_environments, self.derive_seed(*seed_path))
+        seed, num_repeats = self.derive_seed(*seed_path), self.schedule.random_action_repeat
+        return RandomActing(time_step_spec, action_spec, info_spec, num_environments, seed, num_repeats)
 
 
 def shipped_experiments_folder() -> Path:

@@ -22,7 +22,7 @@ def test_an_actor_reports_how_much_of_its_time_it_waited_for_a_learner_that_take
     experiment = load_experiment("dqn_cartpole", BINDINGS)
     agent, _ = experiment.make_agent()
     policy = agent.collect_policy
-    sampling = experiment.sampling(agent.train_sequence_length)
+    sampling = experiment.sampling(agent)
     tables = experiment.replay.make_tables(tensor_spec.from_spec(agent.collect_data_spec), sampling)
     server = serve([*tables, *variable_container.make_tables(policy.variables()), *reports.make_tables()])
     address = f"localhost:{server.port}"

@@ -69,7 +69,7 @@ def test_a_learner_that_waits_says_how_much_is_collected_and_what_its_actors_do(
     """Whether to wait on, or to look after actors that died or are too few, is seen from nothing else."""
     address = cluster.replay_address
     agent, _ = experiment.make_agent()
-    sink = experiment.replay.make_sink(ReplayServers([address]), experiment.sampling(agent.train_sequence_length))
+    sink = experiment.replay.make_sink(ReplayServers([address]), experiment.sampling(agent))
     spec = agent.collect_data_spec
     step = tree.map_structure(lambda leaf: np.zeros((1, *leaf.shape), leaf.dtype.as_numpy_dtype), spec)
     step = step._replace(step_type=np.ones(1, np.int32), next_step_type=np.ones(1, np.int32))  # of the middle

@@ -118,13 +118,32 @@ def _unnamed(specs: Any) -> list[tf.TensorSpec]:
 class RandomActing:
     """Acts uniformly at random within the action spec, whatever it sees."""
 
-    def __init__(self, time_step_spec: Any, action_spec: Any, info_spec: Any, num_environments: int, seed: int):
-        """Specs are array specs of one environment; `info_spec` is that of the policy whose place it takes."""
+    def __init__(
+        self,
+        time_step_spec: Any,
+        action_spec: Any,
+        info_spec: Any,
+        num_environments: int,
+        seed: int,
+        num_repeats: int = 1,
+    ):
+        """Args:
+        time_step_spec, action_spec: Array specs of one environment.
+        info_spec: That of the policy whose place it takes.
+        num_environments: Acted in at once.
+        seed: Of the actions.
+        num_repeats: Each action is given so many times in a row.
+        """
         self._policy = random_py_policy.RandomPyPolicy(
             time_step_spec, action_spec, seed=seed, outer_dims=(num_environments,)
         )
+        self._num_repeats, self._num_given = num_repeats, 0
+        self._held: Any = None
         self._info = tree.map_structure(lambda spec: np.zeros((num_environments, *spec.shape), spec.dtype), info_spec)
 
     def act(self, time_step: ts.TimeStep) -> policy_step.PolicyStep:
         """Returns random actions. See `Acting.act`."""
-        return self._policy.action(time_step)._replace(info=self._info)
+        if self._num_given % self._num_repeats == 0:
+            self._held = self._policy.action(time_step)
+        self._num_given += 1
+        return self._held._replace(info=self._info)

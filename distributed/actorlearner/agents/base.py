@@ -31,6 +31,11 @@ class AgentFactory(Protocol):
           action_spec: Bounded tensor spec of one action.
           train_step: Scalar int64; the agent counts its updates there.
 
+        The agent may say more than a `TFAgent` does, by two attributes:
+          observation_statistics: Has `update(moments)`; the learner calls it with what it takes in (`normalized.py`).
+          windows_may_end_early: Whether it trains on windows in which an episode ends before their last step, and then
+            looks at nothing that comes after.
+
         Raises:
           ValueError: The algorithm cannot act in this action space; the message says which can.
         """

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import difflib
 import os
+from collections.abc import Callable
 from typing import Annotated, Optional
 
 import annotated_types
@@ -18,6 +19,8 @@ os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
 import gym
 from tf_agents.environments import py_environment, suite_gym
 
+from actorlearner.environments.gym_wrappers import LateActions, PastSteps
+
 
 @gin.configurable("gym_environment", module="actorlearner")
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +32,15 @@ class GymEnvironment:
       max_episode_steps: Time limit in environment steps; None takes the id's registered limit, 0 sets none. An episode
         cut by the limit is truncated, not terminated: its last discount stays 1.
       steps_per_second: The task's real time: environment steps in a second, for videos; None takes gym's metadata.
+      num_past_steps: So many observations and actions before it are added to each observation. See `PastSteps`.
+      num_late_steps: Actions reach the environment so many steps late, to test robustness. See `LateActions`.
     """
 
     env_name: str
     max_episode_steps: Optional[Annotated[int, annotated_types.Ge(0)]] = None
     steps_per_second: Optional[Annotated[float, annotated_types.Gt(0)]] = None
+    num_past_steps: Annotated[int, annotated_types.Ge(0)] = 0
+    num_late_steps: Annotated[int, annotated_types.Ge(0)] = 0
 
     def make_environment(self, seed: int) -> py_environment.PyEnvironment:
         """Returns a new environment with its own seed; made anew after each crash.
@@ -41,7 +48,15 @@ class GymEnvironment:
         Raises:
           ValueError: gym does not know `env_name`; the message has the nearest id.
         """
-        return make_registered(self.env_name, self.max_episode_steps, seed)
+        return make_registered(self.env_name, self.max_episode_steps, seed, self.wrap)
+
+    def wrap(self, environment: gym.Env) -> gym.Env:
+        """Returns the environment with the wrappers that the bindings ask for."""
+        if self.num_late_steps:
+            environment = LateActions(environment, self.num_late_steps)
+        if self.num_past_steps:
+            environment = PastSteps(environment, self.num_past_steps)
+        return environment
 
     def real_steps_per_second(self, environment: py_environment.PyEnvironment) -> float:
         """Returns environment steps per second of the task's own time."""
@@ -51,8 +66,10 @@ class GymEnvironment:
         )
 
 
-def make_registered(env_name: str, max_episode_steps: Optional[int], seed: int) -> py_environment.PyEnvironment:
-    """Returns the environment that gym's registry has under `env_name`. See `GymEnvironment.make_environment`."""
+def make_registered(
+    env_name: str, max_episode_steps: Optional[int], seed: int, wrap: Callable[[gym.Env], gym.Env]
+) -> py_environment.PyEnvironment:
+    """Returns what gym's registry has under `env_name`, wrapped. See `GymEnvironment.make_environment`."""
     try:
         spec = copy.copy(gym.spec(env_name))
     except gym.error.Error as error:
@@ -63,6 +80,6 @@ def make_registered(env_name: str, max_episode_steps: Optional[int], seed: int) 
     limit = spec.max_episode_steps if max_episode_steps is None else max_episode_steps
     # gym's own time limit would come before a longer one of ours, and would tell the agent that the state was terminal.
     spec.max_episode_steps = None
-    environment = suite_gym.wrap_env(spec.make(), max_episode_steps=limit)
+    environment = suite_gym.wrap_env(wrap(spec.make()), max_episode_steps=limit)
     environment.seed(seed % 2**31)
     return environment

@@ -10,6 +10,7 @@ import numpy as np
 import reverb
 import tensorflow as tf
 
+from actorlearner.replay.moments import Moments
 from actorlearner.runtime.lifecycle import ExitCode, RoleError
 from actorlearner.runtime.messages import Unreachable, check_signature, read_server_info
 
@@ -32,6 +33,8 @@ class Sampling:
       initial_collect_steps: Windows inserted before training begins.
       samples_per_insert: Windows sampled for each one inserted after that.
       lock_step: Whether actor and learner take turns, chunk by chunk.
+      windows_may_end_early: Whether an episode may end before the last step of a window. What comes after the end is in
+        the window, and means nothing.
     """
 
     num_steps: int
@@ -41,6 +44,7 @@ class Sampling:
     initial_collect_steps: int
     samples_per_insert: float
     lock_step: bool = False
+    windows_may_end_early: bool = False
 
 
 class TrajectorySink(Protocol):
@@ -111,6 +115,13 @@ class BatchSource(Protocol):
 
         Shapes: B = batch of one replica, T = num_steps. `experience` leaves are [B, T, ...], `acted_at` is [B].
         """
+        ...
+
+    def count_observations(self) -> None:
+        """Begins to count observations for `take_moments`; called before `restore` and the first `draw`, or not at all."""
+
+    def take_moments(self) -> list[Moments]:
+        """Returns the moments of the observations taken in since the last call, each observation once in a run."""
         ...
 
     def allow(self, num_updates: int) -> int:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import tensorflow as tf
 import tree
+from tf_agents.trajectories import StepType
 
 
 class Mirror:
@@ -28,14 +29,24 @@ class Mirror:
     Rows and windows are numbered from the first ever written, without end; a number modulo `_num_rows` is the place.
     """
 
-    def __init__(self, step_spec: Any, num_steps: int, capacity: int, device: str = "/cpu:0"):
+    def __init__(
+        self,
+        step_spec: Any,
+        num_steps: int,
+        capacity: int,
+        device: str = "/cpu:0",
+        *,
+        windows_may_end_early: bool = False,
+    ):
         """Args:
         step_spec: Of one trajectory step.
         num_steps: Steps in a window.
         capacity: Windows held at most.
         device: Where the variables live: the device that draws from them.
+        windows_may_end_early: See `Sampling`.
         """
         self.num_steps = num_steps
+        self._windows_may_end_early = windows_may_end_early
         self._capacity = capacity
         self._num_rows = _num_rows_for(num_steps, capacity)
         self._spec = {"acted_at": tf.TensorSpec((), tf.int64), "step": step_spec}
@@ -84,7 +95,8 @@ class Mirror:
         length = int(chunk["length"])
         ends_run = chunk["ends_run"][:, :length]
         num_environments = len(ends_run)
-        is_start = find_starts(ends_run, self.num_steps)
+        is_last = chunk["step"].step_type[:, :length] == StepType.LAST if self._windows_may_end_early else None
+        is_start = find_starts(ends_run, self.num_steps, is_last)
         acted_at = np.broadcast_to(chunk["acted_at"], chunk["ends_run"].shape)
         leaves = [leaf[:, :length] for leaf in tf.nest.flatten({"acted_at": acted_at, "step": chunk["step"]})]
         lanes, steps = np.nonzero(is_start)
@@ -252,17 +264,23 @@ class Place:
         }
 
 
-def find_starts(ends_run: np.ndarray, num_steps: int) -> np.ndarray:
-    """Returns at which steps a whole window begins, as [num_environments, num_rows - num_steps + 1].
+def find_starts(ends_run: np.ndarray, num_steps: int, is_last: Optional[np.ndarray] = None) -> np.ndarray:
+    """Returns at which steps a window begins, as [num_environments, num_rows - num_steps + 1].
 
     Args:
       ends_run: [num_environments, num_rows]: whether nothing leads from a step to the next.
       num_steps: Steps in a window.
+      is_last: Of the same shape, which steps are the last of their episode, where windows may end with it early; None
+        where only whole windows count. One that meets a crash counts in neither case.
     """
     num_environments, num_rows = ends_run.shape
     is_start = np.ones((num_environments, max(0, num_rows - num_steps + 1)), bool)
+    has_ended = np.zeros_like(is_start)
     for ahead in range(num_steps - 1):
-        is_start &= ~ends_run[:, ahead : ahead + is_start.shape[1]]
+        steps = slice(ahead, ahead + is_start.shape[1])
+        if is_last is not None and ahead:
+            has_ended |= is_last[:, steps]
+        is_start &= ~ends_run[:, steps] | has_ended
     return is_start
 
 

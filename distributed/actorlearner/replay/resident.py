@@ -14,6 +14,7 @@ exactly one item in a stock TF-Agents table.
 from __future__ import annotations
 
 import base64
+import collections
 import contextlib
 import dataclasses
 import heapq
@@ -37,6 +38,7 @@ from tf_agents.trajectories import StepType
 from actorlearner.replay.base import Sampling, describe_account
 from actorlearner.replay.durable_table import EXPERIENCE_TABLE, ChunkWriter, Losses, is_chunk, read_chunks
 from actorlearner.replay.mirror import Block, Mirror, Place, find_starts
+from actorlearner.replay.moments import Moments, moments_of
 from actorlearner.replay.servers import ReplayServers
 from actorlearner.runtime.configuration import PositiveFloat, PositiveInt
 from actorlearner.runtime.devices import compute_devices, free_host_bytes
@@ -178,7 +180,16 @@ class ResidentReplay:
         if "cpu" in devices[0].lower():
             self._check_fits(num_bytes * len(devices), free_host_bytes(), "the host")
         try:
-            mirrors = [Mirror(step_spec, sampling.num_steps, capacity, device) for device in devices]
+            mirrors = [
+                Mirror(
+                    step_spec,
+                    sampling.num_steps,
+                    capacity,
+                    device,
+                    windows_may_end_early=sampling.windows_may_end_early,
+                )
+                for device in devices
+            ]
         except tf.errors.ResourceExhaustedError as error:
             self._check_fits(num_bytes, 0, devices[0])
             raise AssertionError from error
@@ -327,6 +338,13 @@ def _unpack_ids(text: str) -> list[int]:
     return np.frombuffer(base64.b64decode(text), np.int64).tolist()
 
 
+def _moments_at_starts(chunk: Mapping[str, Any], block: Block) -> Moments:
+    """Returns the moments of the observations at which a window begins: of those acted on, each lies in one chunk."""
+    (observations,) = tree.flatten(chunk["step"].observation)
+    rows = observations[:, : int(chunk["length"])]
+    return moments_of(rows.reshape(-1, *rows.shape[2:])[block.starts])
+
+
 class ResidentSource:
     """Feeds the mirrors from the queues and keeps samples per insert, in both directions. See `BatchSource`.
 
@@ -374,6 +392,10 @@ class ResidentSource:
         self.num_given_back = 0
         self._turns = itertools.count()  # of the mirrors
         self._num_staged = 0  # windows written to the mirrors and not revealed yet
+        # Of each chunk that is written and not revealed, in each mirror; None where it was counted before.
+        self._written_moments: list[collections.deque[Optional[Moments]]] = [collections.deque() for _ in mirrors]
+        self._moments: list[Moments] = []  # of the chunks revealed since they were last taken
+        self._counts_observations = False
         self._misfit: Optional[ValueError] = None  # a chunk that no mirror can hold
         self._known_chunks: dict[int, bool] = {}  # counted as inserts, oldest first: whether they were written too
         self._counted_before = 0  # what servers bring back with lower numbers is counted as inserts, known or not
@@ -530,8 +552,10 @@ class ResidentSource:
         """Lets the next call draw what has arrived. Raises `ValueError` when a chunk fits into no mirror."""
         if self._misfit is not None:
             raise self._misfit
-        for mirror in self._mirrors:
+        for mirror, written in zip(self._mirrors, self._written_moments):
             num_chunks, num_windows = mirror.reveal()
+            revealed = [written.popleft() for _ in range(num_chunks)]
+            self._moments += [moments for moments in revealed if moments is not None]
             with self._changed:
                 self.num_chunks += num_chunks
                 self._inserts += num_windows
@@ -691,13 +715,15 @@ class ResidentSource:
 
     def _write(self, mirror: Mirror, block: Block, chunk: Mapping[str, Any], address: str, is_held_back: bool) -> int:
         number, num_windows = int(chunk["chunk"]), len(block.starts)
+        # The bound is for what servers bring back; an actor whose clock is behind goes on sending low numbers.
+        is_new = number not in self._known_chunks and (is_held_back or number >= self._counted_before)
+        moments = _moments_at_starts(chunk, block) if is_new and self._counts_observations else None
+        self._written_moments[self._mirrors.index(mirror)].append(moments)  # before it may be revealed
         first_row = mirror.write(block)
         with self._changed:
             self._places[number] = Place(mirror, first_row, int(chunk["length"]), chunk["ends_run"], address)
             while not next(iter(self._places.values())).is_held():
                 del self._places[next(iter(self._places))]
-            # The bound is for what servers bring back; an actor whose clock is behind goes on sending low numbers.
-            is_new = number not in self._known_chunks and (is_held_back or number >= self._counted_before)
             self._known_chunks[number] = True
             if len(self._known_chunks) > max(MAX_KNOWN_CHUNKS, self._max_durable_chunks()):
                 forgotten = next(iter(self._known_chunks))
@@ -708,6 +734,14 @@ class ResidentSource:
                 self._inserts -= num_windows
             self._changed.notify_all()
         return num_windows if is_new else 0
+
+    def count_observations(self) -> None:
+        self._counts_observations = True
+
+    def take_moments(self) -> list[Moments]:
+        """Returns those of the observations that may be drawn since the last call. See `BatchSource.take_moments`."""
+        moments, self._moments = self._moments, []
+        return moments
 
     def _max_durable_chunks(self) -> int:
         return self._num_durable_chunks * len(self._servers.all())

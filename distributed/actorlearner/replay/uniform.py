@@ -20,6 +20,8 @@ from tf_agents.specs import tensor_spec
 from tf_agents.trajectories import StepType
 
 from actorlearner.replay.base import Sampling, describe_table
+from actorlearner.replay.first_looks import FirstLooks
+from actorlearner.replay.moments import Moments
 from actorlearner.replay.servers import ReplayServers
 from actorlearner.runtime.configuration import PositiveFloat, PositiveInt
 from actorlearner.runtime.lifecycle import find_reason
@@ -31,6 +33,9 @@ REPLAY_TABLE = "uniform_table"
 
 _FROM_THE_ITERATOR = re.compile(r"\[\[(\{\{node )?[\w/]*Iterator\w*GetNext")  # rather than from the update
 _MISFIT = re.compile(r"(Inconsistent number|Received incompatible|Cannot batch|Shape of tensor).*(?<!\.)")
+
+NUM_FIRST_LOOKS = 8
+"""So many batches are looked at before the first update, where observations are counted; within any error buffer."""
 
 _UNSTAMPED = 1.0  # the priority that stock TF-Agents observers write
 
@@ -135,9 +140,10 @@ class UniformReplay:
     def make_sink(self, servers: ReplayServers, sampling: Sampling) -> WindowSink:
         """Returns a writer of overlapping `num_steps`-step items. See `Replay.make_sink`."""
         client = reverb.Client(reach(servers.mine()))
+        num_beyond_end = sampling.num_steps - 2 if sampling.windows_may_end_early else 0
         return WindowSink(
             [
-                _EpisodeWriter(client, sampling.num_steps, self.chunk_length, self.max_pending_items)
+                _EpisodeWriter(client, sampling.num_steps, num_beyond_end, self.chunk_length, self.max_pending_items)
                 for _ in range(sampling.num_environments)
             ]
         )
@@ -168,8 +174,9 @@ class UniformReplay:
             def require_shape(leaf: tf.Tensor, spec: tf.TensorSpec) -> tf.Tensor:
                 return tf.ensure_shape(leaf, [per_replica, num_steps, *spec.shape])
 
-            def unpack(sample: reverb.ReplaySample) -> tuple[Any, tf.Tensor]:
-                return tree.map_structure(require_shape, sample.data, step_spec), read_stamps(sample.info.priority)
+            def unpack(sample: reverb.ReplaySample) -> tuple[Any, tf.Tensor, tf.Tensor]:
+                steps = tree.map_structure(require_shape, sample.data, step_spec)
+                return steps, read_stamps(sample.info.priority), tf.equal(sample.info.times_sampled, 1)
 
             return without_tuning(batches.map(unpack).prefetch(2))
 
@@ -224,6 +231,7 @@ class ServerSampledSource:
         self._make_dataset = make_dataset
         self.num_chunks = self.num_given_back = 0
         self._samples = 0
+        self._first_looks: Optional[FirstLooks] = None
         self._leaves_out = False
         self._dataset = self._distribute()
         self.handle: Any = iter(self._dataset)
@@ -246,8 +254,30 @@ class ServerSampledSource:
         return next(handle)
 
     def unpack(self, *parts: Any) -> tuple[Any, tf.Tensor]:
-        experience, acted_at = parts
+        experience, acted_at, is_first_look = parts
+        if self._first_looks is not None:
+            self._first_looks.count(experience.observation, is_first_look)
         return experience, acted_at
+
+    def count_observations(self) -> None:
+        self._first_looks = FirstLooks(self._strategy, self._dataset.element_spec[0].observation)
+
+    def take_moments(self) -> list[Moments]:
+        """Returns the moments of what was drawn for the first time. See `BatchSource.take_moments`.
+
+        Of a new run's replay it first draws some batches that nothing is trained on, so that there are any before the
+        first update.
+        """
+        assert self._first_looks is not None, "count_observations first"
+        if not self._samples:
+            draw = tf.function(lambda handle: self._strategy.run(self.unpack, args=self.draw(handle)))
+            try:
+                for _ in range(NUM_FIRST_LOOKS):
+                    draw(self.handle)
+                    self.note_updates(1)
+            except tf.errors.OutOfRangeError:
+                self.renew()
+        return self._first_looks.take()
 
     def allow(self, num_updates: int) -> int:
         """Returns `num_updates`: the server's rate limiter holds `draw` back when it must."""
@@ -351,11 +381,15 @@ class _EpisodeWriter:
 
     The items are those of TF-Agents' `ReverbAddTrajectoryObserver(sequence_length=num_steps, stride_length=1)`: an
     episode of N environment steps has N + 1 steps here, the last one its boundary, and gives N + 2 - num_steps items.
+    Where windows may end early its boundary is written `num_beyond_end` times more, and each step of it opens an item.
     """
 
-    def __init__(self, client: reverb.Client, num_steps: int, chunk_length: int, max_pending_items: int):
+    def __init__(
+        self, client: reverb.Client, num_steps: int, num_beyond_end: int, chunk_length: int, max_pending_items: int
+    ):
         self._client = client
         self._num_steps = num_steps
+        self._num_beyond_end = num_beyond_end
         self._chunk_length = chunk_length
         self._num_kept = num_steps + chunk_length
         self._max_pending_items = max_pending_items
@@ -372,13 +406,15 @@ class _EpisodeWriter:
             for path, _ in tree.flatten_with_path(step):
                 self._writer.configure(path, num_keep_alive_refs=self._num_kept, max_chunk_length=self._chunk_length)
             self._is_configured = True
-        self._writer.append(step)
-        self._num_cached += 1
-        self._num_unflushed += 1
-        if self._num_cached >= self._num_steps:
-            window = tree.map_structure(lambda column: column[-self._num_steps :], self._writer.history)
-            self._writer.create_item(REPLAY_TABLE, priority=make_stamp(acted_at), trajectory=window)
-        self._must_end_episode = bool(step.step_type == StepType.LAST)
+        is_last = bool(step.step_type == StepType.LAST)
+        for _ in range(1 + (self._num_beyond_end if is_last else 0)):
+            self._writer.append(step)
+            self._num_cached += 1
+            self._num_unflushed += 1
+            if self._num_cached >= self._num_steps:
+                window = tree.map_structure(lambda column: column[-self._num_steps :], self._writer.history)
+                self._writer.create_item(REPLAY_TABLE, priority=make_stamp(acted_at), trajectory=window)
+        self._must_end_episode = is_last
 
     def is_blocked(self) -> bool:
         """Returns whether more than `max_pending_items` are unconfirmed; blocks at most half a second to find out.

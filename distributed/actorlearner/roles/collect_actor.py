@@ -94,7 +94,7 @@ def run_collect_actor(
     )
     if lock_step and (life or weights.num_chunks()):
         logging.warning("train.lock_step = True, but a run whose actor was restarted cannot be repeated bit for bit")
-    sampling = experiment.sampling(agent.train_sequence_length)
+    sampling = experiment.sampling(agent)
     collector = Collector(experiment, cluster, servers, tuple(signatures), sampling, life)
     progress = Progress(cluster, NewestReport(cluster.variables_address), events)
     acting: Any = experiment.make_random_acting(

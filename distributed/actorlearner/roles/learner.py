@@ -109,9 +109,11 @@ def run_learner(
     source = experiment.replay.make_source(
         servers,
         tensor_spec.from_spec(agent.collect_data_spec),
-        experiment.sampling(agent.train_sequence_length),
+        experiment.sampling(agent),
         strategy,
     )
+    if getattr(agent, "observation_statistics", None) is not None:
+        source.count_observations()
     fuses = jit_compile if jit_compile is not None else source.can_fuse and has_one_gpu(strategy)
     train = make_train_function(agent, train_step, source, strategy, jit_compile=fuses)
     checkpoints = Checkpoints(directory.checkpoints, train_step, {"agent": agent})
@@ -423,6 +425,7 @@ class TrainingLoop:
         self._schedule = experiment.schedule
         self._cluster = cluster
         self._variables = agent.collect_policy.variables()
+        self._statistics = getattr(agent, "observation_statistics", None)
         self._train_step = train_step
         self._source = source
         self._train = train
@@ -466,6 +469,9 @@ class TrainingLoop:
                 if not step:  # the actors are not ready either
                     self._export.prepare()
                 self._await_first_data(stop)
+                if self._statistics is not None and not step:
+                    self._count_observations()
+                    self._publish(step)  # with the statistics of the warm-up
             self._publisher.announce(Phase.TRAINING)
             publish_interval.begin(step)
             saved_at = -math.inf  # at once: learners that die young, one after the other, would save the replay never
@@ -551,6 +557,7 @@ class TrainingLoop:
         """Returns the train step reached and the last update's scalars; None when data ran out during the call."""
         with self._shares.ingesting():
             num_updates = self._source.allow(self._num_updates_to_boundary(step))
+            self._count_observations()
         if num_updates:
             try:
                 with self._shares.computing():
@@ -604,6 +611,11 @@ class TrainingLoop:
                     self._say_starved(moved_at, self._source.describe())
             if stop.is_set() and time.monotonic() - moved_at > 2.0:
                 raise Stopped("stopped while a batch was awaited")
+
+    def _count_observations(self) -> None:
+        if self._statistics is not None:
+            for moments in self._source.take_moments():  # one by one: together they would round in another way
+                self._statistics.update(moments)
 
     def _num_updates_to_boundary(self, step: int) -> int:
         """Returns how many updates one call may make so that it ends where something is due."""

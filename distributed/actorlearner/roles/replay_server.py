@@ -240,7 +240,7 @@ def _make_tables(experiment: Experiment) -> tuple[list[reverb.Table], list[rever
     agent, _ = experiment.make_agent()
     try:
         replay_tables = experiment.replay.make_tables(
-            _step_signature(agent.collect_data_spec), experiment.sampling(agent.train_sequence_length)
+            _step_signature(agent.collect_data_spec), experiment.sampling(agent)
         )
     except ValueError as error:
         raise RoleError(str(error), ExitCode.USAGE) from error

@@ -1,0 +1,46 @@
+"""n-step returns (Sutton, 1988; Peng and Williams, 1994) for algorithms that train on transitions.
+
+A window of n + 1 steps becomes one transition: the action of its first step, the discounted sum of the rewards up to the
+n-th step, and the state that it bootstraps from. What was done after the first action is taken as it came, without
+correction for the policy having changed since (as in Rainbow, Hessel et al., 2017, and D4PG, Barth-Maron et al., 2018).
+"""
+
+from __future__ import annotations
+
+import tensorflow as tf
+from tf_agents.trajectories import StepType, policy_step, trajectory
+from tf_agents.trajectories import time_step as ts
+
+
+def to_n_step_transition(experience: trajectory.Trajectory, gamma: float) -> trajectory.Transition:
+    """Returns one transition for each window; an episode that ends within its window uses what there is.
+
+    The target of an algorithm is reward + gamma * discount * value(next observation), as ever; so `discount` holds the
+    factors of gamma that are still missing. An episode that was terminated has discount 0. One that was truncated (its
+    last discount is 1) bootstraps from its last observation. What the window holds after the end of its episode is not
+    looked at.
+
+    Shapes: B = batch, n = steps - 1. Leaves of `experience` are [B, n + 1, ...], those of the result [B, ...].
+    """
+    num_steps = experience.reward.shape[1] - 1
+    ends = tf.equal(experience.next_step_type[:, :num_steps], StepType.LAST)
+    has_begun = tf.ones_like(ends[:, :1], tf.float32)
+    # [B, n]: 1 until the episode has ended, in the steps up to and with the one that ends it.
+    goes_on = tf.concat([has_begun, tf.math.cumprod(1.0 - tf.cast(ends[:, :-1], tf.float32), axis=1)], axis=1)
+    powers = tf.constant([gamma**step for step in range(num_steps)], tf.float32)
+    reward = tf.reduce_sum(powers * goes_on * experience.reward[:, :num_steps], axis=1)
+    num_used = tf.reduce_sum(tf.cast(goes_on, tf.int32), axis=1)  # [B], from 1 to n
+    at_end = num_used - 1
+    discount = tf.gather(experience.discount, at_end, batch_dims=1) * tf.gather(powers, at_end)
+    first = tf.nest.map_structure(lambda leaf: leaf[:, 0], experience.observation)
+    last = tf.nest.map_structure(lambda leaf: tf.gather(leaf, num_used, batch_dims=1), experience.observation)
+    zeros, ones = tf.zeros_like(reward), tf.ones_like(reward)
+    return trajectory.Transition(
+        time_step=ts.TimeStep(experience.step_type[:, 0], zeros, ones, first),
+        action_step=policy_step.PolicyStep(
+            tf.nest.map_structure(lambda leaf: leaf[:, 0], experience.action),
+            (),
+            tf.nest.map_structure(lambda leaf: leaf[:, 0], experience.policy_info),
+        ),
+        next_time_step=ts.TimeStep(tf.gather(experience.next_step_type, at_end, batch_dims=1), reward, discount, last),
+    )

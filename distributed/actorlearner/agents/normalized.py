@@ -1,0 +1,152 @@
+"""Observation normalisation for any algorithm: a layer that comes first in each of its networks.
+
+Fixed centre and spread come from gin. Running ones are the mean and the standard deviation of all observations that the
+learner has taken in, each counted once; they are variables of the policy, so they travel with the weights to the actors,
+into checkpoints and SavedModels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, Optional
+
+import numpy as np
+import tensorflow as tf
+
+from actorlearner.agents.base import PositiveFloat
+
+
+@dataclasses.dataclass(frozen=True)
+class NormalizedObservations:
+    """The bindings that every algorithm with normalised observations has.
+
+    Attributes:
+      normalize_observations: None leaves observations as they are; "fixed" takes `observation_center` and
+        `observation_spread`; "running" the mean and standard deviation of what was collected so far.
+      observation_center, observation_spread: One number for all components of an observation, or one for each. Used by
+        "fixed": what networks see is (observation - center) / spread.
+      observation_clip: Normalised components are cut at plus and minus this.
+    """
+
+    normalize_observations: Optional[Literal["fixed", "running"]] = None
+    observation_center: tuple[float, ...] = (0.0,)
+    observation_spread: tuple[PositiveFloat, ...] = (1.0,)
+    observation_clip: PositiveFloat = 5.0
+
+    def make_normalizer(self, observation_spec: Any) -> Optional[Normalizer]:
+        """Returns what makes the layers of one agent; None when observations stay as they are.
+
+        Raises:
+          ValueError: The observation is not one array of floats, or centre and spread do not fit it.
+        """
+        if self.normalize_observations is None:
+            return None
+        leaves = tf.nest.flatten(observation_spec)
+        if len(leaves) != 1 or not leaves[0].dtype.is_floating:
+            raise ValueError(
+                f"normalize_observations = '{self.normalize_observations}' needs one array of floats for an observation, "
+                f"but the environment's is {observation_spec}. Leave it out."
+            )
+        shape = leaves[0].shape.as_list()
+        if self.normalize_observations == "running":
+            return Normalizer(self.observation_clip, statistics=RunningStatistics(shape))
+        for name in ("observation_center", "observation_spread"):
+            given = len(getattr(self, name))
+            if given not in (1, shape[-1] if shape else 1):
+                raise ValueError(
+                    f"{name} has {given} numbers, but an observation has {shape[-1] if shape else 1} components. Give one "
+                    "number for all, or one for each."
+                )
+        return Normalizer(
+            self.observation_clip,
+            center=np.float32(self.observation_center),
+            scale=np.float32(1.0) / np.float32(self.observation_spread),
+        )
+
+
+class RunningStatistics(tf.Module):
+    """Mean and variance of observations, as variables. Before the first update they leave observations as they are."""
+
+    def __init__(self, shape: Any):
+        super().__init__(name="observation_statistics")
+
+        def make(name: str, value: Any, dtype: tf.DType) -> tf.Variable:
+            return tf.Variable(value, dtype=dtype, trainable=False, name=name)
+
+        self.mean = make("observation_mean", np.zeros(shape), tf.float32)
+        self.variance = make("observation_variance", np.ones(shape), tf.float32)
+        self.count = make("observation_count", 0.0, tf.float32)
+
+    def update(self, moments: Any) -> None:
+        """Counts more observations in. Not for compiled code; call it between two compiled calls.
+
+        Args:
+          moments: What has `count`, `mean` and `squares` of them: `squares` is the sum of squared distances from `mean`.
+
+        Source: Chan, Golub and LeVeque (1979), updating formulae for sample variances.
+        """
+        if not moments.count:
+            return
+        before, mean = float(self.count.numpy()), self.mean.numpy().astype(np.float64)
+        squares = self.variance.numpy().astype(np.float64) * before
+        count = before + moments.count
+        distance = moments.mean - mean
+        squares += moments.squares + np.square(distance) * (before * moments.count / count)
+        self.mean.assign((mean + distance * (moments.count / count)).astype(np.float32))
+        self.variance.assign((squares / count).astype(np.float32))
+        self.count.assign(np.float32(count))
+
+
+class Normalizer:
+    """Makes the first layer of each network of one agent; all of them share the same statistics."""
+
+    def __init__(
+        self,
+        clip: float,
+        *,
+        center: Any = 0.0,
+        scale: Any = 1.0,
+        statistics: Optional[RunningStatistics] = None,
+    ):
+        """Args:
+        clip: Normalised components are cut at plus and minus this.
+        center, scale: What networks see is (observation - center) * scale, unless there are `statistics`.
+        statistics: Give mean and standard deviation instead.
+        """
+        self.clip = clip
+        self.center = center
+        self.scale = scale
+        self.statistics = statistics
+
+    def make_layer(self) -> NormalizationLayer:
+        return NormalizationLayer(self)
+
+
+MIN_VARIANCE = 1e-6
+"""A component that has never changed is not blown up by more than a thousand."""
+
+
+class NormalizationLayer(tf.keras.layers.Layer):
+    """Observations [..., D] -> normalised observations [..., D], float32, within plus and minus the normaliser's clip.
+
+    TF-Agents copies a network by making each layer anew from its settings, so a copy shares the statistics.
+    """
+
+    def __init__(self, normalizer: Normalizer, name: str = "normalized", **kwargs: Any):
+        super().__init__(name=name, trainable=False, **kwargs)
+        self._normalizer = normalizer
+        statistics = normalizer.statistics
+        # As attributes, so that Keras counts them as the layer's weights, and they are among the policy's variables.
+        self._statistics = [statistics.mean, statistics.variance, statistics.count] if statistics else []
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "normalizer": self._normalizer}
+
+    def call(self, observation: tf.Tensor) -> tf.Tensor:
+        normalizer = self._normalizer
+        center, scale = normalizer.center, normalizer.scale
+        if normalizer.statistics is not None:
+            center = normalizer.statistics.mean
+            scale = tf.math.rsqrt(tf.maximum(normalizer.statistics.variance, MIN_VARIANCE))
+        normalized = (tf.cast(observation, tf.float32) - center) * scale
+        return tf.clip_by_value(normalized, -normalizer.clip, normalizer.clip)
