@@ -20,7 +20,7 @@ from benchmarks.results import Row
 
 def compare_minitaur(settings: Settings) -> Sequence[Row]:
     """Returns one row: what is left of the bare environment's speed."""
-    return _compare(settings, "collect-minitaur", "sac_minitaur", "raw_gym", "a raw gym loop with random actions", 0.9)
+    return _compare(settings, "collect-minitaur", "sac_minitaur_tutorial", "raw_gym", "a raw gym loop with random actions", 0.9)
 
 
 def compare_cartpole(settings: Settings) -> Sequence[Row]:
@@ -48,9 +48,10 @@ def _compare(settings: Settings, name: str, experiment: str, program: str, refer
 def ours(experiment_name: str) -> Iterator[Measure]:
     """A replay server and a collect actor as processes; this one stands in for the learner."""
     from actorlearner import local
-    from benchmarks.roles import UNLIMITED, Roles, measure_collecting, standing_in_for_learner
+    from benchmarks.roles import AS_THE_TUTORIAL, OURS, UNLIMITED, Roles, measure_collecting, standing_in_for_learner
 
-    with Roles(experiment_name, [*UNLIMITED, "collect_actor.report_interval_secs = 0.5"]) as roles:
+    more = OURS if experiment_name == AS_THE_TUTORIAL else ()
+    with Roles(experiment_name, [*UNLIMITED, *more, "collect_actor.report_interval_secs = 0.5"]) as roles:
         roles.start(local.REPLAY_SERVER)
         roles.start(local.COLLECT_ACTOR)
         from actorlearner.experiment import load_experiment
@@ -58,7 +59,7 @@ def ours(experiment_name: str) -> Iterator[Measure]:
 
         hold_to_one_thread()
         experiment = load_experiment(experiment_name, roles.bindings)
-        with standing_in_for_learner(experiment, roles.address, zero_weights=experiment_name == "sac_minitaur"):
+        with standing_in_for_learner(experiment, roles.address, zero_weights=experiment_name == AS_THE_TUTORIAL):
             measure_collecting(roles, 3.0)  # warm
 
             def measure(window_secs: float) -> Figures:

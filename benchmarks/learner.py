@@ -57,6 +57,25 @@ def compare(settings: Settings) -> Sequence[Row]:
     return rows
 
 
+PLAIN = (
+    "sac.normalize_observations = None",
+    "sac.n_step_update = 1",
+    "sac.critic_layer_norm = False",
+)
+
+
+def compare_recipe(settings: Settings) -> Sequence[Row]:
+    """Returns what normalisation, n-step returns and LayerNorm cost: a row."""
+    start = functools.partial(Side, settings=settings)
+    sides = [
+        lambda: start("learner-recipe", program=("learner", "recipe")),
+        lambda: start("learner-plain", program=("learner", "recipe", *PLAIN)),
+    ]
+    ours, plain = (_rates(found) for found in alternate(settings, sides, window_secs=settings.window(6.0)))
+    measure = "learner updates of sac_minitaur: normalised observations, 5-step returns, LayerNorm"
+    return [Row("learner-recipe", measure, "the same without the three", UNIT, 0.85, ours, plain)]
+
+
 def compare_on_gpu(settings: Settings) -> Sequence[Row]:
     """Returns ours against the stock learner, and against the figure that is asked for."""
     if find_gpu() is None:
@@ -116,10 +135,26 @@ def _rates(found: Sequence[Figures]) -> Sequence[float]:
 def ours(steps_per_sec: str) -> Iterator[Measure]:
     """The replay server and the learner as processes; this one plays the actors."""
     from actorlearner import local
+    from benchmarks.roles import AS_THE_TUTORIAL, OURS
+
+    with _learner_role(AS_THE_TUTORIAL, OURS, steps_per_sec) as measure:
+        yield measure
+
+
+@contextlib.contextmanager
+def recipe(*bindings: str) -> Iterator[Measure]:
+    """The learner of `sac_minitaur` with these bindings on top."""
+    with _learner_role("sac_minitaur", bindings, "0") as measure:
+        yield measure
+
+
+@contextlib.contextmanager
+def _learner_role(name: str, more: Sequence[str], steps_per_sec: str) -> Iterator[Measure]:
+    from actorlearner import local
     from benchmarks.roles import FOREVER, UNLIMITED, Feeder, Roles
 
-    bindings = [*FOREVER, *UNLIMITED, f"train.log_interval = {LOG_INTERVAL}"]
-    with Roles("sac_minitaur", bindings) as roles:
+    bindings = [*FOREVER, *UNLIMITED, f"train.log_interval = {LOG_INTERVAL}", *more]
+    with Roles(name, bindings) as roles:
         roles.start(local.REPLAY_SERVER)
         roles.start(local.LEARNER)
         from actorlearner.experiment import load_experiment
@@ -128,7 +163,7 @@ def ours(steps_per_sec: str) -> Iterator[Measure]:
         from actorlearner.runtime.lifecycle import Stop
 
         hold_to_one_thread()
-        experiment = load_experiment("sac_minitaur", roles.bindings)
+        experiment = load_experiment(name, roles.bindings)
         ReplayServers([roles.address]).await_tables({}, stop=Stop(), deadline_secs=240)
         with Feeder(experiment, roles.address) as feeder:
             feeder.fill(CAPACITY + experiment.schedule.initial_collect_steps)
@@ -223,4 +258,4 @@ def _training(algorithm: Any, **arguments: Any) -> contextlib.AbstractContextMan
 
 
 if __name__ == "__main__":
-    run_program(ours=ours, stock=stock, sb3=sb3, sbx=sbx)
+    run_program(ours=ours, recipe=recipe, stock=stock, sb3=sb3, sbx=sbx)

@@ -45,11 +45,11 @@ def compare(settings: Settings) -> Sequence[Row]:
 
 @contextlib.contextmanager
 def ours() -> Iterator[Measure]:
-    """The processes of `actorlearner train sac_minitaur`, without an eval actor."""
+    """The processes of `actorlearner train`, without an eval actor, with the tutorial's numbers."""
     from actorlearner import local
-    from benchmarks.roles import FOREVER, Roles
+    from benchmarks.roles import AS_THE_TUTORIAL, FOREVER, OURS, Roles
 
-    with Roles("sac_minitaur", [*FOREVER, *BINDINGS]) as roles:
+    with Roles(AS_THE_TUTORIAL, [*FOREVER, *OURS, *BINDINGS]) as roles:
         for kind in (local.REPLAY_SERVER, local.LEARNER, local.COLLECT_ACTOR):
             roles.start(kind)
         roles.follow_training(secs=10.0)  # past what the actor had collected ahead

@@ -36,6 +36,20 @@ UNLIMITED = ("resident_replay.error_buffer = 1e15",)
 """Bindings that let the learner and the actors each go at their own speed, whatever the other does."""
 
 
+AS_THE_TUTORIAL = "sac_minitaur_tutorial"
+"""The experiment with the numbers that the tutorial's own pieces have, which ours is measured against."""
+
+OURS = (
+    "train.num_environments = 8",
+    "replay_buffer_capacity = 1_000_000",
+    "train.num_updates_per_call = 36",
+    "learner.publish_interval = 108",
+    "learner.publish_interval_secs = 0.1",
+    "collect_actor.refresh_interval_secs = 0.05",
+)
+"""Bindings under which it is run as `sac_minitaur` is: none changes what an update or an environment step is."""
+
+
 class Roles:
     """The roles of one run as children of this process; all are killed when the `with` ends."""
 

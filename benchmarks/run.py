@@ -22,6 +22,7 @@ from benchmarks.results import Row, make_markdown, make_table
 
 SUBJECTS: Mapping[str, Callable[[Settings], Sequence[Row]]] = {
     "learner": learner.compare,
+    "learner-recipe": learner.compare_recipe,
     "learner-gpu": learner.compare_on_gpu,
     "minitaur": minitaur.compare,
     "collect-minitaur": collecting.compare_minitaur,

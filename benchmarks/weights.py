@@ -1,6 +1,6 @@
 """Weights on their way to a collect actor: bytes per environment step, and how old those are that it acts with.
 
-Measured in a real run of sac_minitaur. Bytes: what the server counts as read from the variable container's tables (the
+Measured in a real run of sac_minitaur_tutorial. Bytes: what the server counts as read from the variable container's tables (the
 version board's reads include the server's own two a second), times the size of what one read brings. The reference is
 the stock distributed example's: one full pull at every environment step, its size that of a real pull by TF-Agents' own
 client from the same container.
@@ -63,18 +63,19 @@ def judge(found: Sequence[Figures]) -> Sequence[Row]:
 
 @contextlib.contextmanager
 def real_run() -> Iterator[Measure]:
-    """Server, learner and collect actor of sac_minitaur as processes; this one looks on."""
+    """Server, learner and collect actor of the tutorial's experiment as processes; this one looks on."""
     from actorlearner import local
-    from benchmarks.roles import FOREVER, Roles
+    from benchmarks.roles import AS_THE_TUTORIAL, FOREVER, OURS, Roles
 
     bindings = [
         *FOREVER,
+        *OURS,
         "train.initial_collect_steps = 1_000",
         "train.log_interval = 25",
         "collect_actor.report_interval_secs = 0.3",
         "collect_actor.events_interval_secs = 0.1",  # each report with its event
     ]
-    with Roles("sac_minitaur", bindings) as roles:
+    with Roles(AS_THE_TUTORIAL, bindings) as roles:
         for kind in (local.REPLAY_SERVER, local.LEARNER, local.COLLECT_ACTOR):
             roles.start(kind)
         import reverb

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gin
 import pytest
+import tensorflow as tf
 
 from actorlearner.experiment import find_experiment, load_experiment, shipped_experiments_folder
 from actorlearner.runtime.lifecycle import ExitCode, RoleError
+from benchmarks import tutorial
 
 # The TF-Agents tutorial "SAC minitaur with the Actor-Learner API".
 TUTORIAL = {
@@ -57,22 +59,27 @@ def bound(name):
 
 
 @pytest.mark.parametrize("name", TUTORIAL)
-def test_sac_minitaur_has_the_tutorials_value_under_the_tutorials_name(name):
+def test_sac_minitaur_tutorial_has_the_tutorials_value_under_the_tutorials_name(name):
     """Who knows the tutorial must find its settings, and get its run."""
-    load_experiment("sac_minitaur")
+    load_experiment("sac_minitaur_tutorial")
     assert bound(name) == [TUTORIAL[name]]
 
 
-def test_sac_minitaur_marks_what_it_changed_of_the_tutorials_numbers():
-    """Two numbers are ours because it does not walk otherwise, one for speed; the file must say both values."""
-    load_experiment("sac_minitaur")
-    assert gin.query_parameter("train.num_environments") == 8
-    assert bound("replay_buffer_capacity") == [1_000_000]
-    assert gin.query_parameter("sac.reward_scale_factor") == 50.0
-    text = (shipped_experiments_folder() / "sac_minitaur.gin").read_text()
-    assert "eight steps; the tutorial: 1\n" in text
-    assert "the tutorial: 1.0" in text
-    assert "the tutorial: 10_000" in text
+def test_sac_minitaur_tutorial_makes_the_tutorials_agent():
+    """Its options are for our own recipe: none of them may be on in what ours is compared with."""
+    experiment = load_experiment("sac_minitaur_tutorial")
+    assert bound("replay_buffer_capacity") == [10_000]
+    assert experiment.schedule.num_environments == 1
+    ours, _ = experiment.make_agent()
+    theirs, _ = tutorial.make_agent(experiment.make_environment(0), tf.distribute.get_strategy())
+    for name in ("_actor_network", "_critic_network_1", "_critic_network_2", "_target_critic_network_1"):
+        one, other = getattr(ours, name).variables, getattr(theirs, name).variables
+        assert [variable.shape for variable in one] == [variable.shape for variable in other]
+        for variable, expected in zip(one, other):  # drawn from the same distributions: biases are zero
+            assert float(tf.math.reduce_std(variable)) == pytest.approx(float(tf.math.reduce_std(expected)), rel=0.2)
+    assert float(ours._log_alpha) == float(theirs._log_alpha) == 0.0
+    for name in ("_target_entropy", "_gamma", "_reward_scale_factor", "train_sequence_length"):
+        assert getattr(ours, name) == getattr(theirs, name)
 
 
 @pytest.mark.parametrize("name", ASSIGNMENT)

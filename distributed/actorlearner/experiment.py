@@ -12,7 +12,7 @@ import random
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Optional, Protocol
 
 import gin
 import numpy as np
@@ -51,6 +51,7 @@ class Schedule:
       batch_size: Trajectories in one train step, over all replicas together.
       log_interval: Train steps between two log lines, and between two points in TensorBoard.
       num_eval_episodes: Episodes of one evaluation.
+      num_final_eval_episodes: Episodes of the delivered policy's own evaluation, at the end; None takes as many.
       eval_interval: Train steps between two evaluations; 0 evaluates nothing.
       policy_save_interval: Train steps between two numbered policy checkpoints.
       random_action_repeat: Each random action of the warm-up is repeated so many steps: held, it moves a robot whose
@@ -68,6 +69,7 @@ class Schedule:
     batch_size: PositiveInt = 64
     log_interval: PositiveInt = 1_000
     num_eval_episodes: PositiveInt = 10
+    num_final_eval_episodes: Optional[PositiveInt] = None
     eval_interval: NonNegativeInt = 1_000
     policy_save_interval: PositiveInt = 5_000
     random_action_repeat: PositiveInt = 1

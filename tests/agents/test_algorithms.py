@@ -134,6 +134,6 @@ def test_the_learning_rate_falls_linearly_to_its_last_value():
 def test_sac_takes_its_networks_from_gin():
     """The tutorial's 256 units are a default that a user will want to change."""
     agent, _ = load_experiment(
-        "sac_minitaur", ["sac.actor_fc_layer_params = (7, 6)", "sac.critic_joint_fc_layer_params = (5,)"]
+        "sac_minitaur_tutorial", ["sac.actor_fc_layer_params = (7, 6)", "sac.critic_joint_fc_layer_params = (5,)"]
     ).make_agent()
     assert [tuple(v.shape) for v in agent.collect_policy.variables() if len(v.shape) == 2][:2] == [(28, 7), (7, 6)]

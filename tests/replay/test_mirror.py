@@ -199,3 +199,29 @@ def test_what_was_written_over_leaves_nothing_behind(spec):
     before = bytes_in_use()
     write(2_000)
     assert bytes_in_use() - before < 500_000  # with Python's numbers it was 2 MB
+
+
+def windows_that_may_end_early(steps, num_steps, ends_run=None):
+    """Returns the first numbers of the windows that a mirror holds of these steps of one environment, in order."""
+    spec = tf.nest.map_structure(lambda leaf: tf.TensorSpec(np.shape(leaf), np.asarray(leaf).dtype), steps[0])
+    mirror = Mirror(spec, num_steps, 100, windows_may_end_early=True)
+    chunk = as_chunk(steps)
+    if ends_run is not None:
+        chunk["ends_run"] |= ends_run
+    mirror.add(mirror.make_block(chunk))
+    return [int(window[0]) for window in sorted(held_windows(mirror))]
+
+
+def test_each_step_that_was_acted_on_opens_a_window_where_windows_may_end_early():
+    """Of the last steps before a fall none would be trained on, and falling never be learned."""
+    steps = [*episode(0, 7), *episode(100, 9)]
+    assert windows_that_may_end_early(steps, 4) == [*range(7), *range(100, 106)]  # the next chunk begins with 106
+
+
+def test_a_window_that_meets_a_crash_is_none_though_windows_may_end_early():
+    """What comes after a crash is another episode, and no step says that this one has ended."""
+    steps = [*episode(0, 12)]
+    ends_run = np.zeros((1, 13), bool)
+    ends_run[0, 5:7] = True  # as the sink marks it: the row that is none, and the one before
+    starts = windows_that_may_end_early(steps, 4, ends_run)
+    assert starts == [0, 1, 2, 7, 8, 9]

@@ -123,3 +123,50 @@ def test_an_update_that_fails_is_not_taken_for_a_strangers_item(make_source):
         train(source.handle)
     assert isinstance(source, MeetsStrangers)
     assert not source.leave_out(raised.value)
+
+
+def test_each_step_that_was_acted_on_opens_an_item_where_windows_may_end_early(serve, spec):
+    """As in the resident replay: of the last steps before a fall none would be trained on."""
+    plan = sample(num_steps=4, windows_may_end_early=True, initial_collect_steps=5)
+    replay = UniformReplay(rate_limiter="min_size")
+    address = f"localhost:{serve(replay.make_tables(spec, plan)).port}"
+    sink = replay.make_sink(ReplayServers([address]), plan)
+    for first, length in ((0, 7), (100, 2)):
+        for step in episode(first, length):
+            sink.append(columns(step), RANDOM, np.zeros(1, bool))
+            while sink.is_blocked():
+                pass
+    flush(sink)
+    client = reverb.Client(address)
+    items = {}
+    for drawn in client.sample(REPLAY_TABLE, num_samples=300, emit_timesteps=False):
+        items[int(drawn[0].data[1][0, 0])] = drawn[0].data[1][:, 0].tolist()
+    assert sorted(items) == [*range(7), 100, 101]
+    assert items[3] == [3, 4, 5, 6]
+    assert items[5] == [5, 6, 7, 7]
+    assert items[101] == [101, 102, 102, 102]
+
+
+def test_observations_are_counted_when_an_item_is_drawn_for_the_first_time(serve, spec):
+    """Counted at each draw, an observation would weigh as often as chance draws it."""
+    replay, plan = UniformReplay(rate_limiter="min_size"), sample(num_steps=2, batch_size=16, initial_collect_steps=50)
+    address = f"localhost:{serve(replay.make_tables(spec, plan)).port}"
+    servers = ReplayServers([address])
+    sink = replay.make_sink(servers, plan)
+    for step in episode(0, 60):
+        sink.append(columns(step), RANDOM, np.zeros(1, bool))
+        while sink.is_blocked():
+            pass
+    flush(sink)
+    source = replay.make_source(servers, spec, plan, tf.distribute.get_strategy())
+    source.count_observations()
+    (first,) = source.take_moments()  # draws by itself: nothing was trained on yet
+    assert 16 < first.count <= 60
+    draw = tf.function(lambda handle: source.unpack(*source.draw(handle)))
+    for _ in range(60):
+        draw(source.handle)
+    source.note_updates(60)
+    (second,) = source.take_moments()
+    assert first.count + second.count == 60
+    total = first.mean * first.count + second.mean * second.count
+    np.testing.assert_allclose(total, [sum(range(60))])

@@ -15,14 +15,15 @@ from tf_agents.networks import sequential
 from tf_agents.utils import common
 
 from actorlearner.agents.base import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
+from actorlearner.agents.normalized import NormalizedObservations, Normalizer
 
 _LOSSES = {"squared": common.element_wise_squared_loss, "huber": common.element_wise_huber_loss}
 
 
 @gin.configurable("dqn", module="actorlearner")
 @dataclasses.dataclass(frozen=True)
-class Dqn:
-    """Makes DQN agents.
+class Dqn(NormalizedObservations):
+    """Makes DQN agents. The bindings of `NormalizedObservations` are here too.
 
     Attributes:
       learning_rate: Adam's step size at train step 0.
@@ -66,11 +67,12 @@ class Dqn:
                 "Use an algorithm for continuous actions (include 'agents/sac.gin', experiment.agent = @sac()) "
                 "or a discrete environment."
             )
+        normalizer = self.make_normalizer(time_step_spec.observation)
         agent_class = dqn_agent.DdqnAgent if self.double_q else dqn_agent.DqnAgent
         agent = agent_class(
             time_step_spec,
             action_spec,
-            q_network=self._make_q_network(int(leaves[0].maximum - leaves[0].minimum) + 1),
+            q_network=self._make_q_network(int(leaves[0].maximum - leaves[0].minimum) + 1, normalizer),
             optimizer=tf.keras.optimizers.Adam(learning_rate=self._make_learning_rate()),
             epsilon_greedy=self._make_epsilon(train_step),
             n_step_update=self.n_step_update,
@@ -83,9 +85,11 @@ class Dqn:
             train_step_counter=train_step,
         )
         agent.initialize()
+        agent.observation_statistics = normalizer.statistics if normalizer else None
         return agent
 
-    def _make_q_network(self, num_actions: int) -> sequential.Sequential:
+    def _make_q_network(self, num_actions: int, normalizer: Optional[Normalizer]) -> sequential.Sequential:
+        first = [normalizer.make_layer()] if normalizer else []
         hidden = [
             tf.keras.layers.Dense(
                 num_units,
@@ -101,7 +105,7 @@ class Dqn:
             kernel_initializer=tf.keras.initializers.RandomUniform(minval=-0.03, maxval=0.03),
             bias_initializer=tf.keras.initializers.Constant(-0.2),
         )
-        return sequential.Sequential([*hidden, q_values])
+        return sequential.Sequential([*first, *hidden, q_values])
 
     def _make_learning_rate(self) -> Any:
         if self.final_learning_rate is None:

@@ -5,6 +5,7 @@ variable container --due snapshots--> [eval actor] --results--> learner
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from typing import Any
@@ -23,7 +24,7 @@ from actorlearner.runtime.configuration import PositiveFloat, PositiveInt
 from actorlearner.runtime.health import beat
 from actorlearner.runtime.lifecycle import SAY_EVERY_SECS, ExitCode, RoleError, Stop, Stopped, wait_until
 from actorlearner.runtime.messages import Unreachable
-from actorlearner.variable_container import EvaluationRequest, Phase
+from actorlearner.variable_container import EvaluationRequest, Phase, Purpose
 
 
 @gin.configurable("eval_actor", module="actorlearner", denylist=["experiment", "cluster", "stop"])
@@ -54,14 +55,13 @@ def run_eval_actor(
     variable_container.await_container(
         cluster.variables_address, variables, stop=stop, deadline_secs=cluster.peer_patience_secs
     )
-    num_episodes = experiment.schedule.num_eval_episodes
-    num_environments = min(num_episodes, max_environments)
     policy = (
         agent.policy
         if isinstance(agent.policy, greedy_policy.GreedyPolicy)
         else greedy_policy.GreedyPolicy(agent.policy)
     )
-    acting = experiment.make_acting(policy, num_environments)
+    make_acting = functools.cache(functools.partial(experiment.make_acting, policy))  # once for each size of a batch
+    make_acting(min(_num_episodes(experiment, Purpose.PERIODIC), max_environments))
     reporter = Reporter(cluster.variables_address)
     answered_at = said_at = time.monotonic()
     logging.info("ready to evaluate")
@@ -98,11 +98,13 @@ def run_eval_actor(
         progress = EvaluationProgress(request.snapshot.train_step, int(request.purpose), cluster.task)
         with AtWork(cluster.variables_address, progress):  # else the learner takes this process for dead
             request.snapshot.assign_to(variables)
+            num_episodes = _num_episodes(experiment, request.purpose)
+            num_environments = min(num_episodes, max_environments)
             environments = experiment.make_environments(
                 num_environments, "eval-actor", request.snapshot.train_step, int(request.purpose)
             )
             try:
-                result = evaluate(acting, environments, num_episodes, request, cluster.task, stop)
+                result = evaluate(make_acting(num_environments), environments, num_episodes, request, cluster.task, stop)
             except NotFinite as error:
                 raise RoleError(
                     f"evaluating train step {request.snapshot.train_step:,}, {error}: what such an episode returns "
@@ -113,6 +115,13 @@ def run_eval_actor(
             del environments  # or they are there while the next are made: twenty Minitaurs take 0.8 GB
             _report(reporter, result, cluster, stop)
     return stop.exit_code
+
+
+def _num_episodes(experiment: Experiment, purpose: Purpose) -> int:
+    schedule = experiment.schedule
+    if purpose is Purpose.DELIVERED and schedule.num_final_eval_episodes:
+        return schedule.num_final_eval_episodes
+    return schedule.num_eval_episodes
 
 
 def evaluate(
