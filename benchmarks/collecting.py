@@ -20,7 +20,9 @@ from benchmarks.results import Row
 
 def compare_minitaur(settings: Settings) -> Sequence[Row]:
     """Returns one row: what is left of the bare environment's speed."""
-    return _compare(settings, "collect-minitaur", "sac_minitaur_tutorial", "raw_gym", "a raw gym loop with random actions", 0.9)
+    return _compare(
+        settings, "collect-minitaur", "sac_minitaur_tutorial", "raw_gym", "a raw gym loop with random actions", 0.9
+    )
 
 
 def compare_cartpole(settings: Settings) -> Sequence[Row]:

@@ -134,7 +134,6 @@ def _rates(found: Sequence[Figures]) -> Sequence[float]:
 @contextlib.contextmanager
 def ours(steps_per_sec: str) -> Iterator[Measure]:
     """The replay server and the learner as processes; this one plays the actors."""
-    from actorlearner import local
     from benchmarks.roles import AS_THE_TUTORIAL, OURS
 
     with _learner_role(AS_THE_TUTORIAL, OURS, steps_per_sec) as measure:

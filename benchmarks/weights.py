@@ -1,9 +1,9 @@
 """Weights on their way to a collect actor: bytes per environment step, and how old those are that it acts with.
 
-Measured in a real run of sac_minitaur_tutorial. Bytes: what the server counts as read from the variable container's tables (the
-version board's reads include the server's own two a second), times the size of what one read brings. The reference is
-the stock distributed example's: one full pull at every environment step, its size that of a real pull by TF-Agents' own
-client from the same container.
+Measured in a real run of sac_minitaur_tutorial. Bytes: what the server counts as read from the variable container's
+tables (the version board's reads include the server's own two a second), times the size of what one read brings. The
+reference is the stock distributed example's: one full pull at every environment step, its size that of a real pull by
+TF-Agents' own client from the same container.
 
 Age: from the moment the learner had these weights (its metrics say when it was at which train step) to the moment the
 actor acts with them (its TensorBoard events say with which).

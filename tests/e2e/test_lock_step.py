@@ -16,6 +16,7 @@ LOCK_STEP = (
     "train.policy_save_interval = 1_000_000",  # nobody looks at them
     "resident_replay.chunk_length = 50",
     "collect_actor.refresh_interval_secs = 0.02",
+    "dqn.normalize_observations = 'running'",  # statistics, too, must depend on the seed alone
 )
 
 
@@ -54,6 +55,12 @@ def test_two_runs_of_one_seed_have_equal_weights(variables):
     assert again.keys() == first.keys() and len(first) > 10
     for name, value in first.items():
         np.testing.assert_array_equal(again[name], value, err_msg=name)
+
+
+def test_the_statistics_of_observations_count_what_was_collected(variables):
+    """Equal in both runs they would also be if nobody counted."""
+    counts = [value for name, value in variables["first"].items() if "observation_statistics/count" in name]
+    assert len(counts) == 1 and counts[0] >= 100  # those of the warm-up at least
 
 
 def test_another_seed_gives_other_weights(variables):

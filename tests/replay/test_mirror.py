@@ -215,7 +215,7 @@ def windows_that_may_end_early(steps, num_steps, ends_run=None):
 def test_each_step_that_was_acted_on_opens_a_window_where_windows_may_end_early():
     """Of the last steps before a fall none would be trained on, and falling never be learned."""
     steps = [*episode(0, 7), *episode(100, 9)]
-    assert windows_that_may_end_early(steps, 4) == [*range(7), *range(100, 106)]  # the next chunk begins with 106
+    assert windows_that_may_end_early(steps, 4) == [*range(7), *range(100, 107)]  # the next chunk begins with 107
 
 
 def test_a_window_that_meets_a_crash_is_none_though_windows_may_end_early():

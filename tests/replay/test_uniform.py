@@ -140,7 +140,8 @@ def test_each_step_that_was_acted_on_opens_an_item_where_windows_may_end_early(s
     client = reverb.Client(address)
     items = {}
     for drawn in client.sample(REPLAY_TABLE, num_samples=300, emit_timesteps=False):
-        items[int(drawn[0].data[1][0, 0])] = drawn[0].data[1][:, 0].tolist()
+        observations = drawn.data[1][:, 0].tolist()
+        items[observations[0]] = observations
     assert sorted(items) == [*range(7), 100, 101]
     assert items[3] == [3, 4, 5, 6]
     assert items[5] == [5, 6, 7, 7]

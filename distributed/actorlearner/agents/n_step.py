@@ -1,7 +1,7 @@
 """n-step returns (Sutton, 1988; Peng and Williams, 1994) for algorithms that train on transitions.
 
-A window of n + 1 steps becomes one transition: the action of its first step, the discounted sum of the rewards up to the
-n-th step, and the state that it bootstraps from. What was done after the first action is taken as it came, without
+A window of n + 1 steps becomes one transition: the action of its first step, the discounted sum of the rewards up to
+the n-th step, and the state that it bootstraps from. What was done after the first action is taken as it came, without
 correction for the policy having changed since (as in Rainbow, Hessel et al., 2017, and D4PG, Barth-Maron et al., 2018).
 """
 

@@ -1,4 +1,4 @@
-"""Networks of actors and critics: dense layers, with a normaliser before them and LayerNorm between them where asked."""
+"""Networks of actors and critics: dense layers, a normaliser before and LayerNorm between them where asked."""
 
 from __future__ import annotations
 
@@ -46,7 +46,10 @@ def make_dense_layers(num_units: Sequence[int], layer_norm: bool) -> list[tf.ker
 
 
 class DenseCritic(network.Network):
-    """Value of an observation and an action: [B, ...], [B, A] -> [B]. Without options it is the SAC tutorial's critic."""
+    """Value of an observation and an action: [B, ...], [B, A] -> [B].
+
+    Without options it is the SAC tutorial's critic.
+    """
 
     def __init__(
         self,
@@ -134,7 +137,7 @@ class DenseActor(network.DistributionNetwork):
 
 
 class BoundedStd:
-    """Standard deviations exp(x) with x brought between two bounds by tanh, as in the authors' own later code of SAC."""
+    """Standard deviations exp(x), with x brought between two bounds by tanh."""
 
     def __init__(self, min_log_std: float, max_log_std: float):
         self._min, self._max = min_log_std, max_log_std

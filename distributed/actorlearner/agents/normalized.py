@@ -1,8 +1,8 @@
 """Observation normalisation for any algorithm: a layer that comes first in each of its networks.
 
 Fixed centre and spread come from gin. Running ones are the mean and the standard deviation of all observations that the
-learner has taken in, each counted once; they are variables of the policy, so they travel with the weights to the actors,
-into checkpoints and SavedModels.
+learner has taken in, each counted once; they are variables of the policy, so they travel with the weights to the
+actors, into checkpoints and SavedModels.
 """
 
 from __future__ import annotations
@@ -44,23 +44,24 @@ class NormalizedObservations:
         leaves = tf.nest.flatten(observation_spec)
         if len(leaves) != 1 or not leaves[0].dtype.is_floating:
             raise ValueError(
-                f"normalize_observations = '{self.normalize_observations}' needs one array of floats for an observation, "
-                f"but the environment's is {observation_spec}. Leave it out."
+                f"normalize_observations = '{self.normalize_observations}' needs one array of floats for an "
+                f"observation, but the environment's is {observation_spec}. Leave it out."
             )
         shape = leaves[0].shape.as_list()
         if self.normalize_observations == "running":
             return Normalizer(self.observation_clip, statistics=RunningStatistics(shape))
+        num_components = shape[-1] if shape else 1
         for name in ("observation_center", "observation_spread"):
             given = len(getattr(self, name))
-            if given not in (1, shape[-1] if shape else 1):
+            if given not in (1, num_components):
                 raise ValueError(
-                    f"{name} has {given} numbers, but an observation has {shape[-1] if shape else 1} components. Give one "
-                    "number for all, or one for each."
+                    f"{name} has {given} numbers, but an observation has {num_components} components. Give one number "
+                    "for all, or one for each."
                 )
         return Normalizer(
             self.observation_clip,
-            center=np.float32(self.observation_center),
-            scale=np.float32(1.0) / np.float32(self.observation_spread),
+            center=np.array(self.observation_center, np.float32),
+            scale=1.0 / np.array(self.observation_spread, np.float32),
         )
 
 
@@ -81,7 +82,8 @@ class RunningStatistics(tf.Module):
         """Counts more observations in. Not for compiled code; call it between two compiled calls.
 
         Args:
-          moments: What has `count`, `mean` and `squares` of them: `squares` is the sum of squared distances from `mean`.
+          moments: What has `count`, `mean` and `squares` of them: `squares` is the sum of squared distances from
+          `mean`.
 
         Source: Chan, Golub and LeVeque (1979), updating formulae for sample variances.
         """
@@ -129,11 +131,11 @@ MIN_VARIANCE = 1e-6
 class NormalizationLayer(tf.keras.layers.Layer):
     """Observations [..., D] -> normalised observations [..., D], float32, within plus and minus the normaliser's clip.
 
-    TF-Agents copies a network by making each layer anew from its settings, so a copy shares the statistics.
+    A copy of the layer, which a copy of its network has, shares the statistics.
     """
 
     def __init__(self, normalizer: Normalizer, name: str = "normalized", **kwargs: Any):
-        super().__init__(name=name, trainable=False, **kwargs)
+        super().__init__(**{"name": name, "trainable": False, **kwargs})
         self._normalizer = normalizer
         statistics = normalizer.statistics
         # As attributes, so that Keras counts them as the layer's weights, and they are among the policy's variables.
@@ -141,6 +143,9 @@ class NormalizationLayer(tf.keras.layers.Layer):
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "normalizer": self._normalizer}
+
+    def __deepcopy__(self, memo: Any) -> NormalizationLayer:
+        return type(self).from_config(self.get_config())
 
     def call(self, observation: tf.Tensor) -> tf.Tensor:
         normalizer = self._normalizer

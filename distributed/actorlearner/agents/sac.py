@@ -1,8 +1,8 @@
 """Soft actor-critic (Haarnoja et al., 2018, arXiv:1812.05905), for continuous actions.
 
-The agent is TF-Agents' `SacAgent`. With its defaults it is built as the "SAC minitaur with the Actor-Learner API" tutorial
-builds it, and the parameters that the tutorial has bear its names. What goes beyond the paper, each by a binding of its
-own: normalised observations, n-step returns, LayerNorm, bounded standard deviations, weight decay.
+The agent is TF-Agents' `SacAgent`. With its defaults it is built as the "SAC minitaur with the Actor-Learner API"
+tutorial builds it, and the parameters that the tutorial has bear its names. What goes beyond the paper, each by a
+binding of its own: normalised observations, n-step returns, LayerNorm, bounded standard deviations, weight decay.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Sac(NormalizedObservations):
 
     Attributes:
       critic_learning_rate, actor_learning_rate, alpha_learning_rate: Adam's step sizes; alpha is the entropy's weight.
-      final_learning_rate: Step size of critics and actor from `learning_rate_decay_steps` on, reached linearly; None keeps
-        the first.
+      final_learning_rate: Step size of critics and actor from `learning_rate_decay_steps` on, reached linearly; None
+        keeps the first.
       learning_rate_decay_steps: Train steps over which it falls.
       weight_decay: Share of each kernel, times the step size, that an update of critics or actor takes off it.
       initial_alpha: The entropy's weight at train step 0.
@@ -43,8 +43,8 @@ class Sac(NormalizedObservations):
       reward_scale_factor: Rewards are multiplied by this; the larger, the less entropy counts.
       actor_fc_layer_params, critic_joint_fc_layer_params: Units of each hidden layer.
       actor_layer_norm, critic_layer_norm: Whether each hidden layer has a LayerNorm before its ReLU.
-      log_std_bounds: Least and largest logarithm of the policy's standard deviations, before tanh squashes actions; None
-        sets no bounds.
+      log_std_bounds: Least and largest logarithm of the policy's standard deviations, before tanh squashes actions;
+        None sets no bounds.
       actor_last_layer_scale: The actor's last layer begins with Glorot's weights times this.
       gradient_clipping: Largest gradient norm; None does not clip.
     """

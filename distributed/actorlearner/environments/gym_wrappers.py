@@ -12,9 +12,9 @@ import numpy as np
 class PastSteps(gym.Wrapper):
     """Adds to each observation the `num_steps` observations and actions before it, the newest first.
 
-    One vector: [now, observation before, action before, ...]. At the start of an episode the first observation stands for
-    those before it, and zeros for the actions. What one observation does not show, such as how fast the body turns, is in
-    the difference of two (as in Hwangbo et al., 2019, "Learning agile and dynamic motor skills for legged robots").
+    One vector: [now, observation before, action before, ...]. At the start of an episode the first observation stands
+    for those before it, and zeros for the actions. What one observation does not show, such as how fast the body turns,
+    is in the difference of two (as in Hwangbo et al., 2019, "Learning agile and dynamic motor skills").
     """
 
     def __init__(self, environment: gym.Env, num_steps: int):
@@ -26,7 +26,10 @@ class PastSteps(gym.Wrapper):
                     f"num_past_steps = {num_steps} needs an {name} space of one vector (a Box of rank 1), but it is "
                     f"{space}. Leave num_past_steps out."
                 )
-        spaces = [environment.observation_space, *([environment.observation_space, environment.action_space] * num_steps)]
+        spaces = [
+            environment.observation_space,
+            *([environment.observation_space, environment.action_space] * num_steps),
+        ]
         self.observation_space = gym.spaces.Box(
             np.concatenate([space.low for space in spaces]).astype(np.float32),
             np.concatenate([space.high for space in spaces]).astype(np.float32),

@@ -1,14 +1,15 @@
 """The registered Minitaur with the same numbers in fewer calls: it steps about a fifth faster.
 
 PyBullet's own class asks for each joint's angle and velocity by itself and sets each motor by itself, five times in an
-environment step. Here all eight go in one call. The physics, the registered environment's settings and every number that
+environment step. Here all eight go in one call. The physics, the registered environment's settings and every number
+that
 it gives stay as they are: `tests/environments/test_minitaur.py` compares them bit for bit.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import pybullet
@@ -18,7 +19,7 @@ _QUARTER_PI = math.pi / 4
 
 
 def speed_up(environment: Any) -> None:
-    """Lets a gym environment answer in fewer calls, if it is PyBullet's Minitaur as registered; others stay as they are."""
+    """Makes PyBullet's Minitaur, as it is registered, answer in fewer calls; other gym environments are left alone."""
     inner = environment.unwrapped
     if type(inner) is minitaur_gym_env.MinitaurBulletEnv and _has_registered_motors(inner):
         inner.__class__ = _QuickMinitaurEnv
@@ -49,11 +50,14 @@ def _speed_up_robot(environment: Any) -> None:
 class _QuickMinitaur(minitaur.Minitaur):
     """A Minitaur whose motors are read and set eight at a time."""
 
+    _overheat_counter: np.ndarray
+
     def remember_constants(self) -> None:
         self._client = self._pybullet_client._client
         self._directions = np.array(self._motor_direction)
         self._overheat_steps = minitaur.OVERHEAT_SHUTDOWN_TIME / self.time_step
-        self._joints = None  # what the motors' joints say, until the simulation goes on
+        # What the joints of the motors say, until the simulation goes on.
+        self._joints: Optional[tuple[np.ndarray, np.ndarray]] = None
 
     def forget_joints(self) -> None:
         self._joints = None
@@ -95,7 +99,7 @@ class _QuickMinitaur(minitaur.Minitaur):
         )
 
     def ConvertFromLegModel(self, actions: Any) -> np.ndarray:  # noqa: N802
-        # In double precision, as NumPy computes with single numbers, then in the type of the actions, as they are stored.
+        # In double precision, as NumPy computes with single numbers, then stored in the type of the actions.
         actions = np.asarray(actions)
         wide = actions.astype(np.float64)
         legs = np.arange(8) // 2
@@ -105,9 +109,7 @@ class _QuickMinitaur(minitaur.Minitaur):
         return (math.pi + swing + extension).astype(actions.dtype)
 
 
-def _to_torques(
-    model: Any, commands: Any, angles: np.ndarray, velocities: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _to_torques(model: Any, commands: Any, angles: np.ndarray, velocities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns `MotorModel.convert_to_torque`'s actual and observed torques, without `np.clip`, which takes longest."""
     limit = minitaur.motor.OBSERVED_TORQUE_LIMIT
     clipping = minitaur.motor.VOLTAGE_CLIPPING
@@ -123,6 +125,8 @@ def _to_torques(
 
 class _QuickMinitaurEnv(minitaur_gym_env.MinitaurBulletEnv):
     """The registered environment around a `_QuickMinitaur`."""
+
+    _last_base_position: Any
 
     def reset(self) -> np.ndarray:
         observation = super().reset()

@@ -118,7 +118,7 @@ class BatchSource(Protocol):
         ...
 
     def count_observations(self) -> None:
-        """Begins to count observations for `take_moments`; called before `restore` and the first `draw`, or not at all."""
+        """Begins to count observations for `take_moments`; called before `restore` and the first `draw`, if at all."""
 
     def take_moments(self) -> list[Moments]:
         """Returns the moments of the observations taken in since the last call, each observation once in a run."""

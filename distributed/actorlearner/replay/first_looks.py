@@ -1,4 +1,4 @@
-"""Moments of the observations in batches that a server sampled, each item counted when it is drawn for the first time."""
+"""Moments of the observations in batches that a server sampled: each item counts when it is first drawn."""
 
 from __future__ import annotations
 

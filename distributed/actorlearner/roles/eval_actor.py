@@ -104,7 +104,9 @@ def run_eval_actor(
                 num_environments, "eval-actor", request.snapshot.train_step, int(request.purpose)
             )
             try:
-                result = evaluate(make_acting(num_environments), environments, num_episodes, request, cluster.task, stop)
+                result = evaluate(
+                    make_acting(num_environments), environments, num_episodes, request, cluster.task, stop
+                )
             except NotFinite as error:
                 raise RoleError(
                     f"evaluating train step {request.snapshot.train_step:,}, {error}: what such an episode returns "
