@@ -8,9 +8,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, Optional
 
-_Left = Union[bytes, "dict[str, Any]"]
+_Left = dict[str, Any]  # of a folder, by name: a file's content, or what is in a folder below
 
 
 class PowerCuts:
@@ -81,7 +81,7 @@ def watch(folder: Path) -> Iterator[PowerCuts]:
         cuts.note_end_of(place / os.fsdecode(name))
 
     sys.addaudithook(note)  # there is no way to take it away again
-    os.fsync = sync
+    os.fsync = sync  # type: ignore[assignment]
     try:
         yield cuts
         cuts.cut()
@@ -92,7 +92,6 @@ def watch(folder: Path) -> Iterator[PowerCuts]:
 def lay_out(left: _Left, folder: Path) -> Path:
     """Returns `folder`, made, with what a power cut left in it."""
     folder.mkdir()
-    assert isinstance(left, dict)
     for name, content in left.items():
         if isinstance(content, dict):
             lay_out(content, folder / name)

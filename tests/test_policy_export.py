@@ -85,7 +85,7 @@ def test_a_policy_is_not_seen_under_its_number_before_it_is_whole(trained, tmp_p
 
 
 def test_the_numbered_policies_that_a_restored_train_step_owes_are_made_up(trained, tmp_path, unused_address):
-    """A learner killed between a checkpoint and its policy never comes by that train step again: 7 of 33 were missing."""
+    """A learner killed between a checkpoint and its policy never comes by that step again: 7 of 33 were missing."""
     agent, train_step, export, train = trained
     checkpoints = Checkpoints(tmp_path / "checkpoints", train_step, {"agent": agent})
     ledger = EvaluationLedger(EvaluationRequests(unused_address), tmp_path)

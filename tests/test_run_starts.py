@@ -84,8 +84,13 @@ def test_the_seed_is_the_runs_own_unless_one_is_given(tmp_path, monkeypatch, giv
     """Each resume drew a new one, and nobody could say which seed a result was of."""
     note(tmp_path, seed=5)
     note(tmp_path, seed=6)
-    started = []
-    monkeypatch.setattr("actorlearner.local.run_local", lambda options: started.append(options.seed) or 0)
+    started: list[int] = []
+
+    def run_local(options):
+        started.append(options.seed)
+        return 0
+
+    monkeypatch.setattr("actorlearner.local.run_local", run_local)
     flags = [] if given is None else [f"--seed={given}"]
     assert cli.main(["train", "dqn_cartpole", f"--root_dir={tmp_path}", *flags]) == 0
     assert started == [seed]
@@ -116,6 +121,6 @@ def test_the_commit_is_that_of_the_checkout_and_says_when_it_was_changed(tmp_pat
     git("add", "file")
     git("commit", "--quiet", "--message=one")
     commit = find_commit(tmp_path)
-    assert len(commit) == 40
+    assert commit and len(commit) == 40
     (tmp_path / "file").write_text("two")
     assert find_commit(tmp_path) == f"{commit}-dirty"

@@ -18,6 +18,8 @@ from actorlearner.runtime import durable_files
 _SPECS = "policy_specs.pbtxt"  # the last file of a SavedModel
 _VARIABLES = Path("variables", "variables")
 
+NAMES = ("policy", "collect_policy", "greedy_policy")
+
 
 class PolicyExport:
     """Writes what others load: SavedModels, and numbered checkpoints that TF-Agents' `policy_loader` puts into them.
@@ -40,8 +42,10 @@ class PolicyExport:
         raw = greedy.wrapped_policy if isinstance(greedy, greedy_policy.GreedyPolicy) else greedy
         if raw is greedy:
             greedy = greedy_policy.GreedyPolicy(raw)
-        self._policies = {"policy": raw, "collect_policy": agent.collect_policy, "greedy_policy": greedy}
+        self._policies = dict(zip(NAMES, (raw, agent.collect_policy, greedy)))
         self._train_step = train_step
+        # Which of them has the same variables, in the same order: these are written once.
+        self._like = {name: next(other for other in self._policies if self._has_equal(name, other)) for name in NAMES}
         self._folder = folder
         self._is_prepared = not anew and all((folder / name / _SPECS).is_file() for name in self._policies)
         self._numbers = itertools.count()
@@ -50,6 +54,10 @@ class PolicyExport:
         for place in (folder, self._checkpoints):  # of a learner that was killed while it wrote
             for leftover in (*place.glob(".*.new"), *place.glob("*.old")):
                 shutil.rmtree(leftover, ignore_errors=True)
+
+    def _has_equal(self, one: str, other: str) -> bool:
+        variables, others = self._policies[one].variables(), self._policies[other].variables()
+        return list(map(id, variables)) == list(map(id, others))
 
     @functools.cache  # noqa: B019  making a saver traces the policy, which takes seconds
     def _saver(self, name: str) -> policy_saver.PolicySaver:
@@ -81,14 +89,17 @@ class PolicyExport:
     def write_policies(self) -> Callable[[], None]:
         """Puts the weights that the agent has now into the three SavedModels; takes milliseconds after `prepare`."""
         self.prepare()
-        written = {}
-        for name in self._policies:
-            written[name] = self._make_aside(self._folder / name)
+        written = {name: self._make_aside(self._folder / name) for name in NAMES}
+        for name in set(self._like.values()):
             self._write_variables(name)(str(written[name] / _VARIABLES))
 
         def finish() -> None:
             for name, new in written.items():
+                if self._like[name] != name:
+                    for path in (written[self._like[name]] / _VARIABLES).parent.iterdir():
+                        _copy(path, (new / _VARIABLES).parent / path.name)
                 _copy_graph(self._folder / name, new)
+            for name, new in written.items():
                 durable_files.put_in_place(new, self._folder / name)
 
         return finish

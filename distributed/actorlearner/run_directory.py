@@ -105,7 +105,7 @@ class RunDirectory:
             for leftover in folder.glob("*.tmp"):
                 leftover.unlink(missing_ok=True)
         for lines in (self.metrics, self.starts):
-            _end_last_line(lines)
+            durable_files.end_last_line(lines)
 
     def claim_task(self, kind: str) -> int:
         """Returns the lowest task number of `kind` that nobody at work here has, and holds it until this process ends.
@@ -249,13 +249,6 @@ class RunDirectory:
             if isinstance(account, dict) and type(account.get("seed")) is int:
                 return account["seed"]
         return None
-
-
-def _end_last_line(path: Path) -> None:
-    """Ends a line that a process which was killed, or lost power, had begun: the next must not be written behind it."""
-    with contextlib.suppress(FileNotFoundError), open(path, "rb+") as file:
-        if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n":
-            file.write(b"\n")
 
 
 def _finite(content: Any) -> Any:

@@ -141,7 +141,7 @@ def test_a_disk_that_fills_up_while_the_replay_is_saved_leaves_the_checkpoint_be
 def test_a_power_cut_at_any_moment_of_saving_leaves_the_replays_checkpoint_before(start, tmp_path, caplog):
     """Reverb syncs nothing: after a power cut every file of every checkpoint was empty, and the replay lost."""
     checkpoints, client = start()
-    least = []
+    least: list[int] = []
     with watch(checkpoints.folder) as cuts:
         for step in range(1, MAX_TO_KEEP + 3):
             insert(client, step)

@@ -71,7 +71,7 @@ def test_a_power_cut_at_any_moment_of_saving_leaves_the_learners_checkpoint_befo
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     checkpoints, train_step = make_checkpoints(folder)
-    least = []
+    least: list[int] = []
     with watch(folder) as cuts:
         for step in range(1, 6):
             train_step.assign(step)
@@ -107,7 +107,8 @@ def test_one_checkpoint_older_than_a_minute_is_kept_beside_the_newest_few(tmp_pa
 
 def test_work_for_the_disk_is_done_in_order_and_no_more_than_one_train_steps_is_open():
     """A disk slower than training would pile up snapshots until the memory is full."""
-    done, may_go_on, background = [], threading.Event(), InBackground()
+    done: list[object] = []
+    may_go_on, background = threading.Event(), InBackground()
     background.begin(1)
     background.do(lambda: done.append(may_go_on.wait(30)))
     background.do(lambda: done.append("second"))

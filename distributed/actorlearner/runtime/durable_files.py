@@ -118,6 +118,16 @@ def append(path: Path, line: str) -> None:
         sync(path.parent)
 
 
+def end_last_line(path: Path) -> None:
+    """Ends a line that a process which was killed, or lost power, had begun: the next must not be written behind it.
+
+    Does nothing where there is no such file. Raises `OSError`.
+    """
+    with contextlib.suppress(FileNotFoundError), open(path, "rb+") as file:
+        if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n":
+            file.write(b"\n")
+
+
 def find_superfluous(
     written: Sequence[tuple[Path, float]], max_to_keep: int, now: Optional[float] = None
 ) -> list[Path]:
