@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import tensorflow as tf
@@ -29,6 +30,9 @@ class PolicyExport:
 
     Writing has two parts: the first reads the variables, between two train steps; what it returns is the second, which
     waits for the disk and may be called in another thread, in the same order.
+
+    Attributes:
+      is_prepared: Whether the SavedModels are there, so that writing them takes milliseconds.
     """
 
     def __init__(self, agent: tf_agent.TFAgent, train_step: tf.Variable, folder: Path, *, anew: bool = False):
@@ -47,7 +51,7 @@ class PolicyExport:
         # Which of them has the same variables, in the same order: these are written once.
         self._like = {name: next(other for other in self._policies if self._has_equal(name, other)) for name in NAMES}
         self._folder = folder
-        self._is_prepared = not anew and all((folder / name / _SPECS).is_file() for name in self._policies)
+        self.is_prepared = not anew and all((folder / name / _SPECS).is_file() for name in self._policies)
         self._numbers = itertools.count()
         self._checkpoints = folder / "checkpoints"
         self._checkpoints.mkdir(parents=True, exist_ok=True)
@@ -75,7 +79,7 @@ class PolicyExport:
 
     def prepare(self) -> None:
         """Writes the SavedModels unless they are there, so that later only their variables are; takes some seconds."""
-        if not self._is_prepared:
+        if not self.is_prepared:
             self.save_policies()
 
     def save_policies(self) -> None:
@@ -84,23 +88,25 @@ class PolicyExport:
             new = self._make_aside(self._folder / name)
             self._saver(name).save(str(new))
             durable_files.put_in_place(new, self._folder / name)
-        self._is_prepared = True
+        self.is_prepared = True
 
     def write_policies(self) -> Callable[[], None]:
         """Puts the weights that the agent has now into the three SavedModels; takes milliseconds after `prepare`."""
         self.prepare()
         written = {name: self._make_aside(self._folder / name) for name in NAMES}
-        for name in set(self._like.values()):
-            self._write_variables(name)(str(written[name] / _VARIABLES))
+        with _removed_if_it_fails(*written.values()):
+            for name in set(self._like.values()):
+                self._write_variables(name)(str(written[name] / _VARIABLES))
 
         def finish() -> None:
-            for name, new in written.items():
-                if self._like[name] != name:
-                    for path in (written[self._like[name]] / _VARIABLES).parent.iterdir():
-                        _copy(path, (new / _VARIABLES).parent / path.name)
-                _copy_graph(self._folder / name, new)
-            for name, new in written.items():
-                durable_files.put_in_place(new, self._folder / name)
+            with _removed_if_it_fails(*written.values()):
+                for name, new in written.items():
+                    if self._like[name] != name:
+                        for path in (written[self._like[name]] / _VARIABLES).parent.iterdir():
+                            _copy(path, (new / _VARIABLES).parent / path.name)
+                    _copy_graph(self._folder / name, new)
+                for name, new in written.items():
+                    durable_files.put_in_place(new, self._folder / name)
 
         return finish
 
@@ -108,8 +114,14 @@ class PolicyExport:
         """Writes the policy's variables to `checkpoints/policy_checkpoint_<train step>`."""
         path = self._path(int(self._train_step.numpy()))
         new = self._make_aside(path)
-        self._write_variables("policy")(str(new / _VARIABLES))
-        return functools.partial(durable_files.put_in_place, new, path)
+        with _removed_if_it_fails(new):
+            self._write_variables("policy")(str(new / _VARIABLES))
+
+        def finish() -> None:
+            with _removed_if_it_fails(new):
+                durable_files.put_in_place(new, path)
+
+        return finish
 
     def find_missing(self, train_steps: Iterable[int]) -> list[int]:
         """Returns which of these train steps have no numbered checkpoint, or one that was not finished."""
@@ -127,6 +139,17 @@ class PolicyExport:
         aside = path.with_name(f".{path.name}-{next(self._numbers)}.new")
         (aside / _VARIABLES).parent.mkdir(parents=True)
         return aside
+
+
+@contextlib.contextmanager
+def _removed_if_it_fails(*folders: Path) -> Iterator[None]:
+    """Removes half-written folders: a disk that is full would be filled further by each try."""
+    try:
+        yield
+    except BaseException:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _copy_graph(saved_model: Path, new: Path) -> None:

@@ -523,7 +523,8 @@ class TrainingLoop:
             self._record.take_last_reports()  # the launcher stops the actors first: their last ones are there
             if not has_diverged:
                 self._save(with_replay=True)
-                self._save_policies()
+                if self._export.is_prepared:  # else it would take too long, and nothing was trained
+                    self._save_policies()
             self._disk.wait()
             self._replay_checkpoints.wait(secs=3.0)
 
