@@ -15,6 +15,7 @@ from actorlearner.evaluations import EvaluationLedger
 from actorlearner.reports import EvaluationProgress, EvaluationResult
 from actorlearner.run_directory import RunDirectory
 from actorlearner.variable_container import EvaluationRequests, Purpose, Snapshot
+from tests.power_cut import lay_out, watch
 
 VARIABLES = [tf.Variable([0.0, 0.0]), tf.Variable(0.0)]
 
@@ -80,6 +81,28 @@ def test_each_train_step_is_requested_and_recorded_once(address, tmp_path):
     assert take(address) is None
     assert ledger.results() == [entry]
     assert ledger.pending() == []
+
+
+def test_a_power_cut_at_any_moment_leaves_the_best_policys_weights_and_every_result_that_was_told(
+    address, tmp_path, unused_address
+):
+    """`np.savez` syncs nothing: the policy that the run was to deliver would be a file without content."""
+    folder = tmp_path / "evaluated"
+    folder.mkdir()
+    ledger = make(address, folder)
+    told: list[int] = []
+    with watch(folder) as cuts:
+        for step, average_return in ((10, 1.0), (20, 5.0), (30, 3.0)):
+            ledger.request(snapshot(step))
+            ledger.record(result(step, average_return))
+            told += [step - 10] * (len(cuts.left) - len(told))
+    told += [30] * (len(cuts.left) - len(told))
+    assert len(told) > 6
+    for number, (left, step) in enumerate(zip(cuts.left[::2], told[::2])):  # the names that were there
+        after = make(unused_address, lay_out(left, tmp_path / str(number)))
+        assert [entry["train_step"] for entry in after.results()][: step // 10] == list(range(10, step + 1, 10))
+        best = max(step for step in (10, 20) if step <= max(10, after.newest()["train_step"])) if step else None
+        assert best is None or after.best().variables[1] == best
 
 
 def test_only_the_best_policys_weights_stay_on_disk(address, tmp_path):

@@ -180,7 +180,8 @@ def _experiment_flags() -> argparse.ArgumentParser:
         "--seed",
         type=_non_negative,
         default=None,
-        help="every role's seeds derive from it (default: 0; train: a new one)",
+        help="every role's seeds derive from it (default: that of the run's first start in --root_dir; of a new run 0, "
+        "train: a new one)",
     )
     flags.add_argument(
         "--peer_patience_secs", type=float, default=300.0, metavar="SECS",
@@ -345,7 +346,7 @@ def _train(arguments: argparse.Namespace) -> int:
             num_collect_actors=arguments.num_collect_actors,
             num_eval_actors=arguments.num_eval_actors,
             num_replay_servers=arguments.num_replay_servers,
-            seed=int.from_bytes(os.urandom(3), "big") if arguments.seed is None else arguments.seed,
+            seed=_choose_seed(arguments.seed, root_dir, default=int.from_bytes(os.urandom(3), "big")),
             gin_bindings=tuple(bindings),
             learner_flags=tuple(learner_flags),
             role_flags=(
@@ -404,6 +405,7 @@ def _learner(arguments: argparse.Namespace) -> int:
     def run(cluster: Cluster, stop: Stop) -> ExitCode:
         from actorlearner.roles.learner import run_learner
         from actorlearner.run_directory import RunDirectory
+        from actorlearner.run_starts import find_commit
         from actorlearner.runtime.devices import leave_one_core, make_strategy
         from actorlearner.runtime.eager_tensors import stop_leak
         from actorlearner.runtime.lifecycle import ExitCode
@@ -412,7 +414,8 @@ def _learner(arguments: argparse.Namespace) -> int:
         leave_one_core()
         experiment = _load_experiment(arguments)
         strategy = make_strategy(arguments.strategy, tpu=arguments.tpu, num_logical_cpus=arguments.num_logical_cpus)
-        code = run_learner(experiment, cluster, arguments.root_dir, strategy, _versions(), stop)
+        command = {"bindings": arguments.gin_bindings, "commit": find_commit(_CHECKOUT)}
+        code = run_learner(experiment, cluster, arguments.root_dir, strategy, _versions(), stop, command=command)
         if code == ExitCode.DONE:
             _show(experiment, arguments.root_dir, arguments.num_video_episodes)
             RunDirectory(arguments.root_dir).note_end()
@@ -582,7 +585,18 @@ def _keep_tensorflow_small() -> None:
 def _load_experiment(arguments: argparse.Namespace) -> Experiment:
     from actorlearner.experiment import load_experiment
 
-    return load_experiment(arguments.experiment, arguments.gin_bindings, seed=arguments.seed or 0)
+    seed = _choose_seed(arguments.seed, arguments.root_dir, default=0)
+    return load_experiment(arguments.experiment, arguments.gin_bindings, seed=seed)
+
+
+def _choose_seed(given: Optional[int], root_dir: Optional[Path], *, default: int) -> int:
+    """Returns the seed given; else that of the first start of the run in `root_dir`; else the default."""
+    from actorlearner.run_directory import RunDirectory
+
+    if given is not None:
+        return given
+    own = RunDirectory(root_dir).read_seed() if root_dir else None
+    return default if own is None else own
 
 
 def _versions() -> dict[str, str]:
@@ -618,7 +632,7 @@ def _record_videos(experiment: Experiment, root_dir: Path, num_episodes: int) ->
     from actorlearner.tools import video
 
     seed = experiment.derive_seed("video")
-    logging.info("recording %d episodes of the trained policy and of a random one", num_episodes)
+    logging.info("recording %d episodes of the run's policy and of a random one", num_episodes)
     videos = video.record_run(
         root_dir,
         lambda: experiment.make_environment(seed),
@@ -627,7 +641,7 @@ def _record_videos(experiment: Experiment, root_dir: Path, num_episodes: int) ->
         seed=seed,
     )
     for info in videos.values():
-        logging.info("%s: %.1f s at %g frames/s", info.path, info.seconds, info.fps)
+        logging.info("%s: %s, %.1f s at %g frames/s", info.path, info.title, info.seconds, info.fps)
 
 
 def _report(arguments: argparse.Namespace) -> int:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import io
 import json
 import logging
 import math
-import os
 import threading
 import time
 import zipfile
@@ -18,6 +17,7 @@ from typing import Any, Optional
 import numpy as np
 
 from actorlearner.reports import EvaluationProgress, EvaluationResult
+from actorlearner.runtime import durable_files
 from actorlearner.runtime.messages import Unreachable
 from actorlearner.variable_container import EvaluationRequest, EvaluationRequests, Purpose, Snapshot
 
@@ -91,15 +91,13 @@ class EvaluationLedger:
                 len(results),
                 metrics,
             )
-            temporary = self._results_file.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(result) + "\n" for result in results.values()))
-            temporary.replace(self._results_file)
+            durable_files.write(self._results_file, "".join(json.dumps(result) + "\n" for result in results.values()))
         return results
 
     def request(self, snapshot: Snapshot, purpose: Purpose = Purpose.PERIODIC, *, environment_steps: int = 0) -> None:
         """Notes that a snapshot, taken after `environment_steps`, is due for evaluation; each train step once.
 
-        Never blocks on the network: `send_unsent` hands it to the queue.
+        Never blocks on the network: `send_unsent` hands it to the queue. The weights are on disk when it returns.
         """
         pending = _Pending(EvaluationRequest(snapshot, purpose), environment_steps)
         with self._lock:
@@ -108,9 +106,9 @@ class EvaluationLedger:
             elif snapshot.train_step in self._results or snapshot.train_step in self._pending:
                 return
             else:
-                np.savez(
-                    self._weights_file(snapshot.train_step), *snapshot.variables, environment_steps=environment_steps
-                )
+                content = io.BytesIO()
+                np.savez(content, *snapshot.variables, environment_steps=environment_steps)
+                durable_files.write(self._weights_file(snapshot.train_step), content.getvalue())
                 self._pending[snapshot.train_step] = pending
 
     def request_owed(self, train_step: int) -> None:
@@ -211,7 +209,8 @@ class EvaluationLedger:
                 "num_episodes": result.num_episodes,
                 "wall_secs": round(result.wall_secs, 3),
             }
-            _append(self._results_file, json.dumps(entry) + "\n")  # one of many: a run of days has tens of thousands
+            # One line of many: a run of days has tens of thousands.
+            durable_files.append(self._results_file, json.dumps(entry) + "\n")
             self._results[result.train_step] = entry
             del self._pending[result.train_step]
             if self._best is not None and not self._weights_file(self._best).exists():
@@ -252,6 +251,11 @@ class EvaluationLedger:
         """Returns the result of the policy handed over, once it is there."""
         return self._delivered
 
+    def weights(self, train_step: int) -> Optional[Snapshot]:
+        """Returns the weights of a train step that is pending or the best; None if they are not there."""
+        read = _read_weights(self._weights_file(train_step), train_step)
+        return read and read[0]
+
     def best(self) -> Optional[Snapshot]:
         """Returns the weights of the policy with the highest average return; None if there are none, or lost."""
         with self._lock:
@@ -259,18 +263,6 @@ class EvaluationLedger:
                 return None
             read = _read_weights(self._weights_file(self._best), self._best)
             return read and read[0]
-
-
-def _append(path: Path, line: str) -> None:
-    """Adds all of a line or nothing. Raises `OSError`."""
-    num_bytes = path.stat().st_size if path.exists() else 0
-    try:
-        with open(path, "a") as file:
-            file.write(line)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.truncate(path, num_bytes)  # the next line would be written behind what a full disk took of this one
-        raise
 
 
 def _find_results(lines: Path) -> tuple[dict[int, dict[str, Any]], int]:

@@ -47,6 +47,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from actorlearner.runtime import durable_files
+
 REPLAY_SERVER = "replay-server"
 LEARNER = "learner"
 EVAL_ACTOR = "eval-actor"
@@ -608,6 +610,7 @@ class _Process:
         with contextlib.ExitStack() as stack:
             log: io.FileIO | None = None
             with contextlib.suppress(OSError):  # a full disk must not block the role on its own output
+                durable_files.end_last_line(self._log_path)
                 log = stack.enter_context(open(self._log_path, "ab", buffering=0))
             stack.enter_context(self._popen.stdout)
 

@@ -2,47 +2,168 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import tensorflow as tf
 from tf_agents.agents import tf_agent
 from tf_agents.policies import greedy_policy, policy_saver
 
+from actorlearner.runtime import durable_files
+
+_SPECS = "policy_specs.pbtxt"  # the last file of a SavedModel
+_VARIABLES = Path("variables", "variables")
+
+NAMES = ("policy", "collect_policy", "greedy_policy")
+
 
 class PolicyExport:
     """Writes what others load: SavedModels, and numbered checkpoints that TF-Agents' `policy_loader` puts into them.
 
-    Folders and names are those of TF-Agents' `PolicySavedModelTrigger`. As there, the SavedModels hold the weights that
-    the agent began with until training ends; those of a numbered checkpoint are loaded into them.
+    Folders and names are those of TF-Agents' `PolicySavedModelTrigger`. Each is written aside, synced and renamed, so
+    that none is ever seen half-written. Each says its train step: the number, or the SavedModel's `get_train_step()`.
+
+    Writing has two parts: the first reads the variables, between two train steps; what it returns is the second, which
+    waits for the disk and may be called in another thread, in the same order.
+
+    Attributes:
+      is_prepared: Whether the SavedModels are there, so that writing them takes milliseconds.
     """
 
-    def __init__(self, agent: tf_agent.TFAgent, train_step: tf.Variable, folder: Path):
+    def __init__(self, agent: tf_agent.TFAgent, train_step: tf.Variable, folder: Path, *, anew: bool = False):
+        """Args:
+        agent: Whose policies they are.
+        train_step: What they are named after.
+        folder: Where they are; made if missing.
+        anew: SavedModels that are there were made with other settings: their graphs are of no use.
+        """
         greedy = agent.policy
         raw = greedy.wrapped_policy if isinstance(greedy, greedy_policy.GreedyPolicy) else greedy
         if raw is greedy:
             greedy = greedy_policy.GreedyPolicy(raw)
-        self._policies = {"policy": raw, "collect_policy": agent.collect_policy, "greedy_policy": greedy}
+        self._policies = dict(zip(NAMES, (raw, agent.collect_policy, greedy)))
         self._train_step = train_step
+        # Which of them has the same variables, in the same order: these are written once.
+        self._like = {name: next(other for other in self._policies if self._has_equal(name, other)) for name in NAMES}
         self._folder = folder
+        self.is_prepared = not anew and all((folder / name / _SPECS).is_file() for name in self._policies)
+        self._numbers = itertools.count()
+        self._checkpoints = folder / "checkpoints"
+        self._checkpoints.mkdir(parents=True, exist_ok=True)
+        for place in (folder, self._checkpoints):  # of a learner that was killed while it wrote
+            for leftover in (*place.glob(".*.new"), *place.glob("*.old")):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+    def _has_equal(self, one: str, other: str) -> bool:
+        variables, others = self._policies[one].variables(), self._policies[other].variables()
+        return list(map(id, variables)) == list(map(id, others))
 
     @functools.cache  # noqa: B019  making a saver traces the policy, which takes seconds
     def _saver(self, name: str) -> policy_saver.PolicySaver:
         return policy_saver.PolicySaver(self._policies[name], batch_size=None, train_step=self._train_step)
 
-    def prepare(self) -> None:
-        """Writes the SavedModels unless they are there, so that no checkpoint has to; takes some seconds."""
-        if not (self._folder / "greedy_policy" / "policy_specs.pbtxt").is_file():  # the last file of the last one
-            self.save_policies()
-
-    def save_checkpoint(self, train_step: int) -> None:
-        """Writes the policy's variables to `checkpoints/policy_checkpoint_<train step>`."""
-        self.prepare()
-        self._saver("policy").save_checkpoint(
-            str(self._folder / "checkpoints" / f"policy_checkpoint_{train_step:010d}")
+    @functools.cache  # noqa: B019  compiled at its first use: TensorFlow would walk through all objects at every write
+    def _write_variables(self, name: str) -> Callable[[str], None]:
+        """Returns what writes a policy's variables under a prefix, as `PolicySaver.save_checkpoint` does."""
+        module = tf.Module()
+        module.model_variables, module.train_step = self._policies[name].variables(), self._train_step
+        checkpoint = tf.train.Checkpoint(
+            policy=module, model_variables=module.model_variables, train_step=self._train_step
         )
+        return tf.function(checkpoint.write, input_signature=[tf.TensorSpec((), tf.string)], autograph=False)
+
+    def prepare(self) -> None:
+        """Writes the SavedModels unless they are there, so that later only their variables are; takes some seconds."""
+        if not self.is_prepared:
+            self.save_policies()
 
     def save_policies(self) -> None:
         """Writes the three SavedModels with the weights the agent has now; takes some seconds."""
         for name in self._policies:
-            self._saver(name).save(str(self._folder / name))
+            new = self._make_aside(self._folder / name)
+            self._saver(name).save(str(new))
+            durable_files.put_in_place(new, self._folder / name)
+        self.is_prepared = True
+
+    def write_policies(self) -> Callable[[], None]:
+        """Puts the weights that the agent has now into the three SavedModels; takes milliseconds after `prepare`."""
+        self.prepare()
+        written = {name: self._make_aside(self._folder / name) for name in NAMES}
+        with _removed_if_it_fails(*written.values()):
+            for name in set(self._like.values()):
+                self._write_variables(name)(str(written[name] / _VARIABLES))
+
+        def finish() -> None:
+            with _removed_if_it_fails(*written.values()):
+                for name, new in written.items():
+                    if self._like[name] != name:
+                        for path in (written[self._like[name]] / _VARIABLES).parent.iterdir():
+                            _copy(path, (new / _VARIABLES).parent / path.name)
+                    _copy_graph(self._folder / name, new)
+                for name, new in written.items():
+                    durable_files.put_in_place(new, self._folder / name)
+
+        return finish
+
+    def write_checkpoint(self) -> Callable[[], None]:
+        """Writes the policy's variables to `checkpoints/policy_checkpoint_<train step>`."""
+        path = self._path(int(self._train_step.numpy()))
+        new = self._make_aside(path)
+        with _removed_if_it_fails(new):
+            self._write_variables("policy")(str(new / _VARIABLES))
+
+        def finish() -> None:
+            with _removed_if_it_fails(new):
+                durable_files.put_in_place(new, path)
+
+        return finish
+
+    def find_missing(self, train_steps: Iterable[int]) -> list[int]:
+        """Returns which of these train steps have no numbered checkpoint, or one that was not finished."""
+
+        def is_there(train_step: int) -> bool:
+            index = self._path(train_step) / _VARIABLES.with_suffix(".index")
+            return index.is_file() and index.stat().st_size > 0
+
+        return [train_step for train_step in train_steps if not is_there(train_step)]
+
+    def _path(self, train_step: int) -> Path:
+        return self._checkpoints / f"policy_checkpoint_{train_step:010d}"
+
+    def _make_aside(self, path: Path) -> Path:
+        aside = path.with_name(f".{path.name}-{next(self._numbers)}.new")
+        (aside / _VARIABLES).parent.mkdir(parents=True)
+        return aside
+
+
+@contextlib.contextmanager
+def _removed_if_it_fails(*folders: Path) -> Iterator[None]:
+    """Removes half-written folders: a disk that is full would be filled further by each try."""
+    try:
+        yield
+    except BaseException:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _copy_graph(saved_model: Path, new: Path) -> None:
+    """Adds to a folder all of a SavedModel but its variables, and the fingerprint of those."""
+    for path in saved_model.iterdir():
+        if path.is_dir():
+            if path.name != _VARIABLES.parent.name:
+                shutil.copytree(path, new / path.name)
+        elif path.name != "fingerprint.pb":
+            _copy(path, new / path.name)
+
+
+def _copy(path: Path, copy: Path) -> None:
+    try:
+        os.link(path, copy)
+    except OSError:  # a file system without links
+        shutil.copy2(path, copy)

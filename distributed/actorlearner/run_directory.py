@@ -1,22 +1,23 @@
 """What a run leaves behind, and where: every file name under --root_dir is here.
 
-operative_config.gin  summary.json  status.json  metrics.jsonl  learning_curve.png  run.json
+operative_config.gin  starts.jsonl  summary.json  status.json  metrics.jsonl  learning_curve.png  run.json
 checkpoints/  policies/  train/ eval/ collect/ (TensorBoard)  logs/  videos/  .*.lock (held while a process lives)
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import itertools
 import json
 import math
 import os
-import threading
 import time
 from pathlib import Path
 from typing import IO, Any, Optional
 
+from actorlearner.runtime import durable_files
 from actorlearner.runtime.lifecycle import ExitCode, RoleError
 
 _HELD: list[IO[str]] = []
@@ -37,11 +38,16 @@ class RunDirectory:
         self.metrics = self.root / "metrics.jsonl"
         self.operative_config = self.root / "operative_config.gin"
         self.identity = self.root / "run.json"
+        self.starts = self.root / "starts.jsonl"
         self._lock: Optional[Any] = None
 
     def replay_checkpoints(self, task: int) -> Path:
         """Returns the folder of a replay server's checkpoints; it may be missing."""
         return self.checkpoints / (f"replay-{task}" if task else "replay")
+
+    def earlier_operative_config(self, number: int) -> Path:
+        """Returns where the operative configuration is that was in force until the start of this number."""
+        return self.root / f"operative_config.{number}.gin"
 
     def make_collect_events(self, task: int) -> Path:
         """Returns the folder of a collect actor's events, made if missing.
@@ -98,6 +104,8 @@ class RunDirectory:
         for folder in (self.root, self.evaluated):  # of learners that were killed while they wrote
             for leftover in folder.glob("*.tmp"):
                 leftover.unlink(missing_ok=True)
+        for lines in (self.metrics, self.starts):
+            durable_files.end_last_line(lines)
 
     def claim_task(self, kind: str) -> int:
         """Returns the lowest task number of `kind` that nobody at work here has, and holds it until this process ends.
@@ -164,6 +172,7 @@ class RunDirectory:
         aside = self.root.with_name(f"{self.root.name}.{time.strftime('%Y%m%d-%H%M%S')}")
         try:
             self.root.rename(aside)
+            durable_files.sync(aside.parent)
         except OSError as error:
             raise self._cannot_write(error) from error
         return aside
@@ -208,19 +217,38 @@ class RunDirectory:
 
     def write_text(self, path: Path, text: str) -> None:
         """Replaces `path` by `text`."""
-        temporary = path.with_name(path.name + f".{os.getpid()}.{threading.get_ident()}.tmp")
-        try:
-            temporary.write_text(text)
-            os.replace(temporary, path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
+        durable_files.write(path, text)
 
     def add_metrics(self, kind: str, values: dict[str, Any]) -> None:
-        """Appends one line to metrics.jsonl."""
+        """Appends one line to metrics.jsonl; `sync_metrics` brings it to disk."""
         line = json.dumps(_finite({"kind": kind, "time": time.time(), **values}))
         with open(self.metrics, "a") as file:
             file.write(line + "\n")
+
+    def sync_metrics(self) -> None:
+        """Returns when what `add_metrics` added is on disk."""
+        if self.metrics.exists():
+            durable_files.sync(self.metrics)
+
+    def add_start(self, start: dict[str, Any]) -> None:
+        """Appends what one start of the run was; returns when that is on disk."""
+        durable_files.append(self.starts, json.dumps(_finite(start)) + "\n")
+
+    def read_starts(self) -> list[dict[str, Any]]:
+        """Returns the starts of this run, the oldest first; lines that cannot be read are left out."""
+        found = []
+        with contextlib.suppress(OSError):
+            for line in self.starts.read_text(errors="replace").splitlines():
+                with contextlib.suppress(ValueError):
+                    found.append(json.loads(line))
+        return [start for start in found if isinstance(start, dict)]
+
+    def read_seed(self) -> Optional[int]:
+        """Returns the seed of this run's first start; None when nothing says it."""
+        for account in (*self.read_starts(), self.read_json(self.summary)):
+            if isinstance(account, dict) and type(account.get("seed")) is int:
+                return account["seed"]
+        return None
 
 
 def _finite(content: Any) -> Any:

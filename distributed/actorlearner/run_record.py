@@ -116,9 +116,8 @@ class RunRecord:
         self._phase = phase
         self._write_status()
 
-    def save_configuration(self, operative_config: str) -> None:
-        """Writes the operative configuration beside the run and to TensorBoard."""
-        self._directory.write_text(self._directory.operative_config, operative_config)
+    def log_configuration(self, operative_config: str) -> None:
+        """Writes the operative configuration to TensorBoard."""
         self._train_events.write_text("operative_config", operative_config)
 
     def log_training(self, step: int, scalars: dict[str, float]) -> None:
@@ -249,6 +248,7 @@ class RunRecord:
                 "experiment": self._experiment.name,
                 "seed": self._experiment.seed,
                 "versions": self._versions,
+                "starts": self._directory.read_starts(),
                 "wall_seconds": round(self._wall_secs(), 1),
                 "train_steps": self._train_step,
                 "has_ended": True,
@@ -265,6 +265,10 @@ class RunRecord:
                 },
             },
         )
+
+    def sync(self) -> None:
+        """Returns when what was added to metrics.jsonl is on disk. Raises `OSError`."""
+        self._directory.sync_metrics()
 
     def close(self) -> None:
         """Stops, and says in status.json how far the run came; blocks at most 15 seconds."""

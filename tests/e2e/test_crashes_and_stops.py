@@ -109,6 +109,15 @@ def test_sigterm_during_training_leaves_a_checkpoint_and_no_process(stopped_run)
     assert "Traceback" not in train.output
 
 
+def test_the_policies_of_a_stopped_run_are_those_of_the_stop(stopped_run):
+    """Whoever takes the policy of a run that has not ended got the one that it began with."""
+    root_dir, _, _, _ = stopped_run
+    for name in ("policy", "collect_policy", "greedy_policy"):
+        policy = tf.saved_model.load(str(root_dir / "policies" / name))
+        assert int(policy.get_train_step()) == _newest_checkpoint(root_dir)
+    assert not [path.name for path in (root_dir / "policies").rglob("*") if path.name.endswith((".new", ".old"))]
+
+
 def test_what_was_collected_until_the_stop_is_saved(stopped_run):
     """An actor reports every few seconds: at each stop the steps since would be missing from the count for ever."""
     root_dir, _, _, _ = stopped_run
@@ -140,6 +149,15 @@ def test_starting_again_goes_on_from_the_checkpoint_to_the_end(stopped_run):
     evaluated = [evaluation["train_step"] for evaluation in summary["evaluations"]]
     assert evaluated == list(range(0, end + 1, 100)), "every due snapshot is evaluated once, also across the stop"
     assert summary["wall_seconds"] > max(line["wall_secs"] for line in summary["evaluations"])
+    first, second = summary["starts"]
+    assert (first["train_step"], second["train_step"], second["seed"]) == (0, stopped_at, 2)
+    assert second["differs"] == {
+        "collect_actor.report_interval_secs": ["60.0", None],
+        "learner.checkpoint_interval_secs": ["60.0", "600.0"],
+        "train.num_iterations": ["1000000", str(end)],
+    }, "what differs, and nothing that does not"
+    said = f"start 2 of this run, at train step {stopped_at:,}: it differs from the start before in "
+    assert said in _logged(root_dir, "learner-0")
 
 
 NAN = """

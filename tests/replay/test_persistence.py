@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 from typing import Any
 
@@ -16,6 +17,7 @@ from actorlearner.replay.persistence import MAX_TO_KEEP, Requests, TableCheckpoi
 from actorlearner.replay.servers import ReplayServers
 from actorlearner.runtime import messages
 from actorlearner.runtime.lifecycle import ExitCode, RoleError
+from tests.power_cut import lay_out, watch
 
 SIGNATURE = {"x": tf.TensorSpec([None, 3], tf.float32)}
 BOARD_SIGNATURE = {"phase": tf.TensorSpec((), tf.int64)}
@@ -136,6 +138,25 @@ def test_a_disk_that_fills_up_while_the_replay_is_saved_leaves_the_checkpoint_be
     checkpoints.save(client, train_step=3)
 
 
+def test_a_power_cut_at_any_moment_of_saving_leaves_the_replays_checkpoint_before(start, tmp_path, caplog):
+    """Reverb syncs nothing: after a power cut every file of every checkpoint was empty, and the replay lost."""
+    checkpoints, client = start()
+    least: list[int] = []
+    with watch(checkpoints.folder) as cuts:
+        for step in range(1, MAX_TO_KEEP + 3):
+            insert(client, step)
+            checkpoints.save(client, train_step=step)
+            least += [step - 1] * (len(cuts.left) - len(least))
+    least += [MAX_TO_KEEP + 2] * (len(cuts.left) - len(least))
+    assert len(least) > 10
+    for number, (left, step) in enumerate(zip(cuts.left, least)):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            TableCheckpoints(lay_out(left, tmp_path / str(number)), make_tables()[0]).make_checkpointer()
+        found = re.search(r"restoring the replay's checkpoint .*: train step (\d+)", caplog.text)
+        assert int(found[1] if found else 0) >= step
+
+
 def test_another_capacity_is_refused_with_the_difference(start):
     """Reverb would silently go on with the old one (reverb#103, #118, #137)."""
     checkpoints, client = start()
@@ -156,7 +177,7 @@ def test_the_disk_holds_a_bounded_number_of_checkpoints_and_no_leftovers(start):
     checkpoints, client = start()
     assert held(client) == {float(step) for step in range(MAX_TO_KEEP + 3)}
     left = sorted(path.name for path in checkpoints.folder.iterdir() if path.name not in (".lock", "writing"))
-    assert left == ["3-4", "4-5"]
+    assert left == ["0-1", "3-4", "4-5"], "the first will be the one that is older than a minute"
     assert not list((checkpoints.folder / "writing").iterdir())
 
 

@@ -61,7 +61,8 @@ def test_only_the_newest_checkpoints_are_kept_also_over_restarts(tmp_path):
         checkpoints.restore()
         train_step.assign(step)
         checkpoints.save({})
-    assert sorted(path.name for path in tmp_path.glob("*.index")) == ["ckpt-3.index", "ckpt-4.index"]
+    left = sorted(path.name for path in tmp_path.glob("*.index"))
+    assert left == ["ckpt-0.index", "ckpt-3.index", "ckpt-4.index"], "the first will be older than a minute"
 
 
 def test_the_reason_is_found_among_what_tensorflow_puts_around_it():

@@ -54,6 +54,29 @@ def test_curve_goes_through_every_evaluation_in_order_and_marks_the_delivered_po
     assert axes.get_title() == "dqn_cartpole, seed 7"
 
 
+_STARTS = [
+    {"number": 1, "train_step": 0, "differs": {}},
+    {"number": 2, "train_step": 5_000, "differs": {}},  # killed, and started again
+    {"number": 3, "train_step": 12_000, "differs": {"dqn.learning_rate": ["0.001", "0.01"], "seed": [7, 8]}},
+]
+
+
+def test_a_resume_with_other_settings_is_marked_in_the_curve_and_said_in_the_report():
+    """A curve that bends where somebody changed the learning rate looks like a discovery."""
+    summary = {**_SUMMARY, "starts": _STARTS}
+    (axes,) = report.make_learning_curve(summary).axes
+    lines = [np.asarray(line.get_xdata()).tolist() for line in axes.get_lines()[2:]]
+    assert lines == [[12_000, 12_000]]
+    said = "resumed at train step 12,000 with other settings: dqn.learning_rate: 0.001 -> 0.01; seed: 7 -> 8"
+    assert report.format_summary(summary).splitlines()[-1] == said
+
+
+def test_the_report_of_a_run_that_goes_on_past_its_end_says_so():
+    """Its figures are those of the end it had reached; policies/ has a newer policy than the delivered one."""
+    lines = report.format_summary({**_SUMMARY, "has_ended": False}).splitlines()
+    assert lines[-1].startswith("the run goes on: this is how it had ended at train step 20,000; ")
+
+
 def test_learning_curve_is_a_picture_of_more_than_one_colour(tmp_path):
     """An empty canvas would be a valid PNG too."""
     imageio = pytest.importorskip("imageio.v2")

@@ -259,35 +259,42 @@ def test_run_is_recorded_with_its_saved_policy_and_with_a_random_one(tmp_path):
     assert abs(first_frames[0] - first_frames[1]).mean() < 1, "both should start from the same state"
 
 
-def test_run_under_way_is_shown_with_its_newest_weights(tmp_path):
-    """The SavedModel of a run that was stopped holds the weights it began with."""
-    from tf_agents.networks import q_network
-    from tf_agents.policies import greedy_policy, policy_saver, q_policy
+@pytest.mark.parametrize(
+    ("train_step", "summary", "title"),
+    [
+        (9_000, None, "the policy of train step 9,000 of a run that has not ended"),
+        (9_000, '{"has_ended": false}', "the policy of train step 9,000 of a run that has not ended"),
+        (9_000, '{"has_ended": true}', "the policy of train step 9,000 of a run that has ended"),
+        (0, '{"has_ended": true}', "the policy of train step 0 of a run that has ended"),  # it delivers its best
+        (0, None, None),
+    ],
+)
+def test_a_video_says_which_train_step_it_shows_and_shows_no_untrained_policy_as_the_runs(
+    tmp_path, train_step, summary, title
+):
+    """That of a run which had not ended showed the policy of train step 0 and was called trained."""
+    import tensorflow as tf
+    from tf_agents.policies import policy_saver, random_tf_policy
     from tf_agents.trajectories import time_step as ts
 
-    time_step_spec, action_spec = _specs(_cart_pole())
-    raw = q_policy.QPolicy(
-        time_step_spec, action_spec, q_network.QNetwork(time_step_spec.observation, action_spec, fc_layer_params=(8,))
-    )
-    policies = tmp_path / "policies"
-    _save_policy(policies / "greedy_policy", greedy_policy.GreedyPolicy(raw))
-    with pytest.raises(ValueError, match="No trained policy in .* yet"):
-        video.find_newer_weights(tmp_path)
-    saver = policy_saver.PolicySaver(raw, batch_size=None)
-    bias = raw.variables()[-1]
-    for number, value in ((9_000, [1.0, -1.0]), (10_000, [-9.0, 9.0])):
-        bias.assign(value)
-        saver.save_checkpoint(str(policies / "checkpoints" / f"policy_checkpoint_{number:010d}"))
-    (policies / "checkpoints" / "policy_checkpoint_0000011000").mkdir()  # killed while it was written
+    specs = _specs(_cart_pole())
+    policy = random_tf_policy.RandomTFPolicy(ts.time_step_spec(specs[0].observation), specs[1])
+    saver = policy_saver.PolicySaver(policy, batch_size=None, train_step=tf.Variable(train_step, dtype=tf.int64))
+    saver.save(str(tmp_path / "policies" / "greedy_policy"))
+    if summary:
+        (tmp_path / "summary.json").write_text(summary)
 
-    act = video.saved_model_act(policies / "greedy_policy", video.find_newer_weights(tmp_path))
-    observations = np.random.RandomState(1).uniform(-0.1, 0.1, (20, 4)).astype(np.float32)
-    assert [int(act(ts.restart(observation))) for observation in observations] == [1] * 20
-    with pytest.raises(ValueError, match="nothing_here cannot be loaded"):
-        video.saved_model_act(policies / "greedy_policy", tmp_path / "nothing_here")
-    for ended_at, is_newer in ((10_000, False), (9_500, True)):  # it delivered, and goes on past that end
-        (tmp_path / "summary.json").write_text(f'{{"train_steps": {ended_at}}}')
-        assert (video.find_newer_weights(tmp_path) is not None) == is_newer
+    def record():
+        make_environment = functools.partial(_cart_pole, max_episode_steps=4)
+        return video.record_run(tmp_path, make_environment, 50, num_episodes=1, names=["trained_policy"])
+
+    if title is None:
+        with pytest.raises(ValueError, match="No trained policy in .* yet: that of train step 0 is there"):
+            record()
+        return
+    info = record()["trained_policy"]
+    assert info.title == title
+    assert title.encode() in info.path.read_bytes(), "players show it"
 
 
 def test_saved_policy_keeps_its_state_within_an_episode_only(tmp_path):

@@ -32,7 +32,7 @@ from reverb.cc import schema_pb2
 from reverb.cc.checkpointing import checkpoint_pb2
 
 from actorlearner.replay.servers import ReplayServers
-from actorlearner.runtime import messages
+from actorlearner.runtime import durable_files, messages
 from actorlearner.runtime.lifecycle import ExitCode, RoleError
 from actorlearner.runtime.messages import Unreachable
 
@@ -40,7 +40,7 @@ DUE_TABLE = "checkpoint_due"
 DONE_TABLE = "checkpoint_done"
 
 MAX_TO_KEEP = 2
-"""The replay server's checkpoints kept; while one is written there is one more."""
+"""The replay server's newest checkpoints kept; where these are young `find_superfluous` keeps up to two more."""
 
 _INT64 = tf.TensorSpec((), tf.int64)
 _SIGNATURE = {"train_step": _INT64, "learner": _INT64, "number": _INT64, "is_saved": _INT64}
@@ -344,7 +344,7 @@ class TableCheckpoints:
             written.rename(new)
             items = _leave_out_others(new, set(self._described))
             (new / _ABOUT).write_text(self._describe(new, train_step, items))
-            new.rename(self.folder / name)
+            durable_files.put_in_place(new, self.folder / name)  # Reverb itself syncs nothing
         except (OSError, RuntimeError, reverb.errors.ReverbError, tf.errors.OpError) as error:
             for leftover in (new, *self._writing.glob("*")):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -353,7 +353,8 @@ class TableCheckpoints:
                 "checkpoints before it are kept; free some space, or give a directory that can be written.",
                 ExitCode.CANNOT_CREATE,
             ) from error
-        for path in self._all()[MAX_TO_KEEP:]:
+        written_at = [(path, path.stat().st_mtime) for path in self._all()]
+        for path in durable_files.find_superfluous(written_at, MAX_TO_KEEP):
             # Renamed first: half a folder must not look like a whole one.
             with contextlib.suppress(OSError):
                 shutil.rmtree(path.rename(path.with_name(path.name + ".old")))

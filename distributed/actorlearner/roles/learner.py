@@ -27,15 +27,18 @@ from actorlearner import variable_container
 from actorlearner.cluster import Cluster
 from actorlearner.evaluations import EvaluationLedger
 from actorlearner.experiment import Experiment
+from actorlearner.numbered_policies import make_up_missing
 from actorlearner.policy_export import PolicyExport
 from actorlearner.replay import persistence
 from actorlearner.replay.base import BatchSource, MeetsStrangers
 from actorlearner.replay.servers import ReplayServers, refuse_several
 from actorlearner.run_directory import RunDirectory
 from actorlearner.run_record import RunRecord
+from actorlearner.run_starts import note_start
 from actorlearner.runtime.checkpoints import Checkpoints
 from actorlearner.runtime.configuration import NonNegativeFloat, NonNegativeInt, PositiveFloat, operative_config
 from actorlearner.runtime.devices import has_one_gpu
+from actorlearner.runtime.durable_files import InBackground
 from actorlearner.runtime.health import beat
 from actorlearner.runtime.lifecycle import SAY_EVERY_SECS, ExitCode, RoleError, Stop, Stopped, find_reason, wait_until
 from actorlearner.runtime.messages import Unreachable
@@ -43,7 +46,9 @@ from actorlearner.variable_container import EvaluationRequests, Phase, Publisher
 
 
 @gin.configurable(
-    "learner", module="actorlearner", denylist=["experiment", "cluster", "root_dir", "strategy", "versions", "stop"]
+    "learner",
+    module="actorlearner",
+    denylist=["experiment", "cluster", "root_dir", "strategy", "versions", "stop", "command"],
 )
 def run_learner(
     experiment: Experiment,
@@ -60,6 +65,7 @@ def run_learner(
     evaluation_lease_secs: PositiveFloat = 6.0,
     evaluation_patience_secs: PositiveFloat = 1_800.0,
     jit_compile: Optional[bool] = None,
+    command: Optional[Mapping[str, Any]] = None,
 ) -> ExitCode:
     """Trains until `train.num_iterations`, waits for the evaluations due, and writes the run's summary.
 
@@ -79,6 +85,7 @@ def run_learner(
         seconds, and none is to take it.
       evaluation_patience_secs: At the end, the longest wait for the next evaluation's result, in seconds.
       jit_compile: Whether XLA makes one program of a whole call's train steps; None does it where it pays, on one GPU.
+      command: What else the run's starts.jsonl is to say of this start, such as the bindings given.
 
     Raises:
       RoleError: The run directory is unfit or occupied, a peer is unreachable past the deadline, the tables are another
@@ -135,7 +142,9 @@ def run_learner(
         metrics=directory.metrics,
     )
     record = RunRecord(experiment, cluster, directory, ledger, versions, counts, source.account)
-    export = PolicyExport(agent, train_step, directory.policies)
+    start = note_start(directory, int(train_step.numpy()), experiment.seed, versions, operative_config(), command or {})
+    record.log_configuration(operative_config())
+    export = PolicyExport(agent, train_step, directory.policies, anew=bool(start["differs"]))
     loop = TrainingLoop(
         experiment,
         cluster,
@@ -151,7 +160,6 @@ def run_learner(
         export,
     )
     try:
-        record.save_configuration(operative_config())
         publish = PublishInterval(publish_interval, publish_interval_secs)
         directory.forget_end()  # else a launcher thinks at the next death of this one that nobody is needed any more
         loop.run(stop, publish, checkpoint_interval_secs=checkpoint_interval_secs)
@@ -437,6 +445,8 @@ class TrainingLoop:
         self._all_variables = checkpoints.variables()
         self._is_finite = tf.function(functools.partial(_all_finite, self._all_variables), autograph=False)
         self._export = export
+        self._disk = InBackground()
+        self._policies_step = -1  # of the SavedModels
         self._version = 0
         self._num_chunks_answered = 0
         self._starved_since: Optional[float] = None
@@ -459,6 +469,15 @@ class TrainingLoop:
         has_diverged = False
         step = int(self._train_step.numpy())
         self._record.note_restored(step)
+        with _saying_what_was_not_saved(step, "What policies/ has is kept"):
+            make_up_missing(
+                self._schedule.policy_save_interval,
+                self._train_step,
+                self._variables,
+                self._checkpoints,
+                self._ledger,
+                self._export,
+            )
         if step:  # going on: actors need not warm up again
             self._publisher.announce(Phase.TRAINING)
         self._publish(step)
@@ -494,10 +513,11 @@ class TrainingLoop:
                 if scalars is not None and step % self._schedule.log_interval == 0:
                     self._record.log_training(step, {**scalars, **self._shares.take()})
                 if scalars is not None and step % self._schedule.policy_save_interval == 0:
-                    self._export.save_checkpoint(step)
+                    self._save_policies(numbered=True)
                 if step > before and now - saved_at >= checkpoint_interval_secs:
                     saved_at = now
                     self._save(with_replay=True)
+                    self._save_policies()
                 if self._source.num_given_back > num_given_back:  # a server that began anew has it in memory only
                     num_given_back = self._source.num_given_back
                     logging.info("asking to save what replay servers were given back, under train step %d", step)
@@ -509,6 +529,9 @@ class TrainingLoop:
             self._record.take_last_reports()  # the launcher stops the actors first: their last ones are there
             if not has_diverged:
                 self._save(with_replay=True)
+                if self._export.is_prepared:  # else it would take too long, and nothing was trained
+                    self._save_policies()
+            self._disk.wait()
             self._replay_checkpoints.wait(secs=3.0)
 
     def _answer_chunk(self, step: int) -> None:
@@ -527,7 +550,9 @@ class TrainingLoop:
         self._version = snapshot.version
         if self._is_evaluation_due(step):
             self._save()  # what is evaluated must never be trained again, with other weights under the same step
-            self._ledger.request(snapshot, environment_steps=self._record.environment_steps)
+            self._disk.do(
+                functools.partial(self._ledger.request, snapshot, environment_steps=self._record.environment_steps)
+            )
 
     def _await_first_data(self, stop: Stop) -> None:
         """Returns when the replay holds enough to train on."""
@@ -657,7 +682,7 @@ class TrainingLoop:
             )
 
     def _save(self, *, with_replay: bool = False) -> None:
-        """Writes a checkpoint, and asks for the replay's under the same train step.
+        """Writes a checkpoint, which is on disk soon after, and asks for the replay's under the same train step.
 
         What cannot be written is said, and training goes on.
 
@@ -667,18 +692,56 @@ class TrainingLoop:
         step = int(self._train_step.numpy())
         if not self._is_finite():
             raise _diverged(step, "what is to be saved is not finite", self._all_variables)
-        try:
-            self._checkpoints.save({**self._record.counts(), **self._source.counts(), "version": self._version + 1})
-        except (tf.errors.OpError, OSError) as error:
-            logging.warning(
-                "--root_dir: train step %d could not be saved: %s. The checkpoints before it are kept and training "
-                "goes on; free some space, or let this user write there.",
-                step,
-                find_reason(error),
+        self._disk.begin(step)
+        with _saying_what_was_not_saved(step, "The checkpoints before it are kept"):
+            prefix = self._checkpoints.write(
+                {**self._record.counts(), **self._source.counts(), "version": self._version + 1}
             )
-            return
-        if with_replay:
-            self._replay_checkpoints.ask(step)
+
+            def finish() -> None:
+                with _saying_what_was_not_saved(step, "The checkpoints before it are kept"):
+                    self._checkpoints.keep(prefix)
+
+            self._disk.do(finish)
+            self._disk.do(self._record.sync)
+            if with_replay:
+                self._replay_checkpoints.ask(step)
+
+    def _save_policies(self, *, numbered: bool = False) -> None:
+        """Puts the present weights into the SavedModels, and into a checkpoint of this train step's number.
+
+        They are on disk soon after. What cannot be written is said, and training goes on.
+        """
+        step, kept = int(self._train_step.numpy()), "policies/ keeps the policies before it"
+        self._disk.begin(step)
+        with _saying_what_was_not_saved(step, kept):
+            writes = [self._export.write_checkpoint] if numbered else []
+            if step != self._policies_step:
+                writes.append(self._export.write_policies)
+            self._policies_step = step
+            for write in writes:
+                finish = write()
+
+                def finish_and_say(finish: Callable[[], None] = finish) -> None:
+                    with _saying_what_was_not_saved(step, kept):
+                        finish()
+
+                self._disk.do(finish_and_say)
+
+
+@contextlib.contextmanager
+def _saying_what_was_not_saved(step: int, what_is_kept: str) -> Iterator[None]:
+    """Warns of what could not be written, and goes on."""
+    try:
+        yield
+    except (tf.errors.OpError, OSError) as error:
+        logging.warning(
+            "--root_dir: train step %d could not be saved: %s. %s and training goes on; free some space, or let this "
+            "user write there.",
+            step,
+            find_reason(error),
+            what_is_kept,
+        )
 
 
 def _all_finite(variables: Sequence[tf.Variable]) -> tf.Tensor:

@@ -6,11 +6,13 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
 import tensorflow as tf
 
+from actorlearner.runtime import durable_files
 from actorlearner.runtime.lifecycle import ExitCode, RoleError
 
 _NAME = re.compile(r"ckpt-(\d+)(?:\.(\d+))?$")
@@ -18,11 +20,11 @@ _SUFFIX = re.compile(r"\.(index|data-\d+-of-\d+)$")
 
 
 class Checkpoints:
-    """Keeps the newest few checkpoints in one folder.
+    """Keeps the newest few checkpoints in one folder, and one that is older than a minute.
 
-    A process may be killed at any moment, also while it writes: no checkpoint is ever overwritten, an unfinished one is
-    passed over, and what it left behind is removed by the next process. A second checkpoint of one train step is
-    `ckpt-<train step>.1`.
+    A process may be killed, and its machine lose power, at any moment, also while it writes: no checkpoint is ever
+    overwritten, older ones are deleted only once a newer one is on disk, an unfinished one is passed over, and what it
+    left behind is removed by the next process. A second checkpoint of one train step is `ckpt-<train step>.1`.
     """
 
     def __init__(self, folder: Path, train_step: tf.Variable, objects: dict[str, Any], max_to_keep: int = 3):
@@ -30,13 +32,14 @@ class Checkpoints:
         folder: Where they are.
         train_step: Counts what a checkpoint is named after.
         objects: TensorFlow trackables by name. All of their variables exist at the first save: later ones are left out.
-        max_to_keep: Older ones are deleted.
+        max_to_keep: Older ones are deleted, but for those that `durable_files.find_superfluous` keeps.
         """
         # Ours travel as JSON in a string variable, so that they are saved and restored in one piece with the weights.
         self._counts = tf.Variable("{}", dtype=tf.string, trainable=False, name="counts")
         self._train_step = train_step
         self._folder = folder
         self._max_to_keep = max_to_keep
+        self._restored: Optional[Path] = None
         self._checkpoint = tf.train.Checkpoint(train_step=train_step, counts=self._counts, **objects)
         # Compiled at its first use: TensorFlow would walk through all objects at every write, for most of its time.
         self._write = tf.function(
@@ -84,7 +87,25 @@ class Checkpoints:
                 "Give the settings it was made with, or another --root_dir.",
                 ExitCode.DATA,
             ) from error
+        self._restored = prefix
         logging.info("restored %s", prefix)
+
+    def visit(self, steps: Sequence[int]) -> Generator[int, None, None]:
+        """Yields each of these train steps that has a whole checkpoint, restored; at the end the newest one is back.
+
+        Only after `restore`, and before anything is trained.
+        """
+        newest, visited = self._restored, False
+        try:
+            for prefix in self._prefixes():
+                if prefix != newest and _number(prefix)[0] in steps and _find_damage(prefix) is None:
+                    visited = True
+                    self._checkpoint.read(str(prefix)).assert_existing_objects_matched()
+                    yield int(self._train_step.numpy())
+        finally:
+            if visited:
+                assert newest is not None
+                self._checkpoint.read(str(newest)).assert_existing_objects_matched()
 
     def variables(self) -> list[tf.Variable]:
         """Returns all that a checkpoint holds of the objects: an optimizer's moments too, once they are there."""
@@ -95,7 +116,15 @@ class Checkpoints:
         """Writes a checkpoint under the present train step; blocks until it is on disk.
 
         Raises:
-          tf.errors.OpError: It could not be written; those before it are still there.
+          tf.errors.OpError, OSError: It could not be written; those before it are still there.
+        """
+        self.keep(self.write(counts))
+
+    def write(self, counts: dict[str, Any]) -> Path:
+        """Returns a new checkpoint under the present train step, not on disk yet: `keep` is to be called with it.
+
+        Raises:
+          tf.errors.OpError, OSError: It could not be written; those before it are still there.
         """
         self._counts.assign(json.dumps(counts))
         step = int(self._train_step.numpy())
@@ -107,11 +136,33 @@ class Checkpoints:
         except (tf.errors.OpError, OSError):
             self._delete(self._folder / name)
             raise
-        for prefix in [*taken, *self._prefixes()[self._max_to_keep :]]:
+        return self._folder / name
+
+    def keep(self, prefix: Path) -> None:
+        """Returns when what `write` returned is on disk, and those that it makes superfluous are deleted.
+
+        May be called in another thread than `write`, in the same order.
+
+        Raises:
+          OSError: It could not be synced; it is removed, and those before it are still there.
+        """
+        try:
+            for path in _files_of(prefix):
+                durable_files.sync(path)
+            durable_files.sync(self._folder)
+        except OSError:
             self._delete(prefix)
-        kept = [str(prefix) for prefix in reversed(self._prefixes())]
+            raise
+        # Later ones may have been written meanwhile; they are not on disk yet.
+        older = [other for other in self._prefixes() if _number(other) <= _number(prefix)]
+        taken = [other for other in older if _number(other)[0] == _number(prefix)[0] and other != prefix]
+        written = [(other, _written_at(other)) for other in older if other not in taken]
+        for other in [*taken, *durable_files.find_superfluous(written, self._max_to_keep)]:
+            self._delete(other)
+        kept = [str(other) for other in reversed(self._prefixes()) if _number(other) <= _number(prefix)]
         # For `tf.train.latest_checkpoint`; `restore` looks at the files themselves.
-        tf.compat.v1.train.update_checkpoint_state(str(self._folder), kept[-1], kept)
+        state = tf.compat.v1.train.generate_checkpoint_state_proto(str(self._folder), kept[-1], kept)
+        durable_files.write(self._folder / "checkpoint", str(state))
 
     def _prefixes(self) -> list[Path]:
         """Returns the checkpoints there are, finished or not, newest first."""
@@ -123,9 +174,19 @@ class Checkpoints:
         return [path for path in files if _SUFFIX.search(path.name) and _NAME.match(_SUFFIX.sub("", path.name))]
 
     def _delete(self, prefix: Path) -> None:
-        for path in [prefix.with_name(prefix.name + ".index"), *prefix.parent.glob(prefix.name + ".data-*")]:
+        for path in _files_of(prefix):
             path.unlink(missing_ok=True)
         shutil.rmtree(prefix.with_name(prefix.name + "_temp"), ignore_errors=True)
+
+
+def _files_of(prefix: Path) -> list[Path]:
+    """Returns a checkpoint's files, the index first: without it none counts as whole."""
+    index = prefix.with_name(prefix.name + ".index")
+    return [*([index] if index.exists() else []), *prefix.parent.glob(prefix.name + ".data-*")]
+
+
+def _written_at(prefix: Path) -> float:
+    return max((path.stat().st_mtime for path in _files_of(prefix)), default=0.0)
 
 
 def _number(prefix: Path) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from actorlearner.runtime import durable_files
 from actorlearner.runtime.tls import CA, CERTIFICATE, KEY
 
 REPLAY_SERVER = "replay-server"
@@ -262,4 +263,4 @@ def _write(path: Path, content: bytes, *, secret: bool = False) -> None:
     new.unlink(missing_ok=True)
     with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if secret else 0o644), "wb") as file:
         file.write(content)
-    new.replace(path)
+    durable_files.put_in_place(new, path)

@@ -11,6 +11,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
+from actorlearner.tools.drill_disk import CannotMount, Disk
 from actorlearner.tools.drill_run import MANY_ITERATIONS, PATIENCE_SECS, ROLES, Hang, Run, await_, has_trained, is_alive
 
 RECOVERY_SECS = 30.0  # promised
@@ -30,6 +32,7 @@ END_SECS = 1_200.0
 STALL_SECS = 30.0  # longer than it takes to notice a host that has vanished
 PARTITION_SECS = 60.0
 SAVE_SECS = 2.0  # a small replay is saved within this time
+POWER_CUT_SECS = 30.0  # promised: a power cut takes no older train steps than the checkpoint interval and this
 READ_ONLY = Path("/sys/kernel")  # nobody makes a file here, root neither
 REPORT_SECS = 3.0  # an actor's report is in the learner's account after this time
 UNKNOWN_STEPS = 4_000  # a dead learner was so much further than it had said at most: two seconds at 2,000 train steps/s
@@ -66,6 +69,7 @@ class Outcome:
     mirror_steps: Optional[int] = None  # train steps made while the replay server was dead
     mirror_secs: Optional[float] = None  # from its death to the last of them
     held_again_secs: Optional[float] = None  # until it held again what it had saved
+    lost_secs: Optional[float] = None  # of training before a power cut, at most
     broken: list[str] = dataclasses.field(default_factory=list)
     not_done: str = ""  # why there was nothing to hold
 
@@ -81,13 +85,16 @@ class Outcome:
             found.append(f"{self.mirror_steps:,} train steps from the mirror in {self.mirror_secs or 0.0:.1f} s")
         if self.held_again_secs is not None:
             found.append(f"checkpoint held again after {self.held_again_secs:.1f} s")
+        if self.lost_secs is not None:
+            found.append(f"the last {self.lost_secs:.1f} s of training lost")
         return ", ".join(found)
 
 
 def _before(run: Run, fault: str) -> tuple[Outcome, dict[str, Any], float]:
     keepers = ("learner-0",) if run.has_mirror() else ("learner-0", "replay-server-0")
     began_at = max(run.began_at(role) for role in keepers)
-    status = {**run.status(), "began_at": began_at, "came_back": _came_back(run)}
+    found = {"began_at": began_at, "came_back": _came_back(run), "restored": _restored_step(run)}
+    status = {**run.status(), **found}
     return Outcome(fault, train_step_before=status.get("train_step")), status, time.monotonic()
 
 
@@ -485,6 +492,67 @@ def kill_everything(run: Run, fault: str = "SIGKILL everything", *, roles: bool 
     return outcome
 
 
+def cut_power(run: Run) -> Outcome:
+    """Takes the power from the run's disk in mid-training, and resumes from what a machine would find there.
+
+    The run is moved to a disk of the drill's own for it, and back.
+    """
+    fault = "power cut"
+    try:
+        disk = Disk(run.folder / "disk.img", run.folder / "disk")
+    except CannotMount as error:
+        return Outcome(fault, not_done=str(error))
+    with disk:
+        try:
+            run.stop()
+            moved = disk.folder / "run"
+            shutil.copytree(run.root_dir, moved)
+            with _replaced(run.root_dir, run.folder / "run.kept", moved):
+                outcome = _lose_power(run, fault, disk)
+                run.stop()
+                shutil.copytree(moved, run.folder / "run.back", symlinks=True)
+            shutil.rmtree(run.root_dir)
+            (run.folder / "run.back").rename(run.root_dir)
+        except BaseException:
+            run.kill_processes()  # else the disk is in use
+            raise
+    shutil.rmtree(disk.folder)
+    started_at = time.time()
+    run.start(MANY_ITERATIONS)
+    run.await_training(started_at)
+    return outcome
+
+
+def _lose_power(run: Run, fault: str, disk: Disk) -> Outcome:
+    """Starts the run on the disk, cuts its power at a random moment, and starts it on what is left."""
+    interval_secs = run.configured("learner.checkpoint_interval_secs")
+    started_at, first_save = time.time(), run.saved_replay().get("time")
+    run.start(MANY_ITERATIONS)
+    run.await_training(started_at)
+    await_(lambda: run.saved_replay().get("time") != first_save, "checkpoint of the replay")
+    time.sleep(random.uniform(1.0, interval_secs + SAVE_SECS))
+    outcome, before, _ = _before(run, fault)
+    points = run.metrics("train")
+    cut_at = time.time()
+    disk.cut_power()
+    assert run.launcher is not None
+    run.launcher.kill()
+    run.kill_processes()
+    run.launcher.wait(PATIENCE_SECS)
+    await_(lambda: not run.processes(), "end of all processes")
+    disk.come_back()
+    since = time.time()
+    _resume(run, outcome, before)
+    restored = outcome.train_step_after or 0
+    old_enough = [p["train_step"] for p in points if p["time"] <= cut_at - interval_secs - POWER_CUT_SECS]
+    promised = max(old_enough[-1] if old_enough else 0, before.get("restored", 0))
+    if restored < promised:
+        outcome.broken.append(f"resumed at train step {restored:,}, promised {promised:,}")
+    times = [p["time"] for p in points if p["train_step"] <= restored]
+    outcome.lost_secs = cut_at - max(times, default=since)
+    return outcome
+
+
 def kill_launcher(run: Run) -> Outcome:
     """Kills the launcher alone: no role may outlive it."""
     return kill_everything(run, "SIGKILL launcher", roles=False)
@@ -748,6 +816,7 @@ FAULTS: dict[str, Callable[[Run], Outcome]] = {
     "stray-insert": insert_stray,
     "kill-launcher": kill_launcher,
     "kill-everything": kill_everything,
+    "power-cut": cut_power,
     "stop": stop,
     "interrupt": lambda run: stop(run, "SIGINT launcher", number=signal.SIGINT),
     "stop-twice": stop_twice,

@@ -9,6 +9,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Union
 
+from actorlearner.runtime import durable_files
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -74,7 +76,7 @@ def write_learning_curve(root_dir: PathLike) -> pathlib.Path:
     partial = root_dir / f".learning_curve.{os.getpid()}.partial.png"
     try:
         make_learning_curve(summary).savefig(partial, dpi=120)
-        os.replace(partial, path)
+        durable_files.put_in_place(partial, path)
     finally:
         partial.unlink(missing_ok=True)
     return path
@@ -82,6 +84,8 @@ def write_learning_curve(root_dir: PathLike) -> pathlib.Path:
 
 def make_learning_curve(summary: Summary) -> Figure:
     """Returns a figure of the average return over train steps, with the delivered policy marked by a star.
+
+    A thin vertical line is where the run was resumed with other settings.
 
     Evaluations are drawn in the order of their train steps, whatever order several eval actors finished them in. The
     star is at the delivered policy's own return on fresh episodes, which need not lie on the curve.
@@ -113,6 +117,11 @@ def make_learning_curve(summary: Summary) -> Figure:
             color="tab:orange",
             label=f"delivered policy: {_number(delivered['average_return'])} over {delivered['num_episodes']} episodes",
         )
+    resumed_at = [start["train_step"] for start in _changed_starts(summary)]
+    for index, train_step in enumerate(resumed_at):
+        label = "resumed with other settings" if not index else None
+        axes.axvline(train_step, color="grey", linewidth=0.8, linestyle=":", label=label)
+    if delivered or resumed_at:
         axes.legend()
     axes.set_xlabel("Train step")
     axes.set_ylabel("Average return")
@@ -165,7 +174,19 @@ def format_summary(summary: Summary) -> str:
         )
     else:
         lines.append("delivered: nothing yet")
+    if summary.get("has_ended") is False:
+        ended_at = f"train step {summary['train_steps']:,}"
+        lines.append(f"the run goes on: this is how it had ended at {ended_at}; policies/ has its newest policy")
+    for start in _changed_starts(summary):
+        changes = "; ".join(f"{name}: {old} -> {new}" for name, (old, new) in start["differs"].items())
+        lines.append(f"resumed at train step {start['train_step']:,} with other settings: {changes}")
     return "\n".join(lines)
+
+
+def _changed_starts(summary: Summary) -> list[Mapping[str, Any]]:
+    """Returns the starts that something differs in from the one before; runs of earlier versions list none."""
+    starts = summary.get("starts") or []
+    return [start for start in starts if start.get("differs") and isinstance(start.get("train_step"), int)]
 
 
 _REMEDY = "It is written by the run itself: restore it, or run again in a fresh root_dir"

@@ -10,10 +10,11 @@ import math
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Optional, Protocol, Union, final
+from typing import Any, Protocol, Union, final
 
 import numpy as np
 
+from actorlearner.runtime import durable_files
 from actorlearner.runtime.health import beat
 
 # SDL reads these when pygame starts, and gym imports pygame when it makes its first environment: set them before both.
@@ -59,6 +60,7 @@ class VideoInfo:
       seconds: `num_frames / fps`; within a frame per episode of the time the task would have taken.
       returns: Undiscounted return of each episode, in order.
       lengths: Environment steps of each episode, in order.
+      title: What the file says of itself, as players show it.
     """
 
     path: pathlib.Path
@@ -67,6 +69,7 @@ class VideoInfo:
     seconds: float
     returns: tuple[float, ...]
     lengths: tuple[int, ...]
+    title: str = ""
 
 
 def record_episodes(
@@ -79,6 +82,7 @@ def record_episodes(
     max_frames_per_second: float = 30,
     max_steps: int | None = None,
     max_render_width: int = 480,
+    title: str = "",
 ) -> VideoInfo:
     """Returns what it recorded, once `num_episodes` episodes lie one after the other in a finished mp4 at `path`.
 
@@ -100,6 +104,7 @@ def record_episodes(
       max_steps: Cut each episode after this many environment steps. None: let it end by itself.
       max_render_width: PyBullet environments that would render wider are made to render at this width, in pixels, at
         the same proportions; its software renderer takes 0.2 to 0.4 us a pixel. Others (gym's own) render as they do.
+      title: Written into the file, where players show it.
 
     Raises:
       ValueError: A setting is out of range, the environment is batched, or it renders something other than an image.
@@ -116,7 +121,8 @@ def record_episodes(
     steps_per_frame = _steps_per_frame(steps_per_second, max_frames_per_second)
     returns: list[float] = []
     lengths: list[int] = []
-    with _render_at_most(environment, max_render_width), _Mp4Writer(path, steps_per_second / steps_per_frame) as mp4:
+    fps = steps_per_second / steps_per_frame
+    with _render_at_most(environment, max_render_width), _Mp4Writer(path, fps, title) as mp4:
         for _ in range(num_episodes):
             time_step = environment.reset()
             mp4.append(environment.render())
@@ -130,7 +136,8 @@ def record_episodes(
                     mp4.append(environment.render())
             returns.append(episode_return)
             lengths.append(length)
-    return VideoInfo(mp4.path, mp4.num_frames, mp4.fps, mp4.num_frames / mp4.fps, tuple(returns), tuple(lengths))
+    seconds = mp4.num_frames / mp4.fps
+    return VideoInfo(mp4.path, mp4.num_frames, mp4.fps, seconds, tuple(returns), tuple(lengths), title)
 
 
 def record_run(
@@ -145,16 +152,16 @@ def record_run(
 ) -> dict[str, VideoInfo]:
     """Returns what it recorded of a run's greedy policy and of the random policy beside it, by name.
 
-    Writes `videos/trained_policy.mp4` and `videos/random_policy.mp4` into the run directory. Both environments get the
-    same seed, so both policies start from the same states.
+    Writes `videos/trained_policy.mp4` and `videos/random_policy.mp4` into the run directory. The first one's title says
+    of which train step the policy is. Both environments get the same seed, so both policies start from the same states.
 
     Records one after the other in this process, since TensorFlow does not survive a fork and neither gin's bindings nor
     `make_environment` need survive a spawn. Rendering keeps one core busy; a caller with two can start two processes,
     each with one of the `names`.
 
     Args:
-      root_dir: The run directory; the trained policy is its `policies/greedy_policy`, and as long as training has not
-        ended, or goes on past its end, that with the weights of the newest of `policies/checkpoints`.
+      root_dir: The run directory; the trained policy is its `policies/greedy_policy`: the newest while training goes
+        on, the delivered one once it has ended.
       make_environment: Called once per video; what it returns is closed here.
       steps_per_second: Control rate of the task.
       num_episodes: Episodes in each video.
@@ -163,15 +170,14 @@ def record_run(
       names: Which of the two to record.
 
     Raises:
-      ValueError: The run directory has no policy that can be loaded; a name is unknown; and as `record_episodes`.
+      ValueError: The run directory has no policy that can be loaded, or none that was trained; a name is unknown; and
+        as `record_episodes`.
       OSError: As `record_episodes`.
     """
     root_dir = pathlib.Path(root_dir)
-    make_act: dict[str, Callable[[Environment], Act]] = {
-        "trained_policy": lambda environment: saved_model_act(
-            root_dir / "policies" / "greedy_policy", find_newer_weights(root_dir)
-        ),
-        "random_policy": lambda environment: random_act(environment, seed=seed),
+    make_act: dict[str, Callable[[Environment], tuple[Act, str]]] = {
+        "trained_policy": lambda _: _trained_act(root_dir),
+        "random_policy": lambda environment: (random_act(environment, seed=seed), "a random policy"),
     }
     unknown = sorted(set(names) - set(make_act))
     if unknown:
@@ -182,13 +188,15 @@ def record_run(
         try:
             with contextlib.suppress(NotImplementedError):  # TF-Agents' answer of an environment that takes no seed
                 environment.seed(seed)
+            act, title = make_act[name](environment)
             recorded[name] = record_episodes(
                 environment,
-                make_act[name](environment),
+                act,
                 root_dir / "videos" / f"{name}.mp4",
                 num_episodes=num_episodes,
                 steps_per_second=steps_per_second,
                 max_steps=max_steps,
+                title=title,
             )
         finally:
             environment.close()
@@ -210,31 +218,29 @@ def random_act(environment: Environment, seed: int | None = None) -> Act:
     return act
 
 
-def find_newer_weights(root_dir: PathLike) -> Optional[pathlib.Path]:
-    """Returns the newest whole policy checkpoint of a run under way; None once its SavedModels hold what it delivered.
-
-    Raises:
-      ValueError: It is under way and has no checkpoint yet: its SavedModels hold the weights that it began with.
-    """
-    root_dir = pathlib.Path(root_dir)
-    found = root_dir.glob("policies/checkpoints/policy_checkpoint_*/variables/variables.index")
-    newest = max(found, default=None)  # the names' numbers have as many digits
+def _trained_act(root_dir: pathlib.Path) -> tuple[Act, str]:
+    """Returns what acts as the run's greedy policy, and which policy that is, in words."""
+    act, train_step = load_saved_policy(root_dir / "policies" / "greedy_policy")
     try:
-        ended_at = json.loads((root_dir / "summary.json").read_text(encoding="utf-8"))["train_steps"]
-    except (OSError, ValueError, KeyError):
-        ended_at = None
-    if newest is None:
-        if ended_at is None and (root_dir / "policies" / "greedy_policy").is_dir():
-            raise ValueError(
-                f"No trained policy in {root_dir} yet: the first comes after train.policy_save_interval train steps."
-            )
-        return None
-    step = int(newest.parents[1].name.rpartition("_")[2])
-    return newest.with_suffix("") if ended_at is None or step > ended_at else None
+        has_ended = bool(json.loads((root_dir / "summary.json").read_text(encoding="utf-8")).get("has_ended", True))
+    except (OSError, ValueError, AttributeError):
+        has_ended = False
+    if not train_step and not has_ended:
+        raise ValueError(
+            f"No trained policy in {root_dir} yet: that of train step 0 is there. A run puts its newest policy into"
+            " policies/ with each checkpoint."
+        )
+    of = "of a run that has ended" if has_ended else "of a run that has not ended"
+    return act, f"the policy of train step {train_step:,} {of}"
 
 
-def saved_model_act(policy_dir: PathLike, checkpoint: Optional[PathLike] = None) -> Act:
-    """Returns an act function that acts as a policy saved by TF-Agents' `PolicySaver`.
+def saved_model_act(policy_dir: PathLike) -> Act:
+    """Returns the first of what `load_saved_policy` does."""
+    return load_saved_policy(policy_dir)[0]
+
+
+def load_saved_policy(policy_dir: PathLike) -> tuple[Act, int]:
+    """Returns a function that acts as a policy saved by TF-Agents' `PolicySaver`, and the train step of its weights.
 
     The function carries the policy's state, where it has one, from step to step and starts afresh at the first step of
     each episode: use it for one environment at a time. It adds and strips the batch dimension. The policy's networks
@@ -242,10 +248,9 @@ def saved_model_act(policy_dir: PathLike, checkpoint: Optional[PathLike] = None)
 
     Args:
       policy_dir: A SavedModel written by `PolicySaver.save`, e.g. `<run>/policies/greedy_policy`.
-      checkpoint: Prefix of one written by `PolicySaver.save_checkpoint`, whose weights replace the SavedModel's.
 
     Raises:
-      ValueError: There is no such SavedModel, it is not a policy, or the checkpoint does not fit it.
+      ValueError: There is no such SavedModel, or it is not a policy.
     """
     policy_dir = pathlib.Path(policy_dir)
     for needed in ("saved_model.pb", "policy_specs.pbtxt"):
@@ -258,19 +263,26 @@ def saved_model_act(policy_dir: PathLike, checkpoint: Optional[PathLike] = None)
     from tf_agents.policies import policy_saver
     from tf_agents.specs import tensor_spec
 
-    specs = policy_saver.specs_from_collect_data_spec(
-        tensor_spec.from_pbtxt_file(str(policy_dir / "policy_specs.pbtxt"))
-    )
-    input_specs = (specs["time_step_spec"], specs["policy_state_spec"])
-    flat_specs = tf.nest.flatten(input_specs)
+    def load() -> tuple[Any, Any]:
+        specs = policy_saver.specs_from_collect_data_spec(
+            tensor_spec.from_pbtxt_file(str(policy_dir / "policy_specs.pbtxt"))
+        )
+        return specs, tf.saved_model.load(str(policy_dir))
+
     try:
-        policy = tf.saved_model.load(str(policy_dir))
-        if checkpoint:
-            weights = tf.train.Checkpoint(policy=policy).read(str(checkpoint))
-            weights.assert_existing_objects_matched().expect_partial()
+        found = policy_dir.stat().st_ino
+        try:
+            specs, policy = load()
+        except Exception:
+            if policy_dir.stat().st_ino == found:
+                raise
+            specs, policy = load()  # a run under way has put a newer one in its place
+        train_step = int(policy.get_train_step())
         initial_state = policy.get_initial_state(batch_size=1) if specs["policy_state_spec"] else ()
     except Exception as error:
-        raise ValueError(f"The saved policy in {checkpoint or policy_dir} cannot be loaded: {error}") from error
+        raise ValueError(f"The saved policy in {policy_dir} cannot be loaded: {error}") from error
+    input_specs = (specs["time_step_spec"], specs["policy_state_spec"])
+    flat_specs = tf.nest.flatten(input_specs)
 
     # One concrete function on flat tensors, which batches and unbatches inside the graph, takes about half the time of
     # SavedModelPyTFEagerPolicy.action: seconds over the 9,000 steps of a CartPole video.
@@ -292,7 +304,7 @@ def saved_model_act(policy_dir: PathLike, checkpoint: Optional[PathLike] = None)
         )
         return tf.nest.map_structure(lambda value: value.numpy(), action)
 
-    return act
+    return act, train_step
 
 
 def _steps_per_frame(steps_per_second: float, max_frames_per_second: float) -> int:
@@ -335,8 +347,9 @@ def _render_at_most(environment: Environment, width: int) -> Iterator[None]:
 class _Mp4Writer:
     """Streams frames into an H.264 file, which gets its name when the `with` block ends without an error."""
 
-    def __init__(self, path: PathLike, fps: float) -> None:
+    def __init__(self, path: PathLike, fps: float, title: str = "") -> None:
         self.path = pathlib.Path(path)
+        self._title = title
         self.fps = fps
         self.num_frames = 0
         # ffmpeg tells the container from the ending, so the temporary name keeps it.
@@ -383,6 +396,7 @@ class _Mp4Writer:
                 "-crf", "20",
                 "-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2",  # yuv420p wants even sides
                 "-movflags", "+faststart",  # a browser can start before it has the whole file
+                *(["-metadata", f"title={self._title}"] if self._title else []),
             ],
         )  # fmt: skip
         encoder.send(None)
@@ -398,7 +412,7 @@ class _Mp4Writer:
                 self._encoder.close()
             if error_type is None:
                 self._check_complete()
-                os.replace(self._partial, self.path)
+                durable_files.put_in_place(self._partial, self.path)
         finally:
             self._partial.unlink(missing_ok=True)
 

@@ -1,0 +1,66 @@
+"""What a learner that comes back owes: the numbered policies up to its train step that its end left out."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Sequence
+
+import tensorflow as tf
+
+from actorlearner.evaluations import EvaluationLedger
+from actorlearner.policy_export import PolicyExport
+from actorlearner.runtime.checkpoints import Checkpoints
+from actorlearner.variable_container import Snapshot
+
+
+def make_up_missing(
+    interval: int,
+    train_step: tf.Variable,
+    variables: Sequence[tf.Variable],
+    checkpoints: Checkpoints,
+    ledger: EvaluationLedger,
+    export: PolicyExport,
+) -> None:
+    """Writes the numbered policies that are missing at multiples of `interval`, as far as their weights are there.
+
+    A learner killed between its checkpoint and the policy of the same train step never comes by that step again.
+    Weights are those restored, of older checkpoints, or of evaluations; all variables are then as before.
+
+    Raises:
+      OSError, tf.errors.OpError: A policy could not be written.
+    """
+    restored = int(train_step.numpy())
+    missing = export.find_missing(range(interval, restored + 1, interval))
+    if not missing:
+        return
+    made = []
+    if restored in missing:
+        export.write_checkpoint()()
+        made.append(restored)
+    with contextlib.closing(checkpoints.visit([step for step in missing if step != restored])) as visited:
+        for step in visited:
+            export.write_checkpoint()()
+            made.append(step)
+    newest = Snapshot(-1, restored, [variable.numpy() for variable in variables])
+    try:
+        for step in sorted(set(missing) - set(made)):
+            snapshot = ledger.weights(step)
+            if snapshot is not None:
+                snapshot.assign_to(variables)
+                train_step.assign(step)
+                export.write_checkpoint()()
+                made.append(step)
+    finally:
+        newest.assign_to(variables)
+        train_step.assign(restored)
+    lost = sorted(set(missing) - set(made))
+    if made:
+        logging.info("made up the numbered policies of train steps %s", ", ".join(f"{step:,}" for step in sorted(made)))
+    if lost:
+        logging.info(
+            "%d numbered policies are missing, from train step %s to %s, and their weights are gone",
+            len(lost),
+            f"{lost[0]:,}",
+            f"{lost[-1]:,}",
+        )
