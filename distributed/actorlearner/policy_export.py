@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import tensorflow as tf
 from tf_agents.agents import tf_agent
-from tf_agents.policies import greedy_policy, policy_saver
+from tf_agents.policies import greedy_policy, policy_saver, tf_policy
+
+from actorlearner.agents.exported import with_environment_actions
 
 
 class PolicyExport:
@@ -17,12 +20,25 @@ class PolicyExport:
     the agent began with until training ends; those of a numbered checkpoint are loaded into them.
     """
 
-    def __init__(self, agent: tf_agent.TFAgent, train_step: tf.Variable, folder: Path):
+    def __init__(self, agent: tf_agent.TFAgent, train_step: tf.Variable, folder: Path, action_spec: Any = None):
+        """Args:
+        agent: Whose policies they are.
+        train_step: Is saved with them.
+        folder: Where they go.
+        action_spec: The environment's, where its actions are not the agent's own. See `Experiment.action_spec`.
+        """
         greedy = agent.policy
         raw = greedy.wrapped_policy if isinstance(greedy, greedy_policy.GreedyPolicy) else greedy
         if raw is greedy:
             greedy = greedy_policy.GreedyPolicy(raw)
-        self._policies = {"policy": raw, "collect_policy": agent.collect_policy, "greedy_policy": greedy}
+        self._policies: dict[str, tf_policy.TFPolicy] = {
+            "policy": raw,
+            "collect_policy": agent.collect_policy,
+            "greedy_policy": greedy,
+        }
+        if action_spec is not None:
+            policies = self._policies.items()
+            self._policies = {name: with_environment_actions(policy, action_spec) for name, policy in policies}
         self._train_step = train_step
         self._folder = folder
 

@@ -22,7 +22,6 @@ from tf_agents.agents.td3 import td3_agent
 from tf_agents.networks import actor_distribution_network, network, value_network
 from tf_agents.specs import tensor_spec
 from tf_agents.trajectories import time_step as ts
-from tf_agents.utils import object_identity
 
 import actorlearner.agents
 from actorlearner.runtime.checkpoints import Checkpoints

@@ -31,7 +31,7 @@ def run(what, folder, output, hash_seed):
 
 
 def test_every_algorithm_resumes_in_another_process_with_each_moment_at_its_own_variable(tmp_path):
-    """TF-Agents' TD3 lists critic variables in an order of its own in each process, and Keras saves moments by index."""
+    """TF-Agents' TD3 lists critic variables in another order in each process, and Keras saves moments by index."""
     saved = run("save", tmp_path / "checkpoints", tmp_path / "saved.npz", "1")
     restored = run("restore", tmp_path / "checkpoints", tmp_path / "restored.npz", "2")
     moments = {name.split(" of ")[0] for name in saved if " of " in name}

@@ -70,7 +70,9 @@ def test_a_checkpoint_from_before_the_moments_had_names_is_restored_and_then_sav
 def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path):
     """Moments that are left out without a word start again from zero."""
     checkpoints_of(tmp_path, Agent(tf.keras.optimizers.Adam())).save({})
-    with pytest.raises(RoleError, match="ckpt-0 does not fit this experiment: it has _momentums of agent/first") as raised:
+    with pytest.raises(
+        RoleError, match="ckpt-0 does not fit this experiment: it has _momentums of agent/first"
+    ) as raised:
         checkpoints_of(tmp_path, Agent(sgd())).restore()
     assert raised.value.exit_code == ExitCode.DATA
 
@@ -86,7 +88,9 @@ class InOneList(tf.keras.optimizers.SGD):
 
 def test_an_optimizer_whose_state_has_no_certain_owner_is_refused_when_the_run_begins(tmp_path):
     """At the first resume, days later, it is too late."""
-    with pytest.raises(RoleError, match=r"the optimizer agent/optimizer \(InOneList\) keeps .*a/Variable.* which") as raised:
+    with pytest.raises(
+        RoleError, match=r"the optimizer agent/optimizer \(InOneList\) keeps .*a/Variable.* which"
+    ) as raised:
         checkpoints_of(tmp_path, Agent(InOneList())).restore()
     assert raised.value.exit_code == ExitCode.USAGE
 

@@ -15,7 +15,13 @@ from tf_agents.agents.ddpg import critic_network
 from tf_agents.agents.sac import sac_agent, tanh_normal_projection_network
 from tf_agents.networks import actor_distribution_network
 
-from actorlearner.agents.base import Fraction, PositiveFloat, PositiveInt
+from actorlearner.agents.base import (
+    Fraction,
+    PositiveFloat,
+    PositiveInt,
+    check_continuous_action,
+    check_vector_observation,
+)
 
 
 @gin.configurable("sac", module="actorlearner")
@@ -53,6 +59,8 @@ class Sac:
                 "Use an algorithm for discrete actions (include 'agents/dqn.gin', experiment.agent = @dqn()) "
                 "or a continuous environment."
             )
+        check_continuous_action("sac", action_spec)
+        check_vector_observation("sac", time_step_spec)
         observation_spec = time_step_spec.observation
         critic_net = critic_network.CriticNetwork(
             (observation_spec, action_spec),

@@ -133,7 +133,7 @@ def run_learner(
         metrics=directory.metrics,
     )
     record = RunRecord(experiment, cluster, directory, ledger, versions, counts, source.account)
-    export = PolicyExport(agent, train_step, directory.policies)
+    export = PolicyExport(agent, train_step, directory.policies, experiment.environment_action_spec)
     loop = TrainingLoop(
         experiment,
         cluster,

@@ -1,9 +1,9 @@
 """Moments under the names of the variables that they belong to.
 
-Keras' new optimizers (`tf.keras.optimizers.*`) keep a list for each kind of moment, and TensorFlow saves a list by index:
-the index of the variable in the list that the agent gave to the optimizer. Some of TF-Agents' agents (TD3, PPO, CQL) make
-that list from a set, in an order that differs between processes. So the lists are taken out of what TensorFlow saves, and
-the same moments are saved as `moments/<optimizer>/<kind>/<variable>`. Legacy optimizers save moments by variable.
+Keras' new optimizers (`tf.keras.optimizers.*`) keep a list for each kind of moment, and TensorFlow saves a list by
+index, which is the variable's place in what the agent gave to the optimizer. Some of TF-Agents' agents (TD3, PPO, CQL)
+make that from a set, in an order that differs between processes. So the lists are hidden from TensorFlow, and the same
+moments are saved as `moments/<optimizer>/<kind>/<variable>`. Legacy optimizers save moments by variable anyway.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ class NamedMoments:
                 optimizer = getattr(node, "inner_optimizer", node)  # a LossScaleOptimizer passes for the one inside it
                 if getattr(optimizer, "_index_dict", None):
                     moments[path] = self._take_lists(optimizer, path, variables)
-        found = {(optimizer, kind, name) for optimizer, kinds in moments.items() for kind in kinds for name in kinds[kind]}
+        found = {
+            (optimizer, kind, name) for optimizer, kinds in moments.items() for kind in kinds for name in kinds[kind]
+        }
         if found - self._names:
             self._names |= found
             setattr(self._checkpoint, _EDGE, moments)
@@ -138,7 +140,7 @@ def _set_tracked(owner: Any, attribute: str, *, tracked: bool) -> None:
 
 
 def _nodes_by_path(checkpoint: tf.train.Checkpoint) -> dict[str, Any]:
-    """Returns what the checkpoint holds, each by the shortest way to it: the same in every process that makes the agent."""
+    """Returns what the checkpoint holds, each by the shortest way to it, which is the same in every process."""
     nodes: dict[str, Any] = {}
     seen = {id(checkpoint)}
     to_visit: collections.deque[tuple[tuple[str, ...], Any]] = collections.deque([((), checkpoint)])
@@ -153,7 +155,7 @@ def _nodes_by_path(checkpoint: tf.train.Checkpoint) -> dict[str, Any]:
 
 
 def _written_names(prefix: str) -> Optional[set[tuple[str, ...]]]:
-    """Returns the optimizer, kind and variable of each moment that a checkpoint has by name; None if it has no names."""
+    """Returns optimizer, kind and variable of each moment that a checkpoint has by name; None if it has no names."""
     graph = trackable_object_graph_pb2.TrackableObjectGraph()
     graph.ParseFromString(tf.train.load_checkpoint(prefix).get_tensor(_GRAPH_KEY))
 
