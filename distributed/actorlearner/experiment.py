@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import logging
 import random
 import zlib
 from collections.abc import Sequence
@@ -24,7 +25,8 @@ from tf_agents.specs import tensor_spec
 from tf_agents.train.utils import spec_utils, train_utils
 
 from actorlearner.agents.acting import CompiledActing, RandomActing
-from actorlearner.agents.base import AgentFactory
+from actorlearner.agents.base import AgentFactory, check_action_bounds
+from actorlearner.environments.actions import correct_starts, from_zero
 from actorlearner.environments.batch import EnvironmentBatch
 from actorlearner.replay.base import Replay, Sampling
 from actorlearner.runtime.configuration import (
@@ -157,7 +159,10 @@ class Experiment:
         environment = self.make_environment(self.derive_seed("specs"))
         _, action_spec, time_step_spec = spec_utils.get_tensor_specs(environment)
         steps_per_second = self.environment.real_steps_per_second(environment)
-        environment.close()
+        try:
+            environment.close()
+        except Exception as error:  # whatever it raises, all that it was for is done
+            logging.warning("the environment did not close: %s: %s", type(error).__name__, error)
         return time_step_spec, action_spec, steps_per_second
 
     @property
@@ -166,6 +171,12 @@ class Experiment:
 
     @property
     def action_spec(self) -> Any:
+        """The agent's, whose whole numbers count from 0."""
+        return from_zero(self._specs[1])
+
+    @property
+    def environment_action_spec(self) -> Any:
+        """The environment's own, whose whole numbers begin where its space does."""
         return self._specs[1]
 
     @property
@@ -180,9 +191,11 @@ class Experiment:
           RoleError: The environment is unknown (USAGE).
         """
         try:
-            return self.environment.make_environment(seed)
+            environment = self.environment.make_environment(seed)
         except ValueError as error:
             raise RoleError(str(error), ExitCode.USAGE) from error
+        correct_starts(environment)
+        return environment
 
     def make_environments(self, num_environments: int, *seed_path: Any) -> EnvironmentBatch:
         """Returns environments whose seeds derive from `seed_path`."""
@@ -197,6 +210,7 @@ class Experiment:
         """
         train_step = train_utils.create_train_step()
         try:
+            check_action_bounds(self.action_spec)
             agent = self.agent.make_agent(self.time_step_spec, self.action_spec, train_step)
         except ValueError as error:
             raise RoleError(str(error), ExitCode.USAGE) from error

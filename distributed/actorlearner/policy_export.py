@@ -9,10 +9,13 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import tensorflow as tf
 from tf_agents.agents import tf_agent
-from tf_agents.policies import greedy_policy, policy_saver
+from tf_agents.policies import greedy_policy, policy_saver, tf_policy
+
+from actorlearner.agents.exported import with_environment_actions
 
 from actorlearner.runtime import durable_files
 
@@ -35,18 +38,30 @@ class PolicyExport:
       is_prepared: Whether the SavedModels are there, so that writing them takes milliseconds.
     """
 
-    def __init__(self, agent: tf_agent.TFAgent, train_step: tf.Variable, folder: Path, *, anew: bool = False):
+    def __init__(
+        self,
+        agent: tf_agent.TFAgent,
+        train_step: tf.Variable,
+        folder: Path,
+        action_spec: Any = None,
+        *,
+        anew: bool = False,
+    ):
         """Args:
         agent: Whose policies they are.
         train_step: What they are named after.
         folder: Where they are; made if missing.
+        action_spec: The environment's, where its actions are not the agent's own. See `Experiment.action_spec`.
         anew: SavedModels that are there were made with other settings: their graphs are of no use.
         """
         greedy = agent.policy
         raw = greedy.wrapped_policy if isinstance(greedy, greedy_policy.GreedyPolicy) else greedy
         if raw is greedy:
             greedy = greedy_policy.GreedyPolicy(raw)
-        self._policies = dict(zip(NAMES, (raw, agent.collect_policy, greedy)))
+        self._policies: dict[str, tf_policy.TFPolicy] = dict(zip(NAMES, (raw, agent.collect_policy, greedy)))
+        if action_spec is not None:
+            policies = self._policies.items()
+            self._policies = {name: with_environment_actions(policy, action_spec) for name, policy in policies}
         self._train_step = train_step
         # Which of them has the same variables, in the same order: these are written once.
         self._like = {name: next(other for other in self._policies if self._has_equal(name, other)) for name in NAMES}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import numpy as np
 import tensorflow as tf
 from tf_agents.agents import tf_agent
 
@@ -40,3 +41,53 @@ class AgentFactory(Protocol):
           ValueError: The algorithm cannot act in this action space; the message says which can.
         """
         ...
+
+
+def check_action_bounds(action_spec: Any) -> None:
+    """Returns when every continuous action has bounds: random ones are drawn between them, and networks scale to them.
+
+    Raises:
+      ValueError: One has none, or the lower above the upper.
+    """
+    for spec in tf.nest.flatten(action_spec):
+        if not spec.dtype.is_floating:
+            continue
+        with np.errstate(over="ignore"):
+            width = np.asarray(spec.maximum, np.float32) - np.asarray(spec.minimum, np.float32)
+        if not np.isfinite(width).all() or (width < 0).any():
+            raise ValueError(
+                f"the environment's action space has no bounds to act between: {spec}. "
+                "Give its Box a finite low and high, with low <= high."
+            )
+
+
+def check_continuous_action(algorithm: str, action_spec: Any) -> None:
+    """Returns when the action is one float32 array whose every part can be varied.
+
+    Raises:
+      ValueError: It is not; the message begins with the algorithm.
+    """
+    if tf.nest.is_nested(action_spec) or action_spec.dtype != tf.float32:
+        raise ValueError(
+            f"{algorithm} needs one float32 action, but the environment's action spec is {action_spec}. "
+            "Give the environment one Box with dtype=np.float32 for its action space."
+        )
+    if not np.all(np.asarray(action_spec.minimum) < np.asarray(action_spec.maximum)):
+        raise ValueError(
+            f"{algorithm} needs low < high for every part of the action, but the environment's action spec is "
+            f"{action_spec}. Leave out of the space what cannot be varied."
+        )
+
+
+def check_vector_observation(algorithm: str, time_step_spec: Any) -> None:
+    """Returns when the observation is one vector of numbers, as plain networks take it.
+
+    Raises:
+      ValueError: It is not; the message begins with the algorithm.
+    """
+    spec = time_step_spec.observation
+    if tf.nest.is_nested(spec) or spec.shape.rank != 1 or not (spec.dtype.is_floating or spec.dtype.is_integer):
+        raise ValueError(
+            f"{algorithm} needs one vector of numbers to observe, but the environment's observation spec is {spec}. "
+            "Flatten it in the environment (gym.wrappers.FlattenObservation), or write an algorithm that takes it."
+        )

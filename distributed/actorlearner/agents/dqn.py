@@ -14,7 +14,13 @@ from tf_agents.agents.dqn import dqn_agent
 from tf_agents.networks import sequential
 from tf_agents.utils import common
 
-from actorlearner.agents.base import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
+from actorlearner.agents.base import (
+    Fraction,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    check_vector_observation,
+)
 from actorlearner.agents.normalized import NormalizedObservations, Normalizer
 
 _LOSSES = {"squared": common.element_wise_squared_loss, "huber": common.element_wise_huber_loss}
@@ -61,12 +67,14 @@ class Dqn(NormalizedObservations):
     def make_agent(self, time_step_spec: Any, action_spec: Any, train_step: tf.Variable) -> dqn_agent.DqnAgent:
         """Returns an initialised `DqnAgent`. See `AgentFactory.make_agent`."""
         leaves = tf.nest.flatten(action_spec)
-        if len(leaves) != 1 or not leaves[0].dtype.is_integer or leaves[0].shape.rank != 0:
+        is_one = len(leaves) == 1 and not tf.nest.is_nested(action_spec)
+        if not is_one or not leaves[0].dtype.is_integer or leaves[0].shape.rank != 0:
             raise ValueError(
                 f"dqn needs one discrete (scalar integer) action, but the environment's action spec is {action_spec}. "
                 "Use an algorithm for continuous actions (include 'agents/sac.gin', experiment.agent = @sac()) "
                 "or a discrete environment."
             )
+        check_vector_observation("dqn", time_step_spec)
         normalizer = self.make_normalizer(time_step_spec.observation)
         agent_class = dqn_agent.DdqnAgent if self.double_q else dqn_agent.DqnAgent
         agent = agent_class(

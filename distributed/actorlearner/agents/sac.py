@@ -16,7 +16,15 @@ import tensorflow as tf
 from tf_agents.agents.sac import sac_agent
 from tf_agents.trajectories import trajectory
 
-from actorlearner.agents.base import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from actorlearner.agents.base import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    check_continuous_action,
+    check_vector_observation,
+)
 from actorlearner.agents.n_step import to_n_step_transition
 from actorlearner.agents.networks import BoundedStd, DenseActor, DenseCritic
 from actorlearner.agents.normalized import NormalizedObservations, RunningStatistics
@@ -79,6 +87,8 @@ class Sac(NormalizedObservations):
                 "Use an algorithm for discrete actions (include 'agents/dqn.gin', experiment.agent = @dqn()) "
                 "or a continuous environment."
             )
+        check_continuous_action("sac", action_spec)
+        check_vector_observation("sac", time_step_spec)
         if self.log_std_bounds is not None and not self.log_std_bounds[0] < self.log_std_bounds[1]:
             raise ValueError(f"sac.log_std_bounds = {self.log_std_bounds}: the first must be below the second.")
         observation_spec = time_step_spec.observation

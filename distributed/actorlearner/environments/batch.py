@@ -16,18 +16,29 @@ from tf_agents.environments import gym_wrapper, py_environment, wrappers
 from tf_agents.trajectories import StepType
 from tf_agents.trajectories import time_step as ts
 
+from actorlearner.environments.actions import offsets
+from actorlearner.environments.checks import (
+    BoundsCheck,
+    NotFinite,
+    UnfitData,
+    find_gym,
+    fit,
+    fit_flag,
+    fit_observation,
+    is_truncated,
+    unfit_step,
+)
 from actorlearner.runtime.health import beat
 
 MAX_CRASHES_WITHOUT_STEP = 3
 
 _FIRST, _MID, _LAST = int(StepType.FIRST), int(StepType.MID), int(StepType.LAST)
 
+# Rewards that need no conversion.
+_FLOATS = frozenset({float, np.float32, np.float64})
+
 # What one environment answers: step type, reward, discount, observation.
 _Answer = tuple[int, Any, Any, Any]
-
-
-class NotFinite(ValueError):
-    """An environment gave a NaN or an infinity; the message has the environment and the first bad leaf."""
 
 
 class EnvironmentBatch:
@@ -52,22 +63,27 @@ class EnvironmentBatch:
         for seed in itertools.islice(seeds, num_environments):
             environments.append(make_environment(seed))
             beat()  # each may take long, and so with the two below
-        self._lanes = [_make_lane(environment) for environment in environments]
+        self._lanes = [_make_lane(environment, index) for index, environment in enumerate(environments)]
         self._crashes_in_a_row = [0] * num_environments
         self.num_crashes = 0
         self.crashed = np.zeros(num_environments, bool)
         """Which environments the last `step` found crashed; each has begun anew, at a first time step."""
         spec = environments[0].time_step_spec()
-        self._observation_spec = spec.observation
+        self._spec = spec
         self._has_one_leaf = not tree.is_nested(spec.observation)
-        # Two sets: the time step before stays as it was while the next is filled in.
-        self._columns = itertools.cycle(
-            [
-                tree.map_structure(lambda leaf: np.zeros((num_environments, *leaf.shape), leaf.dtype), spec)
-                for _ in range(2)
-            ]
+        self._dtype, self._shape = (
+            (spec.observation.dtype, spec.observation.shape) if self._has_one_leaf else (None, ())
         )
-        self._current = next(self._columns)
+        self._bounds = BoundsCheck(num_environments, spec)
+        offset = offsets(environments[0].action_spec())
+        self._action_offset = offset if any(map(np.any, tree.flatten(offset))) else None
+        # Two sets: the time step before stays as it was while the next is filled in.
+        sets = [
+            tree.map_structure(lambda leaf: np.zeros((num_environments, *leaf.shape), leaf.dtype), spec)
+            for _ in range(2)
+        ]
+        self._columns = itertools.cycle([(columns, _float_columns(columns)) for columns in sets])
+        self._current, self._current_floats = next(self._columns)
 
     def __len__(self) -> int:
         return len(self._lanes)
@@ -87,14 +103,18 @@ class EnvironmentBatch:
         that crashed is the first time step of its fresh one; `crashed` tells.
 
         Args:
-          actions: Columns.
+          actions: Columns; whole numbers count from 0, wherever the environments' own begin.
           indices: Which environments to step; the columns of others are left as they were. All by default.
 
         Raises:
           RuntimeError: An environment crashed again and again without one good step.
-          NotFinite: A reward or an observation is a NaN or an infinity; it would spoil the weights without a word.
+          UnfitData: A reward, an observation or `done` is not what its spec says; it would spoil the weights without a
+            word. `NotFinite` where it is a NaN or an infinity.
         """
-        before, self._current = self._current, next(self._columns)
+        if self._action_offset is not None:
+            actions = tree.map_structure(np.add, actions, self._action_offset)
+        before = self._current
+        self._current, self._current_floats = next(self._columns)
         if indices is not None:
             tree.map_structure(np.copyto, self._current, before)
         self.crashed[:] = False
@@ -104,6 +124,8 @@ class EnvironmentBatch:
             try:
                 answer = self._lanes[index].step(action)
                 self._crashes_in_a_row[index] = 0
+            except UnfitData:  # it would be so of a fresh one too
+                raise
             except Exception:  # whatever an environment raises, the actor goes on
                 logging.exception("environment %d crashed in step", index)
                 self.crashed[index] = True
@@ -114,9 +136,8 @@ class EnvironmentBatch:
         return self._current
 
     def _require_finite(self) -> None:
-        columns = self._current
-        for column in (columns.reward, *tree.flatten(columns.observation)):
-            if column.dtype.kind == "f" and not np.isfinite(column).all():
+        for column in self._current_floats:
+            if not np.isfinite(column).all():
                 raise self._not_finite()
 
     def _not_finite(self) -> NotFinite:
@@ -131,12 +152,25 @@ class EnvironmentBatch:
 
     def _fill(self, index: int, answer: _Answer) -> None:
         columns = self._current
-        columns.step_type[index], columns.reward[index], columns.discount[index], observation = answer
+        step_type, reward, discount, observation = answer
+        if type(reward) not in _FLOATS:
+            reward = fit(index, "reward", reward, self._spec.reward)
+        if not self._has_one_leaf:
+            observation = fit_observation(index, observation, self._spec.observation)
+        elif (
+            type(observation) is not np.ndarray
+            or observation.dtype is not self._dtype
+            or observation.shape != self._shape
+        ):
+            observation = fit(index, "observation", observation, self._spec.observation)
+        if self._bounds.num_left[index]:
+            fit(index, "reward", reward, self._spec.reward)
+            self._bounds.check(index, step_type, discount, observation)
+        columns.step_type[index], columns.reward[index], columns.discount[index] = step_type, reward, discount
         if self._has_one_leaf:
             columns.observation[index] = observation
         else:
-            leaves = tree.flatten_up_to(self._observation_spec, observation)
-            for column, leaf in zip(tree.flatten(columns.observation), leaves):
+            for column, leaf in zip(tree.flatten(columns.observation), tree.flatten(observation)):
                 column[index] = leaf
 
     def _restart(self, index: int) -> _Answer:
@@ -151,27 +185,40 @@ class EnvironmentBatch:
             self._lanes[index].close()
         except Exception:
             logging.warning("the crashed environment %d did not close", index)
-        self._lanes[index] = _make_lane(self._make_environment(next(self._seeds)))
+        self._lanes[index] = _make_lane(self._make_environment(next(self._seeds)), index)
+        self._bounds.begin(index)
         logging.warning("environment %d was replaced by a fresh one; %d crashes so far", index, self.num_crashes)
         return self._reset(index)
 
     def _reset(self, index: int) -> _Answer:
         try:
             return self._lanes[index].reset()
+        except UnfitData:
+            raise
         except Exception:
             logging.exception("environment %d crashed in reset", index)
             return self._restart(index)
 
     def close(self) -> None:
-        for lane in self._lanes:
-            lane.close()
+        """Closes every environment; one that raises is warned of, as all that it was for is done."""
+        for index, lane in enumerate(self._lanes):
+            try:
+                lane.close()
+            except Exception as error:
+                logging.warning("environment %d did not close: %s: %s", index, type(error).__name__, error)
+
+
+def _float_columns(columns: ts.TimeStep) -> list[np.ndarray]:
+    """Returns the columns of a time step that may hold a NaN; discounts are checked one by one."""
+    return [column for column in tree.flatten((columns.reward, columns.observation)) if column.dtype.kind == "f"]
 
 
 def _rows(actions: Any) -> Iterable[Any]:
     """Returns one action per environment; plain numbers where the action is one whole number, as gym likes them."""
     if isinstance(actions, np.ndarray):
-        return actions.tolist() if actions.ndim == 1 and actions.dtype.kind == "i" else actions
-    return [tree.unflatten_as(actions, row) for row in zip(*tree.flatten(actions))]
+        # A copy of the others: environments that clip or scale in place would change what is recorded of them.
+        return actions.tolist() if actions.ndim == 1 and actions.dtype.kind == "i" else actions.copy()
+    return [tree.unflatten_as(actions, row) for row in zip(*(np.array(column) for column in tree.flatten(actions)))]
 
 
 class _Lane(Protocol):
@@ -187,19 +234,30 @@ class _Lane(Protocol):
 class _PyLane:
     """Any of TF-Agents' environments."""
 
-    def __init__(self, environment: py_environment.PyEnvironment):
+    def __init__(self, environment: py_environment.PyEnvironment, index: int):
         self._environment = environment
+        self._index = index
         spec = environment.action_spec()
         self._dtype = None if tree.is_nested(spec) else spec.dtype
+        self._gym = gym = find_gym(environment)
+        if gym is not None:  # its own would cast whatever comes
+            gym._to_obs_space_dtype = lambda observation: fit_observation(index, observation, gym._observation_spec)
 
     def reset(self) -> _Answer:
         time_step = self._environment.reset()
+        if time_step.step_type != _FIRST:
+            raise UnfitData(f"environment {self._index}'s reset gave step_type = {time_step.step_type!r}, expected 0.")
         return time_step.step_type, time_step.reward, time_step.discount, time_step.observation
 
     def step(self, action: Any) -> _Answer:
         action = action if self._dtype is None else np.asarray(action, self._dtype)
         time_step = self._environment.step(action)
-        return time_step.step_type, time_step.reward, time_step.discount, time_step.observation
+        discount = time_step.discount
+        if self._gym is not None:
+            ended = fit_flag(self._index, self._gym.done)
+            if ended and time_step.step_type == _LAST and is_truncated(self._gym.get_info()):
+                discount = self._gym._discount
+        return time_step.step_type, time_step.reward, discount, time_step.observation
 
     def close(self) -> None:
         self._environment.close()
@@ -211,8 +269,9 @@ class _GymLane:
     The wrappers take three quarters of a CartPole step: they convert and check what the batch's columns convert anyway.
     """
 
-    def __init__(self, environment: Any, max_episode_steps: float):
+    def __init__(self, environment: Any, max_episode_steps: float, index: int):
         self._environment = environment
+        self._index = index
         self._max_episode_steps = max_episode_steps
         self._num_steps = 0
         self._is_over = True
@@ -225,11 +284,15 @@ class _GymLane:
     def step(self, action: Any) -> _Answer:
         if self._is_over:
             return self.reset()
-        observation, reward, done, _ = self._environment.step(action)
+        answer = self._environment.step(action)
+        try:
+            observation, reward, done, info = answer
+        except (TypeError, ValueError):
+            raise unfit_step(self._index, answer) from None
         self._num_steps += 1
-        if done:
+        if done is not False and fit_flag(self._index, done):
             self._is_over = True
-            return _LAST, reward, 0.0, observation
+            return _LAST, reward, 1.0 if is_truncated(info) else 0.0, observation
         if self._num_steps >= self._max_episode_steps:
             self._is_over = True
             return _LAST, reward, 1.0, observation
@@ -239,11 +302,11 @@ class _GymLane:
         self._environment.close()
 
 
-def _make_lane(environment: py_environment.PyEnvironment) -> _Lane:
+def _make_lane(environment: py_environment.PyEnvironment, index: int) -> _Lane:
     """Returns the fastest way to step `environment` that gives what its own `step` gives."""
     duration, inner = float("inf"), environment
     if type(inner) is wrappers.TimeLimit:
         duration, inner = inner.duration, inner.wrapped_env()
     if type(inner) is gym_wrapper.GymWrapper and inner._discount == 1.0 and inner._match_obs_space_dtype:
-        return _GymLane(inner.gym, duration)
-    return _PyLane(environment)
+        return _GymLane(inner.gym, duration, index)
+    return _PyLane(environment, index)

@@ -21,7 +21,7 @@ from tf_agents.trajectories import time_step as ts
 
 from actorlearner import variable_container
 from actorlearner.cluster import Cluster
-from actorlearner.environments.batch import NotFinite
+from actorlearner.environments.checks import UnfitData
 from actorlearner.experiment import Experiment
 from actorlearner.replay.base import RANDOM_POLICY, Sampling, describe_tables
 from actorlearner.replay.servers import ReplayServers, refuse_several
@@ -172,7 +172,7 @@ class Collector:
         self._environments = experiment.make_environments(num_environments, "collect-actor", cluster.task, life)
         self._sink = experiment.replay.make_sink(servers, sampling)
         self.environment_steps = self.episodes = 0
-        with self._refusing_not_finite():
+        with self._refusing_unfit_data():
             self._time_step = self._environments.reset()
         self._returns = np.zeros(num_environments)
         self._asked_at = 0.0
@@ -199,11 +199,11 @@ class Collector:
         """Acts once in every environment and hands what came of it to the sink.
 
         Raises:
-          RoleError: A reward or an observation is not finite (DATA).
+          RoleError: A reward or an observation is not finite, or not what its space says (DATA).
         """
         policy_step = acting.act(self._time_step)
         before = self._time_step
-        with self._refusing_not_finite():
+        with self._refusing_unfit_data():
             after = self._environments.step(policy_step.action)
         crashed = self._environments.crashed
         num_chunks = self._sink.num_chunks
@@ -225,10 +225,10 @@ class Collector:
         self._count(before.step_type, after, crashed)
 
     @contextlib.contextmanager
-    def _refusing_not_finite(self) -> Iterator[None]:
+    def _refusing_unfit_data(self) -> Iterator[None]:
         try:
             yield
-        except NotFinite as error:
+        except UnfitData as error:
             raise RoleError(
                 f"after {self.environment_steps:,} environment steps {error}: nothing of it was sent, and the last "
                 "good checkpoint is kept. Mend the environment, then start again with the same --root_dir.",

@@ -17,7 +17,8 @@ from tf_agents.trajectories import StepType
 
 from actorlearner import variable_container
 from actorlearner.cluster import Cluster
-from actorlearner.environments.batch import EnvironmentBatch, NotFinite
+from actorlearner.environments.batch import EnvironmentBatch
+from actorlearner.environments.checks import UnfitData
 from actorlearner.experiment import Experiment
 from actorlearner.reports import AtWork, EvaluationProgress, EvaluationResult, Reporter
 from actorlearner.runtime.configuration import PositiveFloat, PositiveInt
@@ -47,7 +48,7 @@ def run_eval_actor(
 
     Raises:
       RoleError: The container is unreachable past the deadline (UNAVAILABLE) or another experiment's, or an environment
-        gave a NaN (DATA).
+        gave what its spaces do not allow (DATA).
     """
     experiment.seed_process("eval-actor", cluster.task)
     agent, _ = experiment.make_agent()
@@ -107,7 +108,7 @@ def run_eval_actor(
                 result = evaluate(
                     make_acting(num_environments), environments, num_episodes, request, cluster.task, stop
                 )
-            except NotFinite as error:
+            except UnfitData as error:
                 raise RoleError(
                     f"evaluating train step {request.snapshot.train_step:,}, {error}: what such an episode returns "
                     "means nothing. Mend the environment, then start again with the same --root_dir.",
@@ -136,7 +137,7 @@ def evaluate(
 
     Raises:
       Stopped: `stop` was set before the end.
-      NotFinite: A reward or an observation is a NaN or an infinity.
+      UnfitData: An environment gave a NaN, or what its spaces do not allow.
     """
     start = time.monotonic()
     num_environments = len(environments)

@@ -144,7 +144,9 @@ def run_learner(
     record = RunRecord(experiment, cluster, directory, ledger, versions, counts, source.account)
     start = note_start(directory, int(train_step.numpy()), experiment.seed, versions, operative_config(), command or {})
     record.log_configuration(operative_config())
-    export = PolicyExport(agent, train_step, directory.policies, anew=bool(start["differs"]))
+    export = PolicyExport(
+        agent, train_step, directory.policies, experiment.environment_action_spec, anew=bool(start["differs"])
+    )
     loop = TrainingLoop(
         experiment,
         cluster,

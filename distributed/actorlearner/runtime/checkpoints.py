@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from actorlearner.runtime import durable_files
 from actorlearner.runtime.lifecycle import ExitCode, RoleError
+from actorlearner.runtime.optimizer_state import NamedMoments
 
 _NAME = re.compile(r"ckpt-(\d+)(?:\.(\d+))?$")
 _SUFFIX = re.compile(r"\.(index|data-\d+-of-\d+)$")
@@ -41,6 +42,8 @@ class Checkpoints:
         self._max_to_keep = max_to_keep
         self._restored: Optional[Path] = None
         self._checkpoint = tf.train.Checkpoint(train_step=train_step, counts=self._counts, **objects)
+        self._moments = NamedMoments(self._checkpoint)
+        self._has_written = False
         # Compiled at its first use: TensorFlow would walk through all objects at every write, for most of its time.
         self._write = tf.function(
             self._checkpoint.write, input_signature=[tf.TensorSpec((), tf.string)], autograph=False
@@ -52,8 +55,10 @@ class Checkpoints:
         Damaged ones are passed over with a warning, and deleted once an older one has been restored.
 
         Raises:
-          RoleError: The newest whole checkpoint does not fit the objects, or there are only damaged ones (DATA).
+          RoleError: The newest whole checkpoint does not fit the objects, or there are only damaged ones (DATA); an
+            optimizer's state could not be restored with certainty (USAGE), whether there is a checkpoint or not.
         """
+        self._moments.attach()
         for leftover in self._folder.glob("ckpt-*_temp"):
             shutil.rmtree(leftover, ignore_errors=True)
         damaged: list[Path] = []
@@ -80,7 +85,8 @@ class Checkpoints:
 
     def _restore(self, prefix: Path) -> None:
         try:
-            self._checkpoint.read(str(prefix)).assert_existing_objects_matched()
+            with self._moments.as_written(str(prefix)):
+                self._checkpoint.read(str(prefix)).assert_existing_objects_matched()
         except (AssertionError, ValueError, tf.errors.OpError) as error:
             raise RoleError(
                 f"the checkpoint {prefix} does not fit this experiment: {str(error).splitlines()[0]} "
@@ -109,6 +115,7 @@ class Checkpoints:
 
     def variables(self) -> list[tf.Variable]:
         """Returns all that a checkpoint holds of the objects: an optimizer's moments too, once they are there."""
+        self._moments.attach()
         everything = tf.train.TrackableView(self._checkpoint).descendants()
         return [one for one in everything if isinstance(one, tf.Variable) and one is not self._counts]
 
@@ -127,6 +134,9 @@ class Checkpoints:
           tf.errors.OpError, OSError: It could not be written; those before it are still there.
         """
         self._counts.assign(json.dumps(counts))
+        if not self._has_written:
+            self._moments.attach()
+            self._has_written = True
         step = int(self._train_step.numpy())
         taken = [prefix for prefix in self._prefixes() if _number(prefix)[0] == step]
         name = f"ckpt-{step}.{_number(taken[0])[1] + 1}" if taken else f"ckpt-{step}"
