@@ -23,7 +23,7 @@ from actorlearner.runtime.configuration import PositiveFloat, PositiveInt
 from actorlearner.runtime.health import beat
 from actorlearner.runtime.lifecycle import SAY_EVERY_SECS, ExitCode, RoleError, Stop, Stopped, wait_until
 from actorlearner.runtime.messages import Unreachable
-from actorlearner.variable_container import EvaluationRequest, Phase
+from actorlearner.variable_container import Belief, EvaluationRequest, Phase
 
 
 @gin.configurable("eval_actor", module="actorlearner", denylist=["experiment", "cluster", "stop"])
@@ -63,6 +63,7 @@ def run_eval_actor(
     )
     acting = experiment.make_acting(policy, num_environments)
     reporter = Reporter(cluster.variables_address)
+    belief = Belief()
     answered_at = said_at = time.monotonic()
     logging.info("ready to evaluate")
 
@@ -70,7 +71,7 @@ def run_eval_actor(
         beat()
         try:
             request = variable_container.take_evaluation(cluster.variables_address, variables)
-            over = request is None and _is_over(cluster)
+            over = request is None and _is_over(cluster, belief)
             answered_at = said_at = time.monotonic()
         except Unreachable as error:
             now = time.monotonic()
@@ -163,9 +164,9 @@ def evaluate(
     )
 
 
-def _is_over(cluster: Cluster) -> bool:
+def _is_over(cluster: Cluster, belief: Belief) -> bool:
     version = variable_container.read_version(cluster.variables_address)
-    return version is not None and version.phase == Phase.OVER
+    return version is not None and belief.holds(version) and version.phase == Phase.OVER
 
 
 def _report(reporter: Reporter, result: EvaluationResult, cluster: Cluster, stop: Stop) -> None:
