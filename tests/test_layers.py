@@ -62,6 +62,7 @@ MAY_IMPORT = {
     "tools.drill": {"tools.drill_faults", "tools.drill_run", "tools.tcp_wire"},
     "tools.drill_faults": {"tools.drill_run"},
     "tools.drill_run": {"tools.tcp_wire"},
+    "tools.strangers": {"replay", "reports", "runtime", "variable_container"},
     "tools": {"cluster", "experiment", "replay", "run_directory", "runtime", "variable_container"},
 }
 

@@ -11,6 +11,7 @@ from tf_agents.specs import tensor_spec
 
 from actorlearner.cluster import Cluster
 from actorlearner.experiment import load_experiment
+from actorlearner.replay.chunk_checks import ChunkCheck
 from actorlearner.replay.mirror import Mirror
 from actorlearner.replay.resident import ResidentSource
 from actorlearner.replay.servers import ReplayServers
@@ -59,6 +60,7 @@ def train(jit_compile, initial=None):
         initial_collect_steps=0,
         samples_per_insert=1.0,
         error_buffer=1.0,
+        check=ChunkCheck(spec, 100),
     )
     function = make_train_function(agent, train_step, source, strategy, jit_compile=jit_compile)
     scalars = function(source.handle, tf.constant(NUM_UPDATES))

@@ -118,8 +118,7 @@ def are_plausible(steps: Any, limits: Sequence[Optional[Between]]) -> tf.Tensor:
       limits: As `step_limits` gives them.
     """
     leaves = tree.flatten(steps)
-    found = tf.ones_like(leaves[0], tf.bool)[:, 0] if leaves[0].shape.rank == 2 else None
-    assert found is not None, "the first leaf of a Trajectory is its step type, [B, T]"
+    found = tf.ones([tf.shape(leaves[0])[0]], tf.bool)
     for leaf, limit in zip(leaves, limits):
         if limit is not None:
             least, most = (tf.constant(bound, leaf.dtype) for bound in _in_range(limit, leaf.dtype))

@@ -61,7 +61,7 @@ def _say(number: float) -> str:
 
 FINITE = Between(-_LARGEST, _LARGEST)
 COUNT = Between(0, MAX_COUNT)
-_IDENTITY = Between(0, 2**62)  # drawn at random
+_IDENTITY = Between(0, 2**62 - 1)  # drawn at random
 _TASK = Between(0, MAX_TASK)
 _SECS = Between(0.0, MAX_SECS)
 _PURPOSE = Between(0, 1)  # variable_container.Purpose
