@@ -252,7 +252,7 @@ def test_one_row_does_not_end_training(address, publish, subscriber, eventually)
         claim = board_row(phase=Phase.OVER, learner=learner, heartbeat=10**6)
         messages.Sender(address).put(variable_container.VERSION_TABLE, claim, 30)
         version = variable_container.read_version(address)
-        assert not (belief.holds(version) and version.phase is Phase.OVER)
+        assert version is not None and not (belief.holds(version) and version.phase is Phase.OVER)
         heard = variable_container.read_version(address).heartbeat
         eventually(lambda heard=heard: variable_container.read_version(address).heartbeat != heard)
         assert subscriber.phase() is Phase.TRAINING
@@ -287,7 +287,12 @@ def test_whom_the_board_is_believed():
 
 def test_sixty_strangers_snapshots_do_not_silence_evaluations(address):
     """Of an unknown purpose they ended the eval actor; of other types each cost it a look."""
-    due = {"policy_variables": make_arrays(1), "purpose": np.int64(0), "train_step": np.int64(1), "version": np.int64(1)}
+    due = {
+        "policy_variables": make_arrays(1),
+        "purpose": np.int64(0),
+        "train_step": np.int64(1),
+        "version": np.int64(1),
+    }
     strays = (
         {**due, "purpose": np.int64(99)},
         {**due, "version": np.int64(2**61)},

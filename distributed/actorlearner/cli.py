@@ -414,7 +414,9 @@ def _check_may_join(arguments: argparse.Namespace, may_join: Sequence[str]) -> N
     for address in may_join:
         check_address("may_join", address, arguments.may_join)
     if may_join and arguments.advertise:
-        raise ValueError(f"--may_join = '{arguments.may_join}' and --advertise: only the first replay server lists who may")
+        raise ValueError(
+            f"--may_join = '{arguments.may_join}' and --advertise: only the first replay server lists who may"
+        )
 
 
 def _learner(arguments: argparse.Namespace) -> int:

@@ -57,7 +57,7 @@ def test_a_count_that_takes_longer_than_it_says_is_found(tables):
     """A count of 10^12 is in range; nobody steps an environment so often in a second."""
     row = {name: np.zeros((), spec.dtype.as_numpy_dtype) for name, spec in tables["collect_reports"].items()}
     assert find_misfit("collect_reports", row) is None
-    assert "environment_steps" in find_misfit("collect_reports", {**row, "environment_steps": np.int64(10**12)})
+    assert "environment_steps" in str(find_misfit("collect_reports", {**row, "environment_steps": np.int64(10**12)}))
 
 
 def test_what_a_checkpoint_has_that_cannot_be_true_is_dropped():
@@ -68,7 +68,7 @@ def test_what_a_checkpoint_has_that_cannot_be_true_is_dropped():
 def test_numbers_of_any_shape_and_none_are_looked_at():
     """An empty array has no least number; a flag has no range."""
     assert find_misfit("new", {"a": np.zeros((0, 3), np.float32), "b": np.array([True]), "c": np.int64(2)}) is None
-    assert "a/1" in find_misfit("new", {"a": [np.ones(2), np.array([[1.0, np.nan]])]})
+    assert "a/1" in str(find_misfit("new", {"a": [np.ones(2), np.array([[1.0, np.nan]])]}))
     assert find_misfit("new", tf.nest.map_structure(np.float32, {"a": 1e38})) is None
 
 

@@ -1,7 +1,7 @@
-"""Whether an item of a replay's table can be one that this experiment's actors wrote. What a chunk is says `resident.py`.
+"""Whether an item of a replay's table can be one that this experiment's actors wrote. What a chunk is: `resident.py`.
 
-An item of the right types may still end the run: a NaN, or a reward that overflows in the loss, in the weights; an action
-that there is none of, in the compiled call; and again after each resume, as the server keeps it.
+An item of the right types may still end the run. A NaN, or a reward that overflows in the loss, reaches the weights; an
+action that does not exist ends the compiled call. The server keeps the item, so each resume would end too.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _DISCOUNT = Between(0.0, 1.0)
 def step_limits(step_spec: Any) -> list[Optional[Between]]:
     """Returns what each leaf of a `Trajectory` step may hold, in the order of `tree.flatten`; None: anything.
 
-    Whole numbers keep their spec's bounds, as they stand for places in a table. Others only have to be finite and not so
-    large that their square overflows: many environments leave their bounds.
+    Whole numbers keep their spec's bounds, as they stand for places in a table. Others only have to be finite, and not
+    so large that their square overflows: many environments leave their bounds.
     """
     limits: list[Optional[Between]] = []
     for path, spec in tree.flatten_with_path(step_spec):
@@ -96,15 +96,15 @@ class ChunkCheck:
         latest = time.time_ns() + int(CLOCKS_SECS * 1e9)
         if not 0 <= chunk["chunk"] <= latest:
             return (
-                f"its number, the time in nanoseconds, = {chunk['chunk']}, expected 0 to {latest}: if it is an actor's, "
-                "compare the clocks"
+                f"its number, the time in nanoseconds, = {chunk['chunk']}, expected 0 to {latest}: "
+                "if it is an actor's, compare the clocks"
             )
         length = int(chunk["length"])
         misfit = _STAMP.find_misfit(chunk["acted_at"][:length])
         if misfit:
             return f"acted_at {misfit}"
         for name, limit, leaf in zip(self._names, self._limits, tree.flatten(chunk["step"])):
-            misfit = limit and limit.find_misfit(leaf[:, :length])
+            misfit = limit.find_misfit(leaf[:, :length]) if limit else None
             if misfit:
                 return f"{name} {misfit}"
         return None

@@ -3,9 +3,9 @@
 replay server that joins --its address--> [replay_servers, beside the variables] --> learner, collect actors
 
 Those that --replay_address names are known from the start. One that joins later writes itself on a board; if the board
-is lost with its server, it does so again. Whoever reaches the port can write there too, and a Reverb client takes what a
-server answers for pointers into its own memory. So the board only says who is there: who may be is the first server's own
-word, its --may_join, told by the table's signature, which no client can write.
+is lost with its server, it does so again. Whoever reaches the port can write there too, and a Reverb client uses what a
+server answers as pointers into its own memory. So the board only says who is there. Who may be there is the first
+server's own word, its --may_join: the table's signature says it, and no client can write that.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def make_tables(may_join: Sequence[str] = ()) -> list[reverb.Table]:
         return []
     if len(may_join) >= MAX_SERVERS:
         raise RoleError(
-            f"--may_join = '{','.join(may_join)}' lists {len(may_join)} replay servers: expected fewer than {MAX_SERVERS}, "
-            "with the first one as many as a run takes. List those that will join.",
+            f"--may_join = '{','.join(may_join)}' lists {len(may_join)} replay servers: expected fewer than "
+            f"{MAX_SERVERS}, with the first one as many as a run takes. List those that will join.",
             ExitCode.USAGE,
         )
     spec = tf.TensorSpec((_MAX_BYTES,), tf.uint8, name=" ".join(may_join))
@@ -93,6 +93,7 @@ class Announcement:
     def __init__(self, variables_address: str, address: str):
         self._variables_address = variables_address
         self._address = address
+        self._has_joined = False
         self._reader = BoardReader(variables_address, JOINED_TABLE, _SIGNATURE)
 
     def renew(self) -> None:
@@ -106,12 +107,15 @@ class Announcement:
         """
         may_join = read_may_join(self._variables_address, timeout_secs=2)
         if self._address not in may_join:
+            if self._has_joined:  # the others know it; the first server was started again without the flag
+                raise Unreachable(f"the replay server at {self._variables_address} lists no --may_join any more")
             raise RoleError(
                 f"--advertise = '{self._address}': the replay server at {self._variables_address} lets "
                 f"{', '.join(may_join) or 'nobody'} join. Start it again with --may_join={self._address}, or give the "
                 "address that it lists.",
                 ExitCode.USAGE,
             )
+        self._has_joined = True
         joined = [address for address in _read(self._reader) if address in may_join]
         if self._address in joined:
             return

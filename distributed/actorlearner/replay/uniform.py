@@ -33,7 +33,9 @@ REPLAY_TABLE = "uniform_table"
 
 _FROM_THE_ITERATOR = re.compile(r"\[\[(\{\{node )?[\w/]*Iterator\w*GetNext")  # rather than from the update
 _UNTRUE = "A number that is not finite, too large, or out of the bounds of its spec"
-_MISFIT = re.compile(r"(A number that is not finite|Inconsistent number|Received incompatible|Cannot batch|Shape of tensor).*(?<!\.)")
+_MISFIT = re.compile(
+    r"(A number that is not finite|Inconsistent number|Received incompatible|Cannot batch|Shape of tensor).*(?<!\.)"
+)
 
 _UNSTAMPED = 1.0  # the priority that stock TF-Agents observers write
 

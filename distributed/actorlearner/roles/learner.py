@@ -41,7 +41,6 @@ from actorlearner.runtime.lifecycle import SAY_EVERY_SECS, ExitCode, RoleError, 
 from actorlearner.runtime.messages import Unreachable
 from actorlearner.variable_container import EvaluationRequests, Phase, Publisher, Purpose, Snapshot, Version
 
-
 UNKNOWN_STEPS, UNKNOWN_SECS = 10_000, 30.0
 """So much further than its status says a learner that was killed may have been; a disk may be slow."""
 

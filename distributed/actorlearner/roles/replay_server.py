@@ -239,9 +239,7 @@ class Keeper:
         return sum(info[table].rate_limiter_info.insert_stats.completed for table in self._tables)
 
 
-def _make_tables(
-    experiment: Experiment, may_join: Sequence[str] = ()
-) -> tuple[list[reverb.Table], list[reverb.Table]]:
+def _make_tables(experiment: Experiment, may_join: Sequence[str] = ()) -> tuple[list[reverb.Table], list[reverb.Table]]:
     """Returns the replay's tables, which checkpoints keep, and the others."""
     agent, _ = experiment.make_agent()
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 import threading
 from collections.abc import Mapping
 from typing import Any, Optional
@@ -42,7 +43,7 @@ class Between:
     or_nan: bool = False
 
     def find_misfit(self, leaf: Any) -> Optional[str]:
-        """Returns what is wrong in a number or an array of numbers, in words; None when nothing is, or it holds none."""
+        """Returns what is wrong in a number or an array, in words; None when nothing is, or it holds no numbers."""
         values = np.asarray(leaf)
         if not values.size or values.dtype.kind not in "iuf":
             return None
@@ -52,11 +53,13 @@ class Between:
         if self.or_nan and np.isnan(lowest):
             return None
         value = highest if self.least <= lowest else lowest
+        if self.most == _LARGEST:
+            return f"= {value}, expected a finite number"
         return f"= {value}, expected {_say(self.least)} to {_say(self.most)}"
 
 
 def _say(number: float) -> str:
-    return "a finite number" if abs(number) == _LARGEST else f"{number:,}" if isinstance(number, int) else f"{number:g}"
+    return f"{number:,}" if isinstance(number, int) else f"{number:g}"
 
 
 FINITE = Between(-_LARGEST, _LARGEST)
@@ -124,7 +127,8 @@ def find_misfit(table: str, row: Any) -> Optional[str]:
     if table == "collect_reports":
         most = MAX_STEPS_PER_SEC * (float(row["wall_secs"]) + 1.0)
         if row["environment_steps"] > most:
-            return f"environment_steps = {row['environment_steps']} in {float(row['wall_secs']):.0f} s, too many to be true"
+            steps, secs = int(row["environment_steps"]), float(row["wall_secs"])
+            return f"environment_steps = {steps:,} in {secs:.0f} s, more than any actor makes"
     return None
 
 
@@ -138,8 +142,8 @@ _said_lock = threading.Lock()
 
 
 def say_left_out(address: str, table: str, why: str) -> None:
-    """Warns that a row was left out; once for each server, table and kind, which is what comes before " = " in `why`."""
-    kind = (address, table, why.partition(" = ")[0])
+    """Warns that a row was left out; once for each server, table and kind: the field that `why` begins with."""
+    kind = (address, table, re.split("/| = ", why)[0])
     with _said_lock:
         if kind in _said or len(_said) > 1_000:  # a stranger must not fill the disk either
             return

@@ -1,10 +1,11 @@
-"""A stranger who reaches the port of a run and writes rows of valid types into every table; for the drill and for tests.
+"""A stranger who reaches the port of a run and writes rows of valid types into every table; for the drill and tests.
 
 `python -m actorlearner.tools.strangers HOST:PORT` writes them all once and prints how many each table took.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,10 +25,10 @@ from actorlearner.runtime.tls_tunnel import reach
 from actorlearner.variable_container import VERSION_TABLE, Phase, read_version
 
 NUMBERS = (2**61, 2**62)
-UNKNOWN = {name: 99 for name in ("phase", "purpose", "is_saved", "step_type", "next_step_type", "action")}
+UNKNOWN = dict.fromkeys(("phase", "purpose", "is_saved", "step_type", "next_step_type", "action"), 99)
 FLOATS = (np.nan, np.inf, -np.inf)
 MAX_CHUNK_STEPS = 200_000
-TIMEOUT_SECS = 5.0
+TIMEOUT_SECS = 20.0  # for a queue of which the learner takes one after the other
 
 WORDS = (
     ["collect-actor", 0, 0, "training is over"],
@@ -58,8 +59,7 @@ def hostile_rows(table: str, signature: Any, num_steps: int = 2) -> Iterator[Any
 def hostile_chunks(signature: Any, num_rows: int = 8) -> Iterator[Any]:
     """Yields chunks, each with one number that cannot be true, and one that is too large."""
     chunk = {**_plausible(signature, num_rows), "length": np.int64(num_rows)}
-    for row in _variations(chunk):
-        yield row
+    yield from _variations(chunk)
     step = chunk["step"]
     yield {**chunk, "step": step._replace(reward=np.full_like(step.reward, 1e38))}
     yield {**_plausible(signature, MAX_CHUNK_STEPS), "length": np.int64(MAX_CHUNK_STEPS)}
@@ -95,19 +95,27 @@ def _text(signature: Any, text: str) -> Any:
     return {name: np.frombuffer(text.encode().ljust(spec.shape[0], b"\0"), np.uint8)}
 
 
-def insert(address: str, table: str, row: Any) -> None:
-    """Puts one row into a table, unchecked, as a client of Reverb's can.
+def insert(address: str, table: str, *rows: Any) -> None:
+    """Puts rows into a table, unchecked, as a client of Reverb's can.
 
     Raises:
-      reverb.errors.ReverbError, RuntimeError: The server did not take it within `TIMEOUT_SECS`.
+      reverb.errors.ReverbError, RuntimeError: The server did not take one within `TIMEOUT_SECS`.
     """
-    client = reverb.Client(reach(address))
-    with client.trajectory_writer(num_keep_alive_refs=1, validate_items=False) as writer:
-        writer.append(row)
-        is_whole = table in (EXPERIENCE_TABLE, STREAM_TABLE, REPLAY_TABLE)  # its leaves have their own time dimension
-        item = tree.map_structure(lambda column: column[-1] if is_whole else column[-1:], writer.history)
-        writer.create_item(table, priority=1.0, trajectory=item)
-        writer.flush(timeout_ms=int(TIMEOUT_SECS * 1000))
+    is_whole = table in (EXPERIENCE_TABLE, STREAM_TABLE, REPLAY_TABLE)  # its leaves have their own time dimension
+    # By shape: a writer's columns keep theirs. One for all rows of a shape, as each takes a second to close.
+    writers: dict[Any, reverb.TrajectoryWriter] = {}
+    with contextlib.ExitStack() as stack:
+        for row in rows:
+            shapes = tuple(np.shape(leaf) for leaf in tree.flatten(row))
+            if shapes not in writers:
+                client = reverb.Client(reach(address))
+                writer = client.trajectory_writer(num_keep_alive_refs=1, validate_items=False)
+                writers[shapes] = stack.enter_context(writer)
+            writer = writers[shapes]
+            writer.append(row)
+            item = tree.map_structure(lambda column: column[-1] if is_whole else column[-1:], writer.history)
+            writer.create_item(table, priority=1.0, trajectory=item)
+            writer.flush(timeout_ms=int(TIMEOUT_SECS * 1000))
 
 
 def claim_the_end(address: str) -> None:
@@ -125,18 +133,18 @@ def claim_the_end(address: str) -> None:
 
 
 def insert_everywhere(address: str) -> dict[str, int]:
-    """Returns how many hostile rows each table took."""
+    """Returns how many hostile rows each table took, in which all found room."""
     taken = {}
     for name, table in read_server_info(address, timeout_secs=TIMEOUT_SECS).items():
         taken[name] = 0
         num_steps = _window_length(address, table) if name == REPLAY_TABLE else 2
-        for row in hostile_rows(name, table.signature, num_steps):
-            try:
-                insert(address, name, row)
-            except (reverb.errors.ReverbError, RuntimeError) as error:
-                print(f"{name}: {str(error)[:200]}")
-                break
-            taken[name] += 1
+        rows = tuple(hostile_rows(name, table.signature, num_steps))
+        try:
+            insert(address, name, *rows)
+        except (reverb.errors.ReverbError, RuntimeError) as error:
+            print(f"{name}: {str(error)[:200]}")
+        else:
+            taken[name] = len(rows)
     claim_the_end(address)
     return taken
 
