@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -48,7 +49,8 @@ def serve():
     for kind in ("ingest ", "subscriber", "reader of "):  # the last are started by the others
         readers = {thread for thread in threading.enumerate() if thread.name.startswith(kind)}
         for reader in readers - _LOST_READERS:
-            reader.join(timeout=3)
+            with contextlib.suppress(RuntimeError):  # it is just being started
+                reader.join(timeout=3)
             if reader.is_alive():
                 _LOST_READERS.add(reader)
     for server in servers:

@@ -102,6 +102,11 @@ def test_a_role_with_a_wrong_address_ends_before_tensorflow_is_imported(flag, me
     [
         (["--replay_address=a:1,b:2", "--task=2"], "error: --task = 2: --replay_address lists 2 replay servers, the "),
         (["--advertise=here"], "error: --advertise = 'here': expected HOST:PORT"),
+        (["--may_join=a:1,b"], "error: --may_join = 'a:1,b': 'b': expected HOST:PORT"),
+        (
+            ["--may_join=a:1", "--advertise=b:2"],
+            "error: --may_join = 'a:1' and --advertise: only the first replay server",
+        ),
     ],
 )
 def test_a_replay_server_that_is_none_of_the_list_is_told_how_to_join(flags, message):

@@ -67,6 +67,7 @@ MAY_IMPORT = {
     "tools.drill_faults": {"tools.drill_disk", "tools.drill_run"},
     "tools.drill_disk": set(),
     "tools.drill_run": {"tools.tcp_wire"},
+    "tools.strangers": {"replay", "reports", "runtime", "variable_container"},
     "tools": {"cluster", "experiment", "replay", "run_directory", "runtime", "variable_container"},
 }
 

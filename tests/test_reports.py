@@ -92,13 +92,33 @@ def test_last_words_arrive_whole_or_cut_to_the_room_there_is(address):
     assert not reports.take_last_words(address)
 
 
-@pytest.mark.parametrize("text", [b"{", b"7", b'["collect-actor", 0, 999, "no such code"]', b"\xff"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"{",
+        b"7",
+        b'["collect-actor", 0, 999, "no such code"]',
+        b'["collect-actor", 0, 0, "as if training had ended"]',
+        b'["collect-actor", 0, 69, "it would be started again"]',
+        b'["collect-actor", 4611686018427387904, 65, "no such task"]',
+        b'["nobody", 0, 65, "no such role"]',
+        b'["eval-actor", 0, [65], "no code at all"]',
+        b"\xff",
+    ],
+)
 def test_a_strangers_last_words_are_left_out(address, text):
     """Whoever reaches the port could end the run with one row, or hide the reason that an actor gives."""
     row = np.frombuffer(text.ljust(2_000, b"\0"), np.uint8)
     messages.Sender(address).put(reports.LAST_WORDS_TABLE, {"text": row}, 30)
     assert reports.leave_last_words(address, WORDS, timeout_secs=30)
     assert reports.take_last_words(address) == [WORDS]
+
+
+def test_last_words_cannot_write_to_the_terminal(address):
+    """Whoever follows the log would see what a stranger draws over it."""
+    assert reports.leave_last_words(address, dataclasses.replace(WORDS, message="\x1b[2J\x07gone"), timeout_secs=30)
+    (words,) = reports.take_last_words(address)
+    assert words.message == "?[2J?gone"
 
 
 def test_last_words_that_nobody_takes_hold_nobody_up(unused_address):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 
 import numpy as np
@@ -13,6 +14,8 @@ from actorlearner import variable_container
 from actorlearner.runtime import messages
 from actorlearner.runtime.lifecycle import ExitCode, RoleError, Stop
 from actorlearner.variable_container import (
+    UNCONTRADICTED_SECS,
+    Belief,
     EvaluationRequest,
     EvaluationRequests,
     Phase,
@@ -20,6 +23,7 @@ from actorlearner.variable_container import (
     Purpose,
     Snapshot,
     Subscriber,
+    Version,
 )
 
 
@@ -196,6 +200,113 @@ def test_a_restarted_learner_publishes_nothing_older_than_what_was_published(add
     again.publish(101, make_variables(1.01))
     now = variable_container.read_version(address)
     assert now.train_step == 101 and now.version > published.version
+
+
+def board_row(**values):
+    news = {"version": 0, "train_step": 0, "phase": Phase.TRAINING, "learner": 1, "heartbeat": 0, "num_chunks": 0}
+    return {name: np.int64(value) for name, value in {**news, **values}.items()}
+
+
+@pytest.mark.parametrize("stranger", [{"version": 10**9}, {"version": 2**61}, {"version": 10**9, "learner": 7}])
+def test_weights_of_a_version_far_ahead_do_not_stay(address, publish, subscriber, eventually, stranger):
+    """The learner's own versions are lower for ever: its actors would act on what a stranger put there."""
+    publisher, variables = publish(address), make_variables(1.0)
+    publisher.announce(Phase.TRAINING)
+    publisher.publish(5, variables)
+    eventually(lambda: subscriber.latest() and subscriber.latest().train_step == 5)
+    sender = messages.Sender(address)
+    weights = {"policy_variables": [np.full(2, 9, np.float32), np.float32(9)], "train_step": np.int64(6)}
+    sender.put(variable_container.VARIABLES_TABLE, weights, 30)
+    sender.put(variable_container.VERSION_TABLE, board_row(**{"heartbeat": 10**6, **stranger}), 30)
+    for variable in variables:
+        variable.assign(2.0 * variable)
+    publisher.publish(7, variables)
+    eventually(lambda: subscriber.latest().train_step == 7)
+    assert subscriber.latest().variables[0].tolist() == [2.0, 2.0]
+
+
+def test_weights_that_are_not_finite_are_never_acted_on_and_are_put_right(address, publish, subscriber, eventually):
+    """A NaN in the weights makes each action one; nothing newer need come while nothing is trained."""
+    publisher = publish(address)
+    publisher.publish(5, make_variables(1.0))
+    eventually(lambda: subscriber.latest() and publisher._num_puts > 0)
+    weights = {"policy_variables": [np.full(2, np.nan, np.float32), np.float32(1)], "train_step": np.int64(6)}
+    messages.Sender(address).put(variable_container.VARIABLES_TABLE, weights, 30)
+    eventually(lambda: subscriber.latest().version > 0)
+    assert (subscriber.latest().train_step, subscriber.latest().variables[0].tolist()) == (5, [1.0, 1.0])
+    late = Subscriber(address, VARIABLES, refresh_interval_secs=0.02)
+    eventually(late.latest)
+    late.close()
+    assert late.latest().variables[0].tolist() == [1.0, 1.0]
+
+
+def test_one_row_does_not_end_training(address, publish, subscriber, eventually):
+    """An actor that ends with 0 is started again by nobody; on other hosts the run would stand still."""
+    publisher = publish(address)
+    publisher.announce(Phase.TRAINING)
+    publisher.publish(5, VARIABLES)
+    eventually(subscriber.latest)
+    belief = Belief()
+    assert subscriber.phase() is Phase.TRAINING
+    for learner in (1, 99):
+        claim = board_row(phase=Phase.OVER, learner=learner, heartbeat=10**6)
+        messages.Sender(address).put(variable_container.VERSION_TABLE, claim, 30)
+        version = variable_container.read_version(address)
+        assert version is not None and not (belief.holds(version) and version.phase is Phase.OVER)
+        heard = variable_container.read_version(address).heartbeat
+        eventually(lambda heard=heard: variable_container.read_version(address).heartbeat != heard)
+        assert subscriber.phase() is Phase.TRAINING
+    publisher.announce(Phase.OVER)
+    eventually(lambda: subscriber.phase() is Phase.OVER)
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_whom_the_board_is_believed():
+    """A stranger's row is replaced within a second; the last word of a learner that has ended stays."""
+    clock = Clock()
+    belief = Belief(clock)
+    first = Version(0, 0, Phase.TRAINING, learner=1, heartbeat=5)
+    assert not belief.holds(first)
+    assert belief.holds(dataclasses.replace(first, heartbeat=6)), "its next heartbeat"
+    assert belief.holds(dataclasses.replace(first, version=3, heartbeat=7)), "known: at once"
+    over = dataclasses.replace(first, phase=Phase.OVER, heartbeat=900)
+    assert not belief.holds(over)
+    assert belief.holds(dataclasses.replace(first, heartbeat=8)), "the true one goes on"
+    clock.now += 2 * UNCONTRADICTED_SECS
+    assert not belief.holds(dataclasses.replace(over, heartbeat=901)), "what was contradicted does not count"
+    clock.now += UNCONTRADICTED_SECS
+    assert belief.holds(dataclasses.replace(over, heartbeat=901)), "nobody contradicts"
+    assert belief.holds(dataclasses.replace(over, heartbeat=902))
+
+
+def test_sixty_strangers_snapshots_do_not_silence_evaluations(address):
+    """Of an unknown purpose they ended the eval actor; of other types each cost it a look."""
+    due = {
+        "policy_variables": make_arrays(1),
+        "purpose": np.int64(0),
+        "train_step": np.int64(1),
+        "version": np.int64(1),
+    }
+    strays = (
+        {**due, "purpose": np.int64(99)},
+        {**due, "version": np.int64(2**61)},
+        {**due, "policy_variables": make_arrays(np.nan)},
+        {**due, "train_step": np.float32(1.0)},
+    )
+    for stray in strays:
+        sender = messages.Sender(address)
+        for _ in range(15):
+            sender.put(variable_container.EVALUATIONS_TABLE, stray, 30)
+    EvaluationRequests(address).put(EvaluationRequest(Snapshot(4, 400, make_arrays(4)), Purpose.PERIODIC))
+    request = variable_container.take_evaluation(address, VARIABLES)
+    assert request is not None and request.snapshot.train_step == 400
+    assert variable_container.take_evaluation(address, VARIABLES) is None
 
 
 def test_a_second_learner_shows_on_the_version_board(address, publish, eventually):

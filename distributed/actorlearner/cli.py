@@ -71,6 +71,10 @@ def make_parser() -> argparse.ArgumentParser:
         help="join the run under way at --variables_address: the other roles find this server here",
     )  # fmt: skip
     server.add_argument(
+        "--may_join", metavar="HOST:PORT[,...]",
+        help="of the first replay server: others may join the run under way at these addresses (default: none may)",
+    )  # fmt: skip
+    server.add_argument(
         "--local_only", action="store_true", help="let nobody but this machine reach the port, as `train` does"
     )
 
@@ -367,7 +371,9 @@ def _replay_server(arguments: argparse.Namespace) -> int:
         from actorlearner.runtime.lifecycle import ExitCode, RoleError
 
         addresses = cluster.replay_addresses
+        may_join = tuple(arguments.may_join.split(",")) if arguments.may_join else ()
         try:
+            _check_may_join(arguments, may_join)
             if arguments.advertise:
                 check_address("advertise", arguments.advertise)
             elif cluster.task >= len(addresses) > 1:
@@ -394,11 +400,24 @@ def _replay_server(arguments: argparse.Namespace) -> int:
             task=cluster.task,
             variables_address=None if is_first else cluster.variables_address,
             advertise=arguments.advertise,
+            may_join=may_join,
             local_only=arguments.local_only,
             tunnel_only=bool(arguments.tls_dir),
         )
 
     return _run_role(arguments, run)
+
+
+def _check_may_join(arguments: argparse.Namespace, may_join: Sequence[str]) -> None:
+    """Returns when these are addresses, and this server is the one to list them. Raises `ValueError`."""
+    from actorlearner.cluster import check_address
+
+    for address in may_join:
+        check_address("may_join", address, arguments.may_join)
+    if may_join and arguments.advertise:
+        raise ValueError(
+            f"--may_join = '{arguments.may_join}' and --advertise: only the first replay server lists who may"
+        )
 
 
 def _learner(arguments: argparse.Namespace) -> int:

@@ -21,14 +21,18 @@ import reverb
 import tensorflow as tf
 
 from actorlearner.runtime import messages
-from actorlearner.runtime.lifecycle import ExitCode, RoleError
+from actorlearner.runtime.lifecycle import FINAL_CODES, ExitCode, RoleError
 from actorlearner.runtime.messages import Unreachable
+from actorlearner.runtime.row_checks import MAX_TASK, say_left_out
 from actorlearner.variable_container import Purpose
 
 EVALUATIONS_DONE_TABLE = "evaluations_done"
 EVALUATIONS_PROGRESS_TABLE = "evaluations_progress"
 COLLECT_REPORTS_TABLE = "collect_reports"
 LAST_WORDS_TABLE = "last_words"
+
+ACTORS = ("collect-actor", "eval-actor")
+"""Who leaves last words."""
 
 MAX_ROWS = 1_000
 """So many rows are taken in one call; the others in the next."""
@@ -260,13 +264,23 @@ def take_last_words(address: str, timeout_secs: float = 5.0) -> Sequence[LastWor
     found = []
     for row in rows:
         try:
-            role, task, exit_code, message = json.loads(row["text"].tobytes().rstrip(b"\0"))
-            found.append(LastWords(str(role), int(task), ExitCode(exit_code), str(message)))
+            found.append(_read_words(row["text"].tobytes()))
         except (ValueError, TypeError) as error:  # one row must not hide the others, nor end the run
-            logging.warning(
-                "a row in the table '%s' at %s is no actor's and is left out: %s", LAST_WORDS_TABLE, address, error
-            )
+            say_left_out(address, LAST_WORDS_TABLE, f"these are no actor's last words: {error}")
     return found
+
+
+def _read_words(text: bytes) -> LastWords:
+    """Returns what a row says. Raises `ValueError` or `TypeError` when no actor of ours can have said it."""
+    role, task, exit_code, message = json.loads(text.rstrip(b"\0"))
+    if role not in ACTORS:
+        raise ValueError(f"role = {role!r:.50}, expected one of {', '.join(ACTORS)}")
+    if type(task) is not int or not 0 <= task <= MAX_TASK:
+        raise ValueError(f"task = {task!r:.50}, expected 0 to {MAX_TASK:,}")
+    if exit_code not in FINAL_CODES:  # with any other code, 0 above all, it would be started again
+        raise ValueError(f"exit_code = {exit_code!r:.50}, expected one of {sorted(map(int, FINAL_CODES))}")
+    printable = "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in str(message))
+    return LastWords(role, task, int(exit_code), printable)
 
 
 class BlockedShare:

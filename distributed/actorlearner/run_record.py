@@ -16,6 +16,7 @@ from actorlearner.experiment import Experiment
 from actorlearner.run_directory import RunDirectory
 from actorlearner.runtime import messages
 from actorlearner.runtime.messages import Unreachable
+from actorlearner.runtime.row_checks import keep_plausible
 from actorlearner.runtime.telemetry import Events, Rate
 
 ALIVE_SECS = 15.0
@@ -43,10 +44,11 @@ class RunRecord:
         self._account = account
         self._replay: dict[str, Any] = {}  # its account of at most a second ago
         self._wall_secs_before = counts.get("wall_secs", 0.0)
-        self._collected: dict[str, int] = counts.get("collected", {})
+        self._collected: dict[str, int] = keep_plausible(counts.get("collected", {}))
         # What the replay got was collected, also where the report of it died with its actor.
-        self._least_steps: int = max(counts.get("environment_steps", 0), counts.get("inserts", 0))
-        self._crashes: dict[str, int] = counts.get("crashes", {})
+        before = keep_plausible({name: counts.get(name, 0) for name in ("environment_steps", "inserts")})
+        self._least_steps: int = max([0, *before.values()])
+        self._crashes: dict[str, int] = keep_plausible(counts.get("crashes", {}))
         self._started_at = time.monotonic()
         self._train_step = 0
         self._train_step_time: Optional[float] = None

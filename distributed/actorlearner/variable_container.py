@@ -14,7 +14,7 @@ import enum
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
 import numpy as np
@@ -24,12 +24,16 @@ from tf_agents.experimental.distributed import reverb_variable_container as stoc
 
 from actorlearner.runtime import messages
 from actorlearner.runtime.lifecycle import ExitCode, RoleError, Stop
-from actorlearner.runtime.messages import BoardReader, Unreachable
+from actorlearner.runtime.messages import BoardReader, Misfit, Unreachable
+from actorlearner.runtime.row_checks import say_left_out
 
 VARIABLES_TABLE = stock.DEFAULT_TABLE
 VERSION_TABLE = "variables_version"
 EVALUATIONS_TABLE = "evaluations_due"
 MAX_EVALUATIONS_DUE = 1_000
+
+UNCONTRADICTED_SECS = 3.0
+"""What the version board says for so long is believed; a learner's heartbeats are a second apart."""
 
 _INT64 = tf.TensorSpec((), tf.int64)
 VERSION_SIGNATURE = dict.fromkeys(("version", "train_step", "phase", "learner", "heartbeat", "num_chunks"), _INT64)
@@ -139,12 +143,17 @@ def await_container(address: str, variables: Sequence[tf.Variable], *, stop: Sto
 
 
 def read_version(address: str, timeout_secs: float = 5.0) -> Optional[Version]:
-    """Returns the version board, or None before the first publish; blocks at most about twice `timeout_secs`.
+    """Returns the version board, or None before the first publish, or while it holds a stranger's row.
+
+    Blocks at most about twice `timeout_secs`. What it says may still be a stranger's word: see `Belief`.
 
     Raises:
       Unreachable: The server does not answer within the deadline.
     """
-    return _to_version(_make_version_reader(address).read(timeout_secs))
+    try:
+        return _to_version(_make_version_reader(address).read(timeout_secs))
+    except Misfit:
+        return None
 
 
 def _make_version_reader(address: str) -> BoardReader:
@@ -162,6 +171,40 @@ def _to_version(row: Optional[Any]) -> Optional[Version]:
         heartbeat=int(row["heartbeat"]),
         num_chunks=int(row["num_chunks"]),
     )
+
+
+class Belief:
+    """Whether what the version board says is the learner's word: whoever reaches the port can write a row there too.
+
+    A learner's heartbeat replaces such a row within a second. So a learner that was believed is believed at once while
+    training goes on; another one, or the end of training, when its next heartbeat says the same, or when nobody said
+    anything else for `UNCONTRADICTED_SECS`: a learner that has ended, or was killed, has no more heartbeats.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        """Args:
+        clock: In seconds.
+        """
+        self._clock = clock
+        self._believed: Optional[Version] = None
+        self._claim: Optional[Version] = None
+        self._claimed_at = 0.0
+
+    def holds(self, version: Version) -> bool:
+        """Returns whether `version`, just read from the board, is to be acted on. Call it with every reading."""
+        believed, claim = self._believed, self._claim
+        is_known = believed is not None and version.learner == believed.learner
+        if not (is_known and version.phase <= max(Phase.TRAINING, believed.phase if believed else Phase.TRAINING)):
+            is_claimed_again = claim is not None and (claim.learner, claim.phase) == (version.learner, version.phase)
+            if not is_claimed_again:
+                self._claim, self._claimed_at = version, self._clock()
+                return False
+            assert claim is not None
+            is_old = self._clock() - self._claimed_at >= UNCONTRADICTED_SECS
+            if not (version.heartbeat > claim.heartbeat or is_old):
+                return False
+        self._believed, self._claim = version, None
+        return True
 
 
 class Publisher:
@@ -196,6 +239,7 @@ class Publisher:
         self._phase = Phase.WARMING_UP
         self._snapshot: Optional[Snapshot] = None
         self._unpublished = False
+        self._num_puts = -1  # into the container's table, when it was looked at after the last publish; -1: not yet
         self._lock = threading.Lock()  # guards the fields above; never held while talking to the server
         self._talking = threading.Lock()  # one conversation with the server at a time
         self._sender = messages.Sender(address)
@@ -260,11 +304,23 @@ class Publisher:
                 logging.exception("publishing failed; trying again")
 
     def _republish_if_lost(self) -> None:
-        size = messages.read_server_info(self.address, timeout_secs=5)[VARIABLES_TABLE].current_size
-        with self._lock:
-            if not size:
-                self._newer = None  # gone with its server
-                self._unpublished = self._snapshot is not None
+        """Has the last snapshot sent again if the container is empty, or somebody else wrote over it."""
+        with self._talking:  # else what is just being sent would look like somebody else's
+            table = messages.read_server_info(self.address, timeout_secs=5)[VARIABLES_TABLE]
+            num_puts = table.rate_limiter_info.insert_stats.completed
+            with self._lock:
+                is_lost = not table.current_size
+                is_replaced = not is_lost and self._newer is None and num_puts > self._num_puts >= 0
+                if is_lost:
+                    self._newer = None  # gone with its server
+                    self._unpublished = self._snapshot is not None
+                elif is_replaced and self._snapshot is not None:  # a new version: else nobody would pull it again
+                    self._snapshot = dataclasses.replace(self._snapshot, version=self._next_version)
+                    self._next_version += 1
+                    self._unpublished = True
+                self._num_puts = -1 if self._unpublished else num_puts
+        if is_replaced:
+            say_left_out(self.address, VARIABLES_TABLE, "somebody else put weights there; the learner's are put back")
 
     def _send(self, timeout_secs: float) -> bool:
         with self._talking:
@@ -276,6 +332,8 @@ class Publisher:
                     self._newer = None
                 newer = self._newer
                 self._unpublished = unpublished and newer is not None
+                if unpublished:
+                    self._num_puts = -1
                 self._heartbeat += 1
                 heartbeat = self._heartbeat
             version, train_step = snapshot.version, np.int64(snapshot.train_step)
@@ -337,7 +395,7 @@ def take_evaluation(
 ) -> Optional[EvaluationRequest]:
     """Returns the oldest snapshot due, which no other eval actor will get; None when none is due.
 
-    Blocks at most about twice `timeout_secs` seconds.
+    Strangers' rows before it are passed over. Blocks at most about twice `timeout_secs` seconds.
 
     Raises:
       Unreachable: The server does not answer within the deadline.
@@ -393,28 +451,31 @@ class Subscriber:
         self._closing.set()
 
     def _refresh(self) -> None:
-        unheeded: Optional[Version] = None  # read, but its weights could not be pulled yet
+        belief = Belief()
+        unheeded: Optional[Version] = None  # read, but not believed yet, or its weights could not be pulled
         while not self._closing.is_set():
             try:
                 version = unheeded = _to_version(self._versions.read_newer()) or unheeded
-                if version is not None and version != self._version:
+                is_believed = version is None or belief.holds(version)
+                if version is not None and is_believed and version != self._version:
                     self._heard_at = time.monotonic()
-                    if self._is_newer(version):
+                    if self._is_other(version):
                         self._pull(version)
                     self._version = version
-                unheeded = None
-                self._has_looked.set()
+                if is_believed:
+                    unheeded = None
+                    self._has_looked.set()
             except Unreachable as error:
                 logging.debug("%s", error)
             except Exception:  # the actor would act on old weights for ever and never hear of the end
                 logging.exception("refreshing weights failed; trying again")
             self._closing.wait(self._refresh_interval_secs)
 
-    def _is_newer(self, version: Version) -> bool:
+    def _is_other(self, version: Version) -> bool:
         if self._snapshot is None or self._version is None:
             return True
-        # Another learner's versions are its own: a restarted one may have begun at a lower number.
-        return version.version > self._snapshot.version or version.learner != self._version.learner
+        # Lower numbers too: a restarted learner may have begun at one, and a stranger's high one must not stay.
+        return (version.version, version.learner) != (self._snapshot.version, self._version.learner)
 
     def _pull(self, version: Version) -> None:
         row = self._variables.read()

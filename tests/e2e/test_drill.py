@@ -23,6 +23,7 @@ FAULTS = (
     "kill-replay-server-twice",
     "garbage",
     "stray-insert",
+    "hostile-rows",
     "lose-network",
     "kill-everything",
     "damage-checkpoints",
@@ -78,9 +79,11 @@ def test_training_goes_on_from_the_mirror_and_its_new_server_saves_what_it_is_gi
     assert re.search(r"[1-9]\d* chunks that it had lost were given back", log.read_text())
 
 
-@pytest.mark.parametrize("fault", ["insert with a wrong signature", "garbage to the port"])
+@pytest.mark.parametrize(
+    "fault", ["insert with a wrong signature", "garbage to the port", "hostile rows in every table"]
+)
 def test_a_stranger_ends_nobody(drill: Drill, fault: str):
-    """Reverb's server takes any item, and the next to sample it fails."""
+    """Reverb's server takes any item; the next to sample it fails, or what it says ends the run and every resume."""
     assert not broken(drill.outcomes[fault]), drill.process.output
 
 

@@ -23,7 +23,7 @@ ENDLESS = (
 )
 FIRST = (
     ".venv/bin/actorlearner replay-server dqn_cartpole --replay_address=host1:8008,host2:8008 --task=0 "
-    "--root_dir=runs/cartpole"
+    "--root_dir=runs/cartpole --may_join=host3:8008"
 )
 SECOND = (
     ".venv/bin/actorlearner replay-server dqn_cartpole --replay_address=host1:8008,host2:8008 --task=1 "
@@ -33,9 +33,7 @@ THIRD = (
     ".venv/bin/actorlearner replay-server dqn_cartpole --advertise=host3:8008 --variables_address=host1:8008 --task=2 "
     "--root_dir=runs/cartpole"
 )
-LEARNER = (
-    ".venv/bin/actorlearner learner dqn_cartpole --replay_address=host1:8008,host2:8008 --root_dir=runs/cartpole"
-)
+LEARNER = ".venv/bin/actorlearner learner dqn_cartpole --replay_address=host1:8008,host2:8008 --root_dir=runs/cartpole"
 ACTOR = (
     ".venv/bin/actorlearner collect-actor dqn_cartpole --replay_address=host1:8008,host2:8008 "
     "--root_dir=runs/cartpole --task=0"
@@ -83,7 +81,6 @@ class Run:
         """Returns when status.json says of just these servers whether they answer."""
         expected = {getattr(self, name): answers for name, answers in answering.items()}
         self._eventually(lambda: self.status().get("replay", {}).get("servers") == expected, secs=SHORT_SECS)
-
 
 
 def is_ratio_kept(replay: dict[str, Any]) -> bool:

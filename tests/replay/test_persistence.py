@@ -237,3 +237,15 @@ def test_the_ratio_of_a_server_that_samples_goes_on_where_it_was(serve, tmp_path
     insert(client, 4)
     assert len(list(client.sample("kept", num_samples=4, emit_timesteps=False))) == 4
     lives.pop().stop()
+
+
+def test_a_strangers_request_neither_stops_the_server_nor_hides_the_learners(serve):
+    """One row made each look raise until the next request: the server noticed no end, and saved nothing at it."""
+    address = f"localhost:{serve(persistence.make_tables()).port}"
+    row = {"train_step": -5, "learner": 1, "number": 1, "is_saved": 0}
+    sender = messages.Sender(address)
+    sender.put(persistence.DUE_TABLE, {name: np.int64(value) for name, value in row.items()}, 30)
+    assert persistence.read_due(address) is None
+    row["train_step"] = 5
+    sender.put(persistence.DUE_TABLE, {name: np.int64(value) for name, value in row.items()}, 30)
+    assert persistence.read_due(address) == persistence.Due(5, 1, 1)

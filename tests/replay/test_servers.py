@@ -80,12 +80,13 @@ def test_without_any_server_the_wait_ends_and_names_them(quick, unused_address):
     assert raised.value.exit_code == ExitCode.UNAVAILABLE
 
 
-def test_all_that_join_are_heard_of_and_again_after_the_board_was_lost(quick, serve, unused_address, eventually):
+def test_all_that_join_are_heard_of_and_again_after_the_board_was_lost(quick, serve, spec, eventually):
     """Whoever pushed another off the board, or lost it with its server, would leave a part of the replay unread."""
     port = portpicker.pick_unused_port()
-    first, second = f"localhost:{port}", f"localhost:{serve(make_tables()).port}"
-    board = reverb.Server(make_tables(), port=port)
-    joining = [Announcement(first, address) for address in (second, unused_address)]
+    first, second = f"localhost:{port}", f"localhost:{serve(REPLAY.make_tables(spec, sample())).port}"
+    third = f"localhost:{serve(REPLAY.make_tables(spec, sample())).port}"
+    board = reverb.Server(make_tables([second, third]), port=port)
+    joining = [Announcement(first, address) for address in (second, third)]
 
     def hear_of_all():
         servers = ReplayServers([first], task=1)
@@ -95,15 +96,47 @@ def test_all_that_join_are_heard_of_and_again_after_the_board_was_lost(quick, se
         assert servers.mine() == first or len(heard) > 1
         for announcement in joining:
             announcement.renew()
-        eventually(lambda: heard == [first, second, unused_address])
-        eventually(lambda: list(servers.away()) == [unused_address] and servers.mine() == second)
+        eventually(lambda: heard == [first, second, third])
+        eventually(lambda: servers.mine() == second)
         servers.close()
 
     hear_of_all()
     board.stop()
-    board = reverb.Server(make_tables(), port=port)
+    board = reverb.Server(make_tables([second, third]), port=port)
     hear_of_all()
     board.stop()
+
+
+def test_a_server_that_the_first_does_not_list_does_not_join(quick, serve, spec, unused_address):
+    """Whoever can write one row would send learner and actors to an address of his own."""
+    listed = f"localhost:{serve(make_tables([unused_address])).port}"
+    for first, who in (
+        (listed, unused_address),
+        (f"localhost:{serve(REPLAY.make_tables(spec, sample())).port}", "nobody"),
+    ):
+        with pytest.raises(RoleError, match=f"--advertise = 'host:7': .* lets {who} join.*--may_join=host:7") as raised:
+            Announcement(first, "host:7").renew()
+        assert raised.value.exit_code == ExitCode.USAGE
+
+
+def test_a_listed_address_that_serves_something_else_or_is_silent_is_not_written_to(quick, serve, spec, caplog):
+    """An actor would write to it, and the learner end at its tables."""
+    foreign = f"localhost:{serve([reverb.Table.queue('somebody_elses', max_size=10)]).port}"
+    first = f"localhost:{serve([*REPLAY.make_tables(spec, sample()), *make_tables([foreign, 'localhost:1'])]).port}"
+    for address in (foreign, "localhost:1"):
+        Announcement(first, address).renew()
+    servers = ReplayServers([first], task=1)
+    servers.await_tables(REPLAY.table_signatures(spec), stop=Stop(), deadline_secs=30)
+    servers.watch(first)
+    servers.close()
+    assert servers.all() == (first,)
+    assert f"{foreign} has no table" in caplog.text
+
+
+def test_no_more_servers_join_than_a_run_takes():
+    """Over TLS each role starts a process for each of them."""
+    with pytest.raises(RoleError, match=r"--may_join = .* lists 16 replay servers: expected fewer than 16"):
+        make_tables([f"host:{port}" for port in range(1, 17)])
 
 
 def test_a_sampled_replay_refuses_several_servers():
@@ -186,7 +219,11 @@ def test_two_readers_that_have_the_same_chunk_in_hand_count_it_once(addresses, s
 
 
 def test_what_a_server_held_that_was_away_comes_when_it_is_back_and_is_counted_once(
-    quick, serve, spec, tmp_path, eventually  # noqa: F811
+    quick,
+    serve,
+    spec,
+    tmp_path,
+    eventually,  # noqa: F811
 ):
     """A learner that waits for a dead server trains nothing; one that counts its chunks anew breaks the ratio."""
     port = portpicker.pick_unused_port()

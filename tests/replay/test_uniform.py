@@ -38,6 +38,11 @@ STRAYS = {  # a step, and how many of them make an item
     "another shape": (STEP._replace(observation=np.zeros(2, np.float32)), 2),
     "another type": (STEP._replace(reward=np.float64(0.0)), 2),
     "another length": (STEP, 3),  # which Reverb lets pass
+    "a NaN": (STEP._replace(reward=np.float32(np.nan)), 2),
+    "an infinity": (STEP._replace(observation=np.array([-np.inf], np.float32)), 2),
+    "a reward that overflows": (STEP._replace(reward=np.float32(1e38)), 2),
+    "an action that there is none of": (STEP._replace(action=np.int64(2)), 2),
+    "an unknown kind of step": (STEP._replace(step_type=np.int32(7)), 2),
 }
 
 

@@ -99,6 +99,30 @@ def test_a_strangers_row_in_a_queue_is_left_out_and_the_others_arrive(address, s
     assert "held a row that does not fit" in caplog.text
 
 
+def test_sixty_strangers_rows_at_the_head_of_a_queue_are_passed_over_in_one_look(serve, caplog):
+    """Each cost an eval actor a look, half a second and more: evaluations were silent for a minute."""
+    address = f"localhost:{serve([messages.make_queue('queue', 100, SIGNATURE)]).port}"
+    sender = messages.Sender(address)
+    for _ in range(30):
+        sender.put("queue", {"number": np.int64(1), "values": [np.full(2, np.nan, np.float32)]}, 30)
+        messages.Sender(address).put("queue", {"number": np.float32(1), "values": [np.zeros(2, np.float32)]}, 30)
+    for number in (7, 8):
+        sender.put("queue", row(number), 30)
+    assert numbers(messages.take(address, "queue", SIGNATURE)) == [7]
+    assert numbers(messages.take(address, "queue", SIGNATURE)) == [8], "not one that others may want is lost"
+    assert len(caplog.messages) == 2, "each kind once"
+
+
+@pytest.mark.parametrize("take", [messages.take, messages.take_current])
+def test_a_row_that_cannot_be_true_is_left_out_of_a_queue(address, take, caplog):
+    """A NaN in one report would make every sum of them a NaN."""
+    sender = messages.Sender(address)
+    for line in (row(1), {"number": np.int64(5), "values": [np.full(2, np.inf, np.float32)]}, row(3)):
+        sender.put("queue", line, 30)
+    assert numbers(take(address, "queue", SIGNATURE, max_rows=10)) == [1, 3]
+    assert "values/0 = inf" in caplog.text
+
+
 @pytest.mark.parametrize("steps", [-1, slice(-2, None)], ids=["no step", "two steps"])
 def test_an_item_that_is_no_row_is_left_out_and_the_others_arrive(address, steps, caplog):
     """A client that leaves out the time dimension, or writes sequences, is a stranger too."""

@@ -6,7 +6,6 @@ What a chunk is says `resident.py`.
 from __future__ import annotations
 
 import dataclasses
-import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Optional
@@ -15,7 +14,9 @@ import numpy as np
 import reverb
 import tree
 
+from actorlearner.replay.chunk_checks import is_chunk
 from actorlearner.runtime.messages import Unreachable, each_within, read_server_info
+from actorlearner.runtime.row_checks import say_left_out
 from actorlearner.runtime.tls_tunnel import reach
 
 EXPERIENCE_TABLE = "experience"
@@ -64,12 +65,17 @@ class Life:
         return now.began_after > self.began_before + CLOCK_SLACK_SECS or now.num_inserted < self.num_inserted
 
 
+def _find_other_parts(leaves: Sequence[np.ndarray], signature: Any) -> Optional[str]:
+    return None if is_chunk(leaves, signature) else "its parts do not belong together"
+
+
 def read_chunks(
     address: str,
     *,
     silent_secs: float,
     on_chunk: Callable[[], object] = lambda: None,
     has_data: bool = True,
+    find_misfit: Callable[[Sequence[np.ndarray], Any], Optional[str]] = _find_other_parts,
     into: Optional[dict[int, Any]] = None,
 ) -> dict[int, Any]:
     """Returns the chunks of a server's table by number, or None for each unless `has_data`; in no order.
@@ -82,6 +88,8 @@ def read_chunks(
       silent_secs: So long it may hand out nothing; it hands out nothing while it saves a checkpoint.
       on_chunk: Called for each sample; what it raises ends the reading.
       has_data: Whether the chunks are kept, or their numbers alone.
+      find_misfit: Returns why an item, given its leaves and the table's signature, is no chunk of this experiment's: a
+        stranger's, as Reverb's server takes what its client did not check. It is left out, with a warning of each kind.
       into: What was read before, which is added to and returned; what was read is there also after an error.
 
     Raises:
@@ -91,7 +99,6 @@ def read_chunks(
     client = reverb.Client(reach(address))
     chunks: dict[int, Any] = {} if into is None else into
     keys: set[int] = set()
-    misfits: set[int] = set()  # of strangers: Reverb's server takes what its client did not check
     life, table = Life.read(address)
     # Drawing n of n with replacement takes about n ln n draws; the bound leaves room, and ends it though others write.
     # The client's own sampler is ten times as fast as a dataset here.
@@ -103,8 +110,9 @@ def read_chunks(
             if sample.info.key in keys:
                 continue
             keys.add(sample.info.key)
-            if not is_chunk(sample.data, table.signature):
-                misfits.add(sample.info.key)
+            why = find_misfit(sample.data, table.signature)
+            if why:
+                say_left_out(address, EXPERIENCE_TABLE, why)
                 continue
             chunk = tree.unflatten_as(table.signature, sample.data)
             chunks.setdefault(int(chunk["chunk"]), chunk if has_data else None)
@@ -114,14 +122,6 @@ def read_chunks(
             raise Unreachable(f"the server at {address} was restarted while '{EXPERIENCE_TABLE}' was read")
         if len(keys) >= size or num_draws >= most_draws:
             break
-    if misfits:
-        logging.warning(
-            "%d items in the table '%s' at %s are not this experiment's and are left out: some other client "
-            "inserts there. Keep its port on a network you trust.",
-            len(misfits),
-            EXPERIENCE_TABLE,
-            address,
-        )
     return chunks
 
 
@@ -131,22 +131,6 @@ def _each_sample(samples: Iterable[Any], address: str, silent_secs: float) -> It
         yield from each_within(silent_secs, samples, where)
     except (reverb.errors.ReverbError, RuntimeError) as error:  # its server was stopped meanwhile
         raise Unreachable(f"reading {where} failed: {error}") from error
-
-
-def is_chunk(leaves: Sequence[np.ndarray], signature: Any) -> bool:
-    """Returns whether an item is a chunk: the signature's leaves, all of the same environments and rows."""
-    specs = tree.flatten(signature)
-    if len(leaves) != len(specs) or not all(
-        spec.dtype == leaf.dtype and spec.shape.is_compatible_with(leaf.shape) for spec, leaf in zip(specs, leaves)
-    ):
-        return False
-    chunk = tree.unflatten_as(signature, leaves)
-    shape = chunk["ends_run"].shape
-    return (
-        chunk["acted_at"].shape == shape[1:]
-        and 0 < chunk["length"] <= shape[1]
-        and all(leaf.shape[:2] == shape for leaf in tree.flatten(chunk["step"]))
-    )
 
 
 class Losses:

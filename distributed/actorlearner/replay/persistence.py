@@ -34,7 +34,7 @@ from reverb.cc.checkpointing import checkpoint_pb2
 from actorlearner.replay.servers import ReplayServers
 from actorlearner.runtime import durable_files, messages
 from actorlearner.runtime.lifecycle import ExitCode, RoleError
-from actorlearner.runtime.messages import Unreachable
+from actorlearner.runtime.messages import Misfit, Unreachable
 
 DUE_TABLE = "checkpoint_due"
 DONE_TABLE = "checkpoint_done"
@@ -63,8 +63,15 @@ class Due:
 
 
 def read_due(address: str, timeout_secs: float = 5.0) -> Optional[Due]:
-    """Returns the last request, or None when there was none. Blocks and raises as `messages.read`."""
-    row = messages.read(address, DUE_TABLE, _SIGNATURE, timeout_secs=timeout_secs)
+    """Returns the last request, or None when there was none, or only a stranger's. Blocks as `messages.read`.
+
+    Raises:
+      Unreachable: The server does not answer within the deadline.
+    """
+    try:
+        row = messages.read(address, DUE_TABLE, _SIGNATURE, timeout_secs=timeout_secs)
+    except Misfit:  # the learner asks again; until then the server must go on, and at the end save
+        return None
     return row and Due(int(row["train_step"]), int(row["learner"]), int(row["number"]))
 
 

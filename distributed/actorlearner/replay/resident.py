@@ -36,14 +36,16 @@ from tf_agents.specs import tensor_spec
 from tf_agents.trajectories import StepType
 
 from actorlearner.replay.base import Sampling, describe_account
-from actorlearner.replay.durable_table import EXPERIENCE_TABLE, ChunkWriter, Losses, is_chunk, read_chunks
+from actorlearner.replay.chunk_checks import MAX_OF_OWN, ChunkCheck
+from actorlearner.replay.durable_table import EXPERIENCE_TABLE, ChunkWriter, Losses, read_chunks
 from actorlearner.replay.mirror import Block, Mirror, Place, find_starts
 from actorlearner.replay.moments import Moments, moments_of
 from actorlearner.replay.servers import ReplayServers
 from actorlearner.runtime.configuration import PositiveFloat, PositiveInt
 from actorlearner.runtime.devices import compute_devices, free_host_bytes
-from actorlearner.runtime.lifecycle import ExitCode, RoleError
+from actorlearner.runtime.lifecycle import ExitCode, RoleError, find_reason
 from actorlearner.runtime.messages import Unreachable, without_tuning
+from actorlearner.runtime.row_checks import say_left_out
 from actorlearner.runtime.tls_tunnel import reach
 
 STREAM_TABLE = "stream"
@@ -144,6 +146,10 @@ class ResidentReplay:
         windows_per_chunk = sampling.num_environments * (self._num_rows(sampling) - sampling.num_steps + 1)
         return math.ceil(2 * self.replay_buffer_capacity / windows_per_chunk)
 
+    def _make_check(self, step_spec: Any, sampling: Sampling, capacity: int) -> ChunkCheck:
+        own = sampling.num_environments * self._num_rows(sampling)
+        return ChunkCheck(step_spec, max(own, min(MAX_OF_OWN * own, capacity)))  # larger ones fit into no mirror
+
     def is_warm(self, servers: ReplayServers, initial_collect_steps: int) -> Optional[bool]:
         """Returns None: only the learner knows how many windows it was sent."""
         del servers, initial_collect_steps
@@ -202,6 +208,7 @@ class ResidentReplay:
             samples_per_insert=ratio,
             error_buffer=self.error_buffer or max(sampling.num_updates_per_call * sampling.batch_size, ratio),
             num_durable_chunks=self._num_durable_chunks(sampling),
+            check=self._make_check(step_spec, sampling, capacity),
         )
 
     def _check_fits(self, num_bytes: int, free: int, where: str) -> None:
@@ -368,6 +375,7 @@ class ResidentSource:
         initial_collect_steps: int,
         samples_per_insert: float,
         error_buffer: float,
+        check: ChunkCheck,
         num_durable_chunks: int = MAX_KNOWN_CHUNKS,
     ):
         """Args:
@@ -377,6 +385,7 @@ class ResidentSource:
         initial_collect_steps: Windows inserted before training begins.
         samples_per_insert: The ratio to keep.
         error_buffer: How many samples it may be off.
+        check: Tells strangers' items from chunks, both in the queues and in the durable tables.
         num_durable_chunks: Chunks that a server holds at most.
         """
         self.handle = tf.constant(0)  # nothing to pass: the mirrors are captured
@@ -386,6 +395,7 @@ class ResidentSource:
         self._initial_collect_steps = initial_collect_steps
         self._samples_per_insert = samples_per_insert
         self._error_buffer = error_buffer
+        self._check = check
         self._num_durable_chunks = num_durable_chunks
         self._inserts = self._samples = 0
         self.num_chunks = 0  # those the mirrors hold or held
@@ -575,17 +585,18 @@ class ResidentSource:
                     is_looked_after = True
                 for sample in self._read_queue(address):
                     chunk = tree.map_structure(lambda tensor: tensor.numpy(), sample.data)
-                    if is_chunk(tree.flatten(chunk), sample.data):
-                        self._stage(chunk, address, make_room=self._await_reveal, is_held_back=True)
+                    why = self._check.find_misfit(tree.flatten(chunk), sample.data)
+                    if why:
+                        say_left_out(address, STREAM_TABLE, why)
                     else:
-                        self._warn_of_stranger(address, "its parts do not belong together")
+                        self._stage(chunk, address, make_room=self._await_reveal, is_held_back=True)
                     if self._closing:
                         return
             except ValueError as error:
                 self._misfit = error
                 return
             except tf.errors.InvalidArgumentError as error:
-                self._warn_of_stranger(address, error.message.splitlines()[0])
+                say_left_out(address, STREAM_TABLE, find_reason(error))
             except (tf.errors.OpError, reverb.errors.ReverbError, Unreachable, RuntimeError) as error:
                 logging.debug("reading from the replay server at %s: %s", address, error)
                 with self._changed:
@@ -605,7 +616,8 @@ class ResidentSource:
 
     def _read_whole(self, address: str, **settings: Any) -> dict[int, Any]:
         """Returns a server's chunks, with those of readings that failed. Settings and errors are `read_chunks`'s."""
-        chunks = read_chunks(address, into=self._half_read.setdefault(address, {}), **settings)
+        half_read = self._half_read.setdefault(address, {})
+        chunks = read_chunks(address, find_misfit=self._check.find_misfit, into=half_read, **settings)
         del self._half_read[address]
         return chunks
 
@@ -654,7 +666,8 @@ class ResidentSource:
         """
         with self._changed:  # before the table is read: what comes later is there
             places = {number: place for number, place in self._places.items() if place.address == address}
-        there = read_chunks(address, silent_secs=SAVING_SECS, has_data=False).keys()
+        is_ours = self._check.find_misfit
+        there = read_chunks(address, silent_secs=SAVING_SECS, has_data=False, find_misfit=is_ours).keys()
         newest = heapq.nlargest(self._num_durable_chunks, places.keys() | there)  # others it would have dropped
         lost = sorted(set(newest) - there)
         num_given = 0
@@ -671,15 +684,6 @@ class ResidentSource:
             with self._changed:
                 self.num_given_back += num_given
         return num_given
-
-    def _warn_of_stranger(self, address: str, why: str) -> None:
-        logging.warning(
-            "an item in the table '%s' at %s is not this experiment's and is left out: %s. Some other client inserts "
-            "there; keep its port on a network you trust.",
-            STREAM_TABLE,
-            address,
-            why,
-        )
 
     def _stage(
         self, chunk: Mapping[str, Any], address: str, make_room: Callable[[], None], is_held_back: bool = False

@@ -3,13 +3,14 @@
 replay server that joins --its address--> [replay_servers, beside the variables] --> learner, collect actors
 
 Those that --replay_address names are known from the start. One that joins later writes itself on a board; if the board
-is lost with its server, it does so again.
+is lost with its server, it does so again. Whoever reaches the port can write there too, and a Reverb client uses what a
+server answers as pointers into its own memory. So the board only says who is there. Who may be there is the first
+server's own word, its --may_join: the table's signature says it, and no client can write that.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,8 @@ from actorlearner.replay.base import Replay, check_tables
 from actorlearner.runtime import messages
 from actorlearner.runtime.dead_peers import notice_dead_peers
 from actorlearner.runtime.lifecycle import ExitCode, RoleError, Stop, wait_until
-from actorlearner.runtime.messages import BoardReader, Unreachable, await_server, read_server_info
+from actorlearner.runtime.messages import BoardReader, Misfit, Unreachable, await_server, read_server_info, read_table
+from actorlearner.runtime.row_checks import say_left_out
 
 JOINED_TABLE = "replay_servers"
 
@@ -36,14 +38,38 @@ AWAY_SECS = 5.0
 SOME_ARE_ENOUGH_SECS = 15.0
 """At its start a role waits this long for all of several servers; then those that answer are enough."""
 
-_ADDRESS = re.compile(r"[\w.:\[\]-]+:\d{1,5}", re.ASCII)  # whoever reaches the board can write there
+MAX_SERVERS = 16
+"""More than so many a run does not take: over TLS each role has a process for each of them."""
+
 _MAX_BYTES = 4_096
 _SIGNATURE = {"addresses": tf.TensorSpec((_MAX_BYTES,), tf.uint8)}
 
 
-def make_tables() -> list[reverb.Table]:
-    """Returns the board on which replay servers say that they have joined."""
-    return [messages.make_board(JOINED_TABLE, _SIGNATURE)]
+def make_tables(may_join: Sequence[str] = ()) -> list[reverb.Table]:
+    """Returns the board on which those replay servers that `may_join` say that they have joined; none where none may.
+
+    Args:
+      may_join: Their addresses, "host:port", as the others reach them.
+
+    Raises:
+      RoleError: They are more than a run takes (USAGE).
+    """
+    if not may_join:
+        return []
+    if len(may_join) >= MAX_SERVERS:
+        raise RoleError(
+            f"--may_join = '{','.join(may_join)}' lists {len(may_join)} replay servers: expected fewer than "
+            f"{MAX_SERVERS}, with the first one as many as a run takes. List those that will join.",
+            ExitCode.USAGE,
+        )
+    spec = tf.TensorSpec((_MAX_BYTES,), tf.uint8, name=" ".join(may_join))
+    return [messages.make_board(JOINED_TABLE, {"addresses": spec})]
+
+
+def read_may_join(address: str, timeout_secs: float) -> tuple[str, ...]:
+    """Returns which addresses may join, by the word of the first server, at `address`. Raises `Unreachable`."""
+    table = read_table(address, JOINED_TABLE, timeout_secs)
+    return tuple(table.signature["addresses"].name.split()) if table else ()
 
 
 def refuse_several(replay: Replay, addresses: Sequence[str]) -> None:
@@ -67,30 +93,44 @@ class Announcement:
     def __init__(self, variables_address: str, address: str):
         self._variables_address = variables_address
         self._address = address
+        self._has_joined = False
         self._reader = BoardReader(variables_address, JOINED_TABLE, _SIGNATURE)
 
     def renew(self) -> None:
-        """Writes the address on the board unless it is there; blocks some seconds at most. Raises `Unreachable`.
+        """Writes the address on the board unless it is there; blocks some seconds at most.
 
         Of two that do so at the same moment one wins, and the other is there with its next call.
+
+        Raises:
+          RoleError: The first server does not let this address join (USAGE).
+          Unreachable: The first server does not answer.
         """
-        joined = _read(self._reader)
+        may_join = read_may_join(self._variables_address, timeout_secs=2)
+        if self._address not in may_join:
+            if self._has_joined:  # the others know it; the first server was started again without the flag
+                raise Unreachable(f"the replay server at {self._variables_address} lists no --may_join any more")
+            raise RoleError(
+                f"--advertise = '{self._address}': the replay server at {self._variables_address} lets "
+                f"{', '.join(may_join) or 'nobody'} join. Start it again with --may_join={self._address}, or give the "
+                "address that it lists.",
+                ExitCode.USAGE,
+            )
+        self._has_joined = True
+        joined = [address for address in _read(self._reader) if address in may_join]
         if self._address in joined:
             return
         text = ",".join([*joined, self._address]).encode()
-        if len(text) > _MAX_BYTES:
-            raise RoleError(
-                f"--advertise = '{self._address}': so many replay servers have joined that there is no room for it: "
-                f"{', '.join(joined)}.",
-                ExitCode.USAGE,
-            )
         row = {"addresses": np.frombuffer(text.ljust(_MAX_BYTES, b"\0"), np.uint8)}
         messages.Sender(self._variables_address).put(JOINED_TABLE, row, timeout_secs=2.0)
         logging.info("joined the run at %s as %s", self._variables_address, self._address)
 
 
 def _read(reader: BoardReader) -> list[str]:
-    row = reader.read(timeout_secs=1.0)
+    """Returns what the board says, true or not. Raises `Unreachable`."""
+    try:
+        row = reader.read(timeout_secs=1.0)
+    except Misfit:
+        return []
     text = row["addresses"].tobytes().rstrip(b"\0").decode(errors="replace") if row else ""
     return [address for address in text.split(",") if address]
 
@@ -112,6 +152,7 @@ class ReplayServers:
         self._mute: set[str] = set()  # did not answer when they were asked last
         self._away: frozenset[str] = frozenset()
         self._mine = self._choose()
+        self._signatures: Mapping[str, Any] = {}
         self._callbacks: list[Callable[[str], None]] = []
         self._lock = threading.RLock()  # guards the callbacks, and that each hears of each server once
         self._closing = threading.Event()
@@ -147,6 +188,7 @@ class ReplayServers:
           RoleError: Not one answered within `deadline_secs` seconds (UNAVAILABLE), or one has other tables (DATA).
           Stopped: `stop` was set.
         """
+        self._signatures = signatures
         if len(self._addresses) == 1:
             (address,) = self._addresses
             tables = await_server("the replay server", address, stop=stop, deadline_secs=deadline_secs)
@@ -199,21 +241,46 @@ class ReplayServers:
 
     def _take_in_joined(self) -> None:
         try:
-            joined = _read(self._board)
+            may_join = read_may_join(self._board.address, timeout_secs=1)
+            joined = _read(self._board) if may_join else []
         except Unreachable as error:
             logging.debug("%s", error)
             return
         for address in joined:
-            if address in self._addresses or not _ADDRESS.fullmatch(address):
-                continue
-            logging.info("the replay server at %s has joined", address)
-            notice_dead_peers({int(address.rpartition(":")[2])})
-            with self._lock:
-                self._heard_at[address] = time.monotonic()
-                self._addresses = (*self._addresses, address)
-                self._mine = self._choose()
-                for callback in self._callbacks:
-                    callback(address)
+            if address not in self._addresses and self._may_be_asked(address, may_join):
+                self._take_in(address)
+
+    def _may_be_asked(self, address: str, may_join: Sequence[str]) -> bool:
+        """Returns whether a client may be made of the server there, and its tables are this experiment's; says if not.
+
+        Its tables are asked for in one call that hands out no pointer.
+        """
+        why = ""
+        if address not in may_join:
+            why = "an address is not one that --may_join of the first replay server lists"
+        elif len(self._addresses) >= MAX_SERVERS:
+            why = f"there are {MAX_SERVERS} replay servers already"
+        else:
+            try:
+                check_tables(address, read_server_info(address, timeout_secs=1), self._signatures)
+            except Unreachable as error:
+                logging.debug("%s", error)  # asked again with the next look
+                return False
+            except RoleError as error:
+                why = error.message
+        if why:
+            say_left_out(self._board.address, JOINED_TABLE, why)
+        return not why
+
+    def _take_in(self, address: str) -> None:
+        logging.info("the replay server at %s has joined", address)
+        notice_dead_peers({int(address.rpartition(":")[2])})
+        with self._lock:
+            self._heard_at[address] = time.monotonic()
+            self._addresses = (*self._addresses, address)
+            self._mine = self._choose()
+            for callback in self._callbacks:
+                callback(address)
 
     def _ask(self, address: str) -> None:
         try:

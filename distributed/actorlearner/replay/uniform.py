@@ -20,19 +20,24 @@ from tf_agents.specs import tensor_spec
 from tf_agents.trajectories import StepType
 
 from actorlearner.replay.base import Sampling, describe_table
+from actorlearner.replay.chunk_checks import are_plausible, step_limits
 from actorlearner.replay.first_looks import FirstLooks
 from actorlearner.replay.moments import Moments
 from actorlearner.replay.servers import ReplayServers
 from actorlearner.runtime.configuration import PositiveFloat, PositiveInt
 from actorlearner.runtime.lifecycle import find_reason
 from actorlearner.runtime.messages import Unreachable, read_server_info, without_tuning
+from actorlearner.runtime.row_checks import MAX_COUNT, Between
 from actorlearner.runtime.tls_tunnel import reach
 
 REPLAY_TABLE = "uniform_table"
 """Name of the table; the TF-Agents tutorials' own, so that their clients find it."""
 
 _FROM_THE_ITERATOR = re.compile(r"\[\[(\{\{node )?[\w/]*Iterator\w*GetNext")  # rather than from the update
-_MISFIT = re.compile(r"(Inconsistent number|Received incompatible|Cannot batch|Shape of tensor).*(?<!\.)")
+_UNTRUE = "A number that is not finite, too large, or out of the bounds of its spec"
+_MISFIT = re.compile(
+    r"(A number that is not finite|Inconsistent number|Received incompatible|Cannot batch|Shape of tensor).*(?<!\.)"
+)
 
 NUM_FIRST_LOOKS = 8
 """So many batches are looked at before the first update, where observations are counted; within any error buffer."""
@@ -154,6 +159,7 @@ class UniformReplay:
         """Returns batches sampled by the one server, which keeps the ratio. See `Replay.make_source`."""
         address = servers.mine()
         num_steps, batch_size = sampling.num_steps, sampling.batch_size
+        limits = step_limits(step_spec)
 
         def make_dataset(leaves_out: bool, context: tf.distribute.InputContext) -> tf.data.Dataset:
             per_replica = context.get_per_replica_batch_size(batch_size)
@@ -168,15 +174,19 @@ class UniformReplay:
                 rate_limiter_timeout_ms=int(self.wait_secs * 1000),
             )
             if leaves_out:
-                dataset = dataset.ignore_errors().filter(lambda sample: _have_length(sample.data, num_steps))
+                dataset = dataset.ignore_errors().filter(lambda sample: _is_ours(sample, num_steps, limits))
             batches = dataset.batch(per_replica, drop_remainder=True)
 
             def require_shape(leaf: tf.Tensor, spec: tf.TensorSpec) -> tf.Tensor:
                 return tf.ensure_shape(leaf, [per_replica, num_steps, *spec.shape])
 
             def unpack(sample: reverb.ReplaySample) -> tuple[Any, tf.Tensor, tf.Tensor]:
+                # Of a whole batch, as to look at each item takes far longer; the first that fails ends this dataset.
+                can_be_true = tf.reduce_all(_can_be_true(sample, limits))
+                with tf.control_dependencies([tf.debugging.Assert(can_be_true, [_UNTRUE])]):
+                    priority = tf.identity(sample.info.priority)
                 steps = tree.map_structure(require_shape, sample.data, step_spec)
-                return steps, read_stamps(sample.info.priority), tf.equal(sample.info.times_sampled, 1)
+                return steps, read_stamps(priority), tf.equal(sample.info.times_sampled, 1)
 
             return without_tuning(batches.map(unpack).prefetch(2))
 
@@ -197,9 +207,17 @@ def read_stamps(priorities: tf.Tensor) -> tf.Tensor:
     return tf.cast(tf.where(priorities > _UNSTAMPED, priorities - _UNSTAMPED - 1.0, -1.0), tf.int64)
 
 
-def _have_length(steps: Any, num_steps: int) -> tf.Tensor:
-    """Returns whether each leaf of an item, [T, ...], has `num_steps` steps."""
-    return tf.reduce_all([tf.shape(leaf)[0] == num_steps for leaf in tree.flatten(steps)])
+def _can_be_true(sample: reverb.ReplaySample, limits: Sequence[Optional[Between]]) -> tf.Tensor:
+    """Returns for each item of a batch, [B, T, ...] each leaf, whether an actor of this experiment can have sent it."""
+    is_stamped = sample.info.priority <= make_stamp(MAX_COUNT)  # false of a NaN
+    return are_plausible(sample.data, limits) & is_stamped
+
+
+def _is_ours(sample: reverb.ReplaySample, num_steps: int, limits: Sequence[Optional[Between]]) -> tf.Tensor:
+    """Returns whether an item, [T, ...] each leaf, has `num_steps` steps and can be true."""
+    lengths = [tf.shape(leaf)[0] for leaf in tree.flatten(sample.data)]
+    batch = tree.map_structure(lambda leaf: leaf[None], sample)
+    return tf.reduce_all(tf.stack(lengths) == num_steps) & _can_be_true(batch, limits)[0]
 
 
 class ServerSampledSource:

@@ -25,7 +25,7 @@ from actorlearner.runtime.configuration import PositiveFloat, PositiveInt
 from actorlearner.runtime.health import beat
 from actorlearner.runtime.lifecycle import SAY_EVERY_SECS, ExitCode, RoleError, Stop, Stopped, wait_until
 from actorlearner.runtime.messages import Unreachable
-from actorlearner.variable_container import EvaluationRequest, Phase, Purpose
+from actorlearner.variable_container import Belief, EvaluationRequest, Phase, Purpose
 
 
 @gin.configurable("eval_actor", module="actorlearner", denylist=["experiment", "cluster", "stop"])
@@ -64,6 +64,7 @@ def run_eval_actor(
     make_acting = functools.cache(functools.partial(experiment.make_acting, policy))  # once for each size of a batch
     make_acting(min(_num_episodes(experiment, Purpose.PERIODIC), max_environments))
     reporter = Reporter(cluster.variables_address)
+    belief = Belief()
     answered_at = said_at = time.monotonic()
     logging.info("ready to evaluate")
 
@@ -71,7 +72,7 @@ def run_eval_actor(
         beat()
         try:
             request = variable_container.take_evaluation(cluster.variables_address, variables)
-            over = request is None and _is_over(cluster)
+            over = request is None and _is_over(cluster, belief)
             answered_at = said_at = time.monotonic()
         except Unreachable as error:
             now = time.monotonic()
@@ -175,9 +176,9 @@ def evaluate(
     )
 
 
-def _is_over(cluster: Cluster) -> bool:
+def _is_over(cluster: Cluster, belief: Belief) -> bool:
     version = variable_container.read_version(cluster.variables_address)
-    return version is not None and version.phase == Phase.OVER
+    return version is not None and belief.holds(version) and version.phase == Phase.OVER
 
 
 def _report(reporter: Reporter, result: EvaluationResult, cluster: Cluster, stop: Stop) -> None:

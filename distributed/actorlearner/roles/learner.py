@@ -44,6 +44,12 @@ from actorlearner.runtime.lifecycle import SAY_EVERY_SECS, ExitCode, RoleError, 
 from actorlearner.runtime.messages import Unreachable
 from actorlearner.variable_container import EvaluationRequests, Phase, Publisher, Purpose, Snapshot, Version
 
+UNKNOWN_STEPS, UNKNOWN_SECS = 10_000, 30.0
+"""So much further than its status says a learner that was killed may have been; a disk may be slow."""
+
+NUM_HEARTBEATS = 3
+"""So many heartbeats in a row make another learner: a row or two that say so may be any client's."""
+
 
 @gin.configurable(
     "learner",
@@ -111,7 +117,9 @@ def run_learner(
     servers.await_tables(signatures, stop=stop, deadline_secs=patience_secs)
     variable_container.await_container(cluster.variables_address, variables, stop=stop, deadline_secs=patience_secs)
     servers.watch(cluster.variables_address)
-    published = _refuse_second_learner(cluster, directory.past_learners(), stop)
+    published = _refuse_second_learner(
+        cluster, directory.past_learners(), _furthest_step(directory, schedule.num_iterations), stop
+    )
 
     source = experiment.replay.make_source(
         servers,
@@ -279,26 +287,37 @@ def _restore_replay(source: BatchSource, counts: dict[str, Any], cluster: Cluste
     )
 
 
+def _furthest_step(directory: RunDirectory, num_iterations: int) -> int:
+    """Returns a train step that the learner before this one cannot have passed; its status was a second old at most."""
+    status = directory.read_json(directory.status) or {}
+    since = max(UNKNOWN_STEPS, int(UNKNOWN_SECS * (status.get("train_steps_per_sec") or 0.0)))
+    return min(num_iterations, status["train_step"] + since) if "train_step" in status else num_iterations
+
+
 def _refuse_second_learner(
-    cluster: Cluster, past_learners: Sequence[int], stop: Stop, watch_secs: float = 6.0
+    cluster: Cluster, past_learners: Sequence[int], furthest_step: int, stop: Stop, watch_secs: float = 6.0
 ) -> Optional[Version]:
     """Returns once no other learner's heartbeat goes on; watches for at most `watch_secs` if one ever did.
 
     Those in `past_learners` held this run directory before: they are dead, need not be watched, and what they published
-    last is returned.
+    last is returned, if this run can have come so far.
     """
     try:
         before = variable_container.read_version(cluster.variables_address)
         if before is None or before.phase is Phase.OVER:
             return None
         if before.learner in past_learners:
-            return before
-        deadline = time.monotonic() + watch_secs
+            return before if before.train_step <= furthest_step else None  # else actors would keep its weights for ever
+        deadline, num_heartbeats = time.monotonic() + watch_secs, 0
         now = before
-        while (now.learner, now.heartbeat) == (before.learner, before.heartbeat):
+        while num_heartbeats < NUM_HEARTBEATS:
             if time.monotonic() > deadline or stop.wait(0.5):
                 return None  # another run's, whose weights are nothing to this one
             now = variable_container.read_version(cluster.variables_address) or before
+            if now.learner != before.learner:
+                before, num_heartbeats = now, 0
+            elif now.heartbeat > before.heartbeat:
+                before, num_heartbeats = now, num_heartbeats + 1
     except Unreachable:
         return None
     raise RoleError(

@@ -37,7 +37,7 @@ from actorlearner.runtime.lifecycle import ExitCode, RoleError, Stop
 from actorlearner.runtime.loopback_only import close_to_other_machines
 from actorlearner.runtime.messages import Unreachable, read_server_info
 from actorlearner.runtime.tls_tunnel import reach
-from actorlearner.variable_container import Phase, Version
+from actorlearner.variable_container import Belief, Phase, Version
 
 CHECKPOINT_SECS = 3600.0
 """A checkpoint that takes longer to write or to read, in seconds, is taken for a hang."""
@@ -57,6 +57,7 @@ VERSION_EVERY_SECS = 1.5
         "task",
         "variables_address",
         "advertise",
+        "may_join",
         "local_only",
         "tunnel_only",
     ],
@@ -70,6 +71,7 @@ def run_replay_server(
     task: int = 0,
     variables_address: Optional[str] = None,
     advertise: Optional[str] = None,
+    may_join: Sequence[str] = (),
     local_only: bool = False,
     tunnel_only: bool = False,
     linger_secs: NonNegativeFloat = 10.0,
@@ -86,6 +88,7 @@ def run_replay_server(
       task: Which of several replay servers.
       variables_address: Of the variable container, where another replay server is that; None: this one is.
       advertise: Joins the run under way at `variables_address`: the others find this server at this address.
+      may_join: Addresses at which other replay servers may join; where this is the variable container.
       local_only: Lets nobody but this machine reach the port; where the system does not allow that, warns.
       tunnel_only: Likewise; where the system does not allow that, does not serve.
       linger_secs: How long it answers after the end of training, in seconds, so that every role hears of it.
@@ -95,7 +98,7 @@ def run_replay_server(
         closed (USAGE), the checkpoint or the first replay server has tables with other settings (DATA), or `root_dir`
         cannot be written (CANNOT_CREATE) or is held by another replay server (OCCUPIED).
     """
-    replay_tables, other_tables = _make_tables(experiment)
+    replay_tables, other_tables = _make_tables(experiment, may_join)
     checkpoints = TableCheckpoints(RunDirectory(root_dir).replay_checkpoints(task), replay_tables) if root_dir else None
     if not checkpoints:
         logging.warning("without --root_dir the replay is not saved: it ends with this process")
@@ -118,18 +121,19 @@ def run_replay_server(
     keeper = Keeper(address, variables_address or address, checkpoints, [table.name for table in replay_tables])
     first = _First(variables_address, replay_tables, advertise) if variables_address else None
     over_since = None
-    version, looked_at = None, 0.0
+    belief, is_over, looked_at = Belief(), False, 0.0
     while not stop.wait(0.25):
         try:
             keeper.serve_request()
             if time.monotonic() - looked_at > VERSION_EVERY_SECS:
                 version = first.look() if first else variable_container.read_version(address)
+                is_over = version is not None and belief.holds(version) and version.phase == Phase.OVER
                 looked_at = time.monotonic()
         except Unreachable as error:
             logging.warning("%s", error)
             continue
         beat()
-        if version is not None and version.phase == Phase.OVER:
+        if is_over:
             over_since = over_since or time.monotonic()
             if time.monotonic() - over_since > linger_secs:
                 logging.info("training is over")
@@ -155,7 +159,7 @@ class _First:
         """Returns how far training is, as of the last time that was heard of; blocks some seconds at most.
 
         Raises:
-          RoleError: Its tables are another experiment's (DATA).
+          RoleError: Its tables are another experiment's (DATA), or it does not let this server join (USAGE).
         """
         try:
             if self._signatures is not None:
@@ -235,7 +239,7 @@ class Keeper:
         return sum(info[table].rate_limiter_info.insert_stats.completed for table in self._tables)
 
 
-def _make_tables(experiment: Experiment) -> tuple[list[reverb.Table], list[reverb.Table]]:
+def _make_tables(experiment: Experiment, may_join: Sequence[str] = ()) -> tuple[list[reverb.Table], list[reverb.Table]]:
     """Returns the replay's tables, which checkpoints keep, and the others."""
     agent, _ = experiment.make_agent()
     try:
@@ -245,7 +249,7 @@ def _make_tables(experiment: Experiment) -> tuple[list[reverb.Table], list[rever
     except ValueError as error:
         raise RoleError(str(error), ExitCode.USAGE) from error
     other_tables = variable_container.make_tables(agent.collect_policy.variables())
-    other_tables += [*reports.make_tables(), *persistence.make_tables(), *servers.make_tables()]
+    other_tables += [*reports.make_tables(), *persistence.make_tables(), *servers.make_tables(may_join)]
     return replay_tables, other_tables
 
 

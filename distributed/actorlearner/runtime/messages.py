@@ -20,6 +20,7 @@ import tree
 from reverb.cc import schema_pb2
 
 from actorlearner.runtime.lifecycle import ExitCode, RoleError, Stop, wait_until
+from actorlearner.runtime.row_checks import find_misfit, say_left_out
 from actorlearner.runtime.tls_tunnel import reach
 
 T = TypeVar("T")
@@ -29,6 +30,8 @@ Signature = Any
 
 OLD_SECS = 2.0
 """A board's row that was read so long ago is read again, also when nothing seems to have been put there since."""
+
+_OTHER_PARTS = "it has other parts than the table's signature says"
 
 
 def make_board(name: str, signature: Signature) -> reverb.Table:
@@ -52,6 +55,10 @@ class Unreachable(Exception):
     """A Reverb server did not answer within the deadline."""
 
 
+class Misfit(Unreachable):
+    """The row that a board holds is some stranger's: it does not fit the signature, or cannot be true."""
+
+
 def read_server_info(address: str, timeout_secs: float) -> Mapping[str, Any]:
     """Returns Reverb's `TableInfo` by table name; blocks at most `timeout_secs` seconds.
 
@@ -62,6 +69,17 @@ def read_server_info(address: str, timeout_secs: float) -> Mapping[str, Any]:
         return reverb.Client(reach(address)).server_info(timeout=max(1, int(timeout_secs)))
     except (reverb.errors.ReverbError, RuntimeError) as error:
         raise Unreachable(f"no Reverb server answers at {address} within {timeout_secs:g} s") from error
+
+
+def read_table(address: str, table: str, timeout_secs: float) -> Optional[Any]:
+    """Returns Reverb's `TableInfo` of one table, or None where there is none; costs less than all of them.
+
+    Blocks and raises as `read_server_info`.
+    """
+    for answer in _ask_server_info(reverb.Client(reach(address)), address, timeout_secs):
+        if schema_pb2.TableInfo.FromString(answer).name == table:
+            return reverb.reverb_types.TableInfo.from_serialized_proto(answer)
+    return None
 
 
 def ask_for_life(address: str, timeout_secs: float) -> None:
@@ -157,34 +175,58 @@ def take(
 
     They are fewer, or none, when no more came within the deadline. Several readers may take from one queue. Each call
     that finds rows leaves about 1 KB in the process, TensorFlow's: for what comes every second there is `take_current`.
-    Blocks at most about twice `timeout_secs`, and as long again for each row after the first.
+    A stranger's row, which does not fit the signature or cannot be true, is removed and left out, with a warning for
+    each kind. Blocks at most about twice `timeout_secs`, and as long again for each row after the first.
 
     Raises:
       Unreachable: The server does not answer within the deadline.
     """
-    available = _read_table_info(reverb.Client(reach(address)), address, table, timeout_secs).current_size
-    if not available:
-        return ()
-    dataset = reverb.TimestepDataset(
-        reach(address),
-        table,
-        dtypes=tree.map_structure(lambda spec: spec.dtype, signature),
-        shapes=tree.map_structure(lambda spec: spec.shape, signature),
-        max_in_flight_samples_per_worker=1,
-        num_workers_per_iterator=1,
-        rate_limiter_timeout_ms=int(timeout_secs * 1000),
-        max_samples=min(available, max_rows),
-    )
-    rows = []
-    try:
-        # The limiter's time-out is kept by the server: when that has gone silent, it does not help.
-        for row in each_within(timeout_secs + 1.0, without_tuning(dataset), f"table '{table}' at {address}"):
-            rows.append(tree.map_structure(np.asarray, row.data))
-    except (tf.errors.OpError, Unreachable) as error:
-        if not rows:
-            raise Unreachable(f"reading table '{table}' at {address} failed: {error}") from error
-        logging.warning("reading table '%s' at %s broke off after %d rows: %s", table, address, len(rows), error)
+    client = reverb.Client(reach(address))
+    rows: list[Any] = []
+    num_left = available = _read_table_info(client, address, table, timeout_secs).current_size
+    while available and num_left > 0 and len(rows) < max_rows:
+        num_wanted = min(available, num_left, max_rows - len(rows))
+        num_left -= num_wanted  # strangers may write as fast as their rows are passed over
+        dataset = reverb.TimestepDataset(
+            reach(address),
+            table,
+            dtypes=tree.map_structure(lambda spec: spec.dtype, signature),
+            shapes=tree.map_structure(lambda spec: spec.shape, signature),
+            max_in_flight_samples_per_worker=1,
+            num_workers_per_iterator=1,
+            rate_limiter_timeout_ms=int(timeout_secs * 1000),
+            max_samples=num_wanted,
+        )
+        try:
+            # The limiter's time-out is kept by the server: when that has gone silent, it does not help.
+            samples = _each_row(without_tuning(dataset), table, num_wanted)
+            for row, why in each_within(timeout_secs + 1.0, samples, f"table '{table}' at {address}"):
+                if why:
+                    say_left_out(address, table, why)
+                else:
+                    rows.append(row)
+            if len(rows) < max_rows:
+                available = _read_table_info(client, address, table, timeout_secs).current_size
+        except (tf.errors.OpError, Unreachable) as error:
+            if not rows:
+                raise Unreachable(f"reading table '{table}' at {address} failed: {error}") from error
+            logging.warning("reading table '%s' at %s broke off after %d rows: %s", table, address, len(rows), error)
+            break
     return rows
+
+
+def _each_row(dataset: tf.data.Dataset, table: str, num_rows: int) -> Iterator[tuple[Any, Optional[str]]]:
+    """Yields up to `num_rows` rows, and with each why it is to be left out, or None."""
+    samples = iter(dataset)
+    for _ in range(num_rows):  # an error that stays must not be asked for for ever
+        try:
+            row = tree.map_structure(np.asarray, next(samples).data)
+        except StopIteration:
+            return
+        except tf.errors.InvalidArgumentError:  # the iterator goes on with the next one
+            yield None, _OTHER_PARTS
+        else:
+            yield row, find_misfit(table, row)
 
 
 def take_current(
@@ -193,8 +235,7 @@ def take_current(
     """Returns and removes rows as `take` does, and leaves nothing in the process, at a fifth of the time.
 
     For the one reader of a queue whose rows are replaced by later ones. When the server dies just after it said how
-    many rows there are, nothing ends the sampling, and a row that comes later is lost. A stranger's row that does not
-    fit the signature is left out, with a warning. Blocks and raises as `take`.
+    many rows there are, nothing ends the sampling, and a row that comes later is lost. Blocks and raises as `take`.
     """
     client = reverb.Client(reach(address))
     available = _read_table_info(client, address, table, timeout_secs).current_size
@@ -204,9 +245,9 @@ def take_current(
     try:
         samples = client.sample(table, num_samples=min(available, max_rows), emit_timesteps=False)
         for sample in each_within(timeout_secs, samples, f"table '{table}' at {address}"):
-            row = _as_row(sample.data, signature)
-            if row is None:
-                logging.warning("table '%s' at %s held a row that does not fit its signature: left out", table, address)
+            row, why = _as_row(sample.data, signature, table)
+            if why:
+                say_left_out(address, table, why)
             else:
                 rows.append(row)
     except (reverb.errors.ReverbError, RuntimeError, ValueError, Unreachable) as error:
@@ -216,20 +257,22 @@ def take_current(
     return rows
 
 
-def _as_row(columns: Sequence[np.ndarray], signature: Signature) -> Optional[Any]:
-    """Returns the row as a nest of numpy arrays, or None if it is a stranger's and does not fit the signature.
+def _as_row(columns: Sequence[np.ndarray], signature: Signature, table: str) -> tuple[Any, Optional[str]]:
+    """Returns the row as a nest of numpy arrays, and why it is some stranger's and to be left out, or None.
 
     Args:
       columns: An item's leaves; each has a time dimension first, of the one step that a row is.
       signature: Of the table.
+      table: Its name.
     """
     specs = tree.flatten(signature)
     if len(columns) != len(specs) or not all(
         column.dtype == spec.dtype.as_numpy_dtype and tf.TensorShape([1, *spec.shape]).is_compatible_with(column.shape)
         for column, spec in zip(columns, specs)
     ):
-        return None
-    return tree.unflatten_as(signature, [column[0] for column in columns])
+        return None, _OTHER_PARTS
+    row = tree.unflatten_as(signature, [column[0] for column in columns])
+    return row, find_misfit(table, row)
 
 
 def without_tuning(dataset: tf.data.Dataset) -> tf.data.Dataset:
@@ -260,8 +303,8 @@ class BoardReader:
         Blocks at most about twice `timeout_secs`.
 
         Raises:
-          Unreachable: The server does not answer within the deadline, or some stranger put a row there that does not
-            fit the signature.
+          Misfit: Some stranger put a row there that does not fit the signature, or cannot be true; it was said.
+          Unreachable: The server does not answer within the deadline.
         """
         return self._sample(timeout_secs) if self._look(timeout_secs).current_size else None
 
@@ -292,9 +335,10 @@ class BoardReader:
             (sample,) = each_within(timeout_secs, samples, f"table '{self.table}' at {self.address}")
         except (reverb.errors.ReverbError, RuntimeError, ValueError) as error:
             raise Unreachable(f"reading table '{self.table}' at {self.address} failed: {error}") from error
-        row = _as_row(sample.data, self._signature)
-        if row is None:
-            raise Unreachable(f"table '{self.table}' at {self.address} holds a row that does not fit its signature")
+        row, why = _as_row(sample.data, self._signature, self.table)
+        if why:
+            say_left_out(self.address, self.table, why)
+            raise Misfit(f"table '{self.table}' at {self.address} holds a row that does not fit: {why}")
         return row
 
 

@@ -35,6 +35,7 @@ SAVE_SECS = 2.0  # a small replay is saved within this time
 POWER_CUT_SECS = 30.0  # promised: a power cut takes no older train steps than the checkpoint interval and this
 READ_ONLY = Path("/sys/kernel")  # nobody makes a file here, root neither
 REPORT_SECS = 3.0  # an actor's report is in the learner's account after this time
+MAX_KINDS = 60  # of rows that do not fit: some for each table
 UNKNOWN_STEPS = 4_000  # a dead learner was so much further than it had said at most: two seconds at 2,000 train steps/s
 GIVEN_BACK = re.compile(r"(\d+) chunks that it had lost were given back")  # says a learner of a server that began anew
 SAVES_GIVEN_BACK = re.compile(r"asking to save what replay servers were given back, under train step (\d+)")
@@ -660,6 +661,30 @@ def insert_stray(run: Run) -> Outcome:
     return outcome
 
 
+def insert_hostile(run: Run) -> Outcome:
+    """Lets a client write rows of the right types that cannot be true into every table; then stops and resumes."""
+
+    def inject() -> None:
+        assert run.port()
+        command = [sys.executable, "-m", "actorlearner.tools.strangers", f"127.0.0.1:{run.port()}"]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECS)
+        (run.folder / "strangers.log").write_text(ended.stdout + ended.stderr)
+
+    outcome = _survive(run, "hostile rows in every table", inject)
+    took = re.findall(r"^(\w+) took (\d+)", (run.folder / "strangers.log").read_text(), re.MULTILINE)
+    if not took or not all(int(number) for _, number in took):
+        outcome.broken.append(f"not every table took rows (see {run.folder / 'strangers.log'})")
+    said = run.log("learner-0").count("held a row that does not fit")
+    if not said or said > MAX_KINDS:
+        outcome.broken.append(f"the learner said {said} times that rows do not fit, expected each kind of them once")
+    resumed = stop(run)
+    outcome.broken += [f"resumed: {promise}" for promise in resumed.broken]
+    outcome.train_step_after = resumed.train_step_after
+    if run.status().get("environment_steps", 0) > 1e12:
+        outcome.broken.append("counts that cannot be true are in the checkpoint")
+    return outcome
+
+
 def fill_disk(run: Run) -> Outcome:
     """Lets the learner's next line of metrics meet a full disk: it must end with one clear error."""
     metrics = run.root_dir / "metrics.jsonl"
@@ -814,6 +839,7 @@ FAULTS: dict[str, Callable[[Run], Outcome]] = {
     "stall-replay-server": lambda run: stall_role(run, "replay-server-0"),
     "garbage": send_garbage,
     "stray-insert": insert_stray,
+    "hostile-rows": insert_hostile,
     "kill-launcher": kill_launcher,
     "kill-everything": kill_everything,
     "power-cut": cut_power,
