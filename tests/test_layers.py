@@ -62,6 +62,9 @@ MAY_IMPORT = {
     "tools.drill": {"tools.drill_faults", "tools.drill_run", "tools.tcp_wire"},
     "tools.drill_faults": {"tools.drill_run"},
     "tools.drill_run": {"tools.tcp_wire"},
+    "tools.sweep": {"run_directory", "tools.sweep_grid", "tools.sweep_report", "tools.sweep_trials"},
+    "tools.sweep_grid": {"experiment", "runtime"},
+    "tools.sweep_report": {"tools.sweep_statistics"},
     "tools": {"cluster", "experiment", "replay", "run_directory", "runtime", "variable_container"},
 }
 
