@@ -65,6 +65,8 @@ MAY_IMPORT = {
     "tools.sweep": {"run_directory", "tools.sweep_grid", "tools.sweep_report", "tools.sweep_trials"},
     "tools.sweep_grid": {"experiment", "runtime"},
     "tools.sweep_report": {"tools.sweep_statistics"},
+    "tools.sweep_statistics": set(),
+    "tools.sweep_trials": {"run_directory"},
     "tools": {"cluster", "experiment", "replay", "run_directory", "runtime", "variable_container"},
 }
 
