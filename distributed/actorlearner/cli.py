@@ -759,9 +759,8 @@ def _drill(arguments: argparse.Namespace) -> int:
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
-    if arguments.train_flags:  # refused now, by `train`'s own rules, rather than by every trial
-        make_parser().parse_args(["train", "EXPERIMENT", *arguments.train_flags])
-    return sweep.run(arguments)
+    # `train`'s own rules refuse a wrong flag now, rather than in every trial.
+    return sweep.run(arguments, make_parser().parse_args(["train", "EXPERIMENT", *arguments.train_flags]))
 
 
 def _bench(arguments: argparse.Namespace) -> int:

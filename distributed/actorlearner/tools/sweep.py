@@ -37,6 +37,7 @@ from actorlearner.tools.sweep_trials import STOP_SECS, RunningTrial, Trial, take
 USAGE, DATA, CANNOT_CREATE, OCCUPIED = 64, 65, 73, 75  # as in runtime/lifecycle.py
 FAILED = 1
 SAY_EVERY_SECS = 60.0
+RACE_SECS = 5.0
 POLL_SECS = 0.5
 _SECOND_SIGNAL_SECS = 0.5  # signals closer together are one: `timeout` and shells deliver theirs twice
 
@@ -71,6 +72,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--clock", choices=("environment_steps", "train_step"), default="environment_steps",
         help="what --at counts and the picture's x axis (default: environment_steps)",
     )  # fmt: skip
+    parser.add_argument(
+        "--race", action="store_true",
+        help="stop variants that are beaten with confidence, after three seeds (without it a beaten one goes on)",
+    )  # fmt: skip
     parser.add_argument("--dry_run", action="store_true", help="print the trials and their commands; start nothing")
     parser.add_argument("--report", type=Path, metavar="DIR", help="write a sweep's table and picture as it is now")
 
@@ -87,24 +92,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     setattr(parser, "parse_known_args", parse_known_args)  # noqa: B010  (mypy forbids the assignment)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Runs the sweep, or reports on one; returns its exit status."""
+def run(arguments: argparse.Namespace, train: argparse.Namespace) -> int:
+    """Runs the sweep, or reports on one; returns its exit status.
+
+    Args:
+      arguments: The sweep's.
+      train: What `actorlearner train` makes of the sweep's `train_flags`.
+    """
     try:
         steps = [int(word) for word in arguments.at.split(",") if word.strip()]
     except ValueError:
         return _refuse(f"--at={arguments.at}: expected steps with commas between, such as 50000,100000", USAGE)
     if arguments.report:
         if arguments.experiment:
-            return _refuse("EXPERIMENT and --report: expected one of them", USAGE)
-        return _report(arguments.report, arguments.clock, steps)
+            return _refuse("EXPERIMENT and --report: expected one of them, the other left out", USAGE)
+        return report_sweep(arguments.report, arguments.clock, steps)
     try:
+        _check_train_flags(train)
         grid = _read_grid(arguments)
         settings = find_settings(grid)
     except ValueError as error:
         return _refuse(str(error), USAGE)
     root = arguments.root_dir or Path("runs") / f"sweep-{Path(grid.experiment).stem}"
     jobs = max(1, _count_cores() // 2) if arguments.jobs is None else arguments.jobs
-    sweep = _Sweep(root, grid, settings, clock=arguments.clock, steps=steps, jobs=jobs, nice=arguments.nice)
+    sweep = _Sweep(
+        root, grid, settings, clock=arguments.clock, steps=steps, jobs=jobs, nice=arguments.nice, race=arguments.race
+    )
     differences = sweep.compare()
     if differences:
         return _refuse(
@@ -130,6 +143,22 @@ def run(arguments: argparse.Namespace) -> int:
 def _refuse(message: str, code: int) -> int:
     print(f"error: {message}", file=sys.stderr)
     return code
+
+
+def _check_train_flags(train: argparse.Namespace) -> None:
+    """Raises `ValueError` where a flag behind -- is the sweep's own, or one with which no trial could end well."""
+    for name, instead in (
+        ("seed", "--seeds"),
+        ("root_dir", "the sweep's --root_dir"),
+        ("gin_bindings", "--gin_bindings"),
+    ):
+        if getattr(train, name) not in (None, []):
+            raise ValueError(f"--{name} behind --: each trial has its own; expected {instead} before --")
+    if train.fresh:
+        raise ValueError("--fresh behind --: a sweep goes on with what is there; give it another --root_dir instead")
+    for name in ("num_collect_actors", "num_eval_actors", "num_replay_servers"):
+        if getattr(train, name) < 1:
+            raise ValueError(f"--{name}={getattr(train, name)} behind --: expected 1 or more")
 
 
 def _read_grid(arguments: argparse.Namespace) -> Grid:
@@ -162,13 +191,15 @@ class _Sweep:
         steps: Sequence[int],
         jobs: int,
         nice: int,
+        race: bool,
     ):
         self.file = root / "sweep.json"
         self._root, self._grid, self._settings = root, grid, settings
-        self._clock, self._steps, self._jobs, self._nice = clock, steps, jobs, nice
+        self._clock, self._steps, self._jobs, self._nice, self._race = clock, steps, jobs, nice, race
         self._directory = RunDirectory(root)
         self._held: dict[str, Any] = self._directory.read_json(self.file) or {}
-        self._failures: dict[str, dict[str, Any]] = {}
+        self._failures: dict[str, dict[str, Any]] = {}  # by trial
+        self._beaten: dict[str, str] = dict(self._held.get("beaten", {})) if race else {}  # why, by variant
         self._signals: list[int] = []
         self._signal_time = 0.0
         self._environment = dict(os.environ)
@@ -236,7 +267,7 @@ class _Sweep:
             for number, action in previous.items():
                 signal.signal(number, action)
         self._write()
-        code = _report(self._root, self._clock, self._steps)
+        code = report_sweep(self._root, self._clock, self._steps)
         if self._signals:
             self._say(f"stopped by {signal.Signals(self._signals[0]).name}; the same command goes on")
             return 128 + self._signals[0]
@@ -244,10 +275,13 @@ class _Sweep:
 
     def _run(self, running: list[RunningTrial]) -> None:
         """Runs what has not ended; returns when all is done, or when a signal has come."""
-        waiting = [trial for trial in self._trials if not trial.has_ended()]
+        waiting = [t for t in self._trials if not t.has_ended() and t.variant not in self._beaten]
         self._say(f"{len(self._trials)} trials, {len(waiting)} to run, {self._jobs} at once, in {self._root}")
-        said = time.monotonic()
+        said, looked = time.monotonic(), 0.0
         while (waiting or running) and not self._signals:
+            if self._race and time.monotonic() - looked >= RACE_SECS:
+                self._stop_beaten(waiting, running)
+                looked = time.monotonic()
             while waiting and len(running) < self._jobs and not self._signals:
                 started = self._start(waiting.pop(0))
                 if started:
@@ -255,10 +289,29 @@ class _Sweep:
             for trial in [trial for trial in running if trial.poll() is not None]:
                 running.remove(trial)
                 self._note_end(trial)
+            for trial in running:
+                self._say_news(trial)
             if time.monotonic() - said >= SAY_EVERY_SECS:
                 said = time.monotonic()
                 self._say("; ".join(_describe_progress(trial.trial) for trial in running) or "nothing is running")
             time.sleep(POLL_SECS)
+
+    def _stop_beaten(self, waiting: list[Trial], running: list[RunningTrial]) -> None:
+        """Takes the variants that are beaten out of the race, and their trials from both lists' work."""
+        from actorlearner.tools.sweep_race import find_beaten
+
+        curves: dict[str, dict[int, Any]] = {}
+        for trial in self._trials:
+            if trial.variant not in self._beaten:
+                curves.setdefault(trial.variant, {})[trial.seed] = trial.read_evaluations()
+        for variant, defeat in find_beaten(curves, self._clock).items():
+            self._beaten[variant] = str(defeat)
+            self._say(f"{variant}: {defeat}")
+            waiting[:] = [trial for trial in waiting if trial.variant != variant]
+            for started in running:
+                if started.trial.variant == variant:
+                    started.stop()
+            self._write()
 
     def _start(self, trial: Trial) -> Optional[RunningTrial]:
         lock: Optional[IO[str]] = take_lock(trial, self._say, lambda: bool(self._signals))
@@ -269,9 +322,19 @@ class _Sweep:
         if trial.has_ended():  # the one that was waited for came to its end
             lock.close()
             return None
-        goes_on = (trial.root_dir / "run.json").exists()
-        self._say(f"{trial.name}: {'goes on' if goes_on else 'begins'} (output: {trial.output})")
-        return RunningTrial(trial, self.command(trial), self._environment, self._nice, lock)
+        started = RunningTrial(trial, self.command(trial), self._environment, self._nice, lock)
+        self._say(f"{trial.name}: {'goes on' if started.goes_on else 'begins'} (output: {trial.output})")
+        return started
+
+    def _say_news(self, running: RunningTrial) -> None:
+        evaluation = running.trial.read_status().get("last_evaluation")
+        if evaluation and evaluation["train_step"] != running.said_step:
+            if running.said_step is not None or not running.goes_on:
+                self._say(
+                    f"{running.trial.name}: {evaluation['average_return']:,.2f} at train step "
+                    f"{evaluation['train_step']:,}, environment step {evaluation['environment_steps']:,}"
+                )
+            running.said_step = evaluation["train_step"]
 
     def _note_end(self, ended: RunningTrial) -> None:
         trial, code = ended.trial, ended.poll()
@@ -279,6 +342,8 @@ class _Sweep:
             evaluations = trial.read_evaluations()
             last = f": {evaluations[-1]['average_return']:,.2f} at the last evaluation" if evaluations else ""
             self._say(f"{trial.name}: ended{last}")
+        elif trial.variant in self._beaten:
+            self._say(f"{trial.name}: stopped, its variant is beaten")
         else:
             self._note_failure(trial, code or 0, trial.read_last_error())
         self._write()
@@ -315,6 +380,7 @@ class _Sweep:
             **self._held,
             "asked": self._grid.as_json(),
             "settings": self._settings,
+            "beaten": self._beaten,
             "failures": {name: failure for name, failure in failures.items() if name in names},
         }
         self._directory.write_json(self.file, self._held)
@@ -337,7 +403,7 @@ def _describe_progress(trial: Trial) -> str:
     return words + (f", {evaluation['average_return']:,.2f} at {evaluation['train_step']:,}" if evaluation else "")
 
 
-def _report(root: Path, clock: str, steps: Sequence[int]) -> int:
+def report_sweep(root: Path, clock: str, steps: Sequence[int]) -> int:
     """Writes sweep.md, sweep.png and the results in sweep.json from what is there now; prints the tables."""
     from actorlearner.tools import sweep_report
 
@@ -359,7 +425,8 @@ def _report(root: Path, clock: str, steps: Sequence[int]) -> int:
                 "delivered": trial.read_delivered(),
                 "has_ended": trial.has_ended(),
             }
-            states[variant.name][seed] = _describe_state(trial, failures.get(trial.name))
+            state = _describe_state(trial, failures.get(trial.name))
+            states[variant.name][seed] = state if trial.has_ended() else held.get("beaten", {}).get(variant.name, state)
     title = f"Sweep of {Path(grid.experiment).stem}"
     points = sweep_report.collect_points(runs, clock, steps)
     text = sweep_report.format_tables(title, points, states)

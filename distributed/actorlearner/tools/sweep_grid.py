@@ -205,7 +205,7 @@ def describe_differences(held: Grid, asked: Grid) -> list[str]:
 def describe_change(held: str, found: str) -> list[str]:
     """Returns the lines in which a variant's settings differ, - of those held and + of those found now."""
     lines = difflib.ndiff(held.splitlines(), found.splitlines())
-    return [line for line in lines if line[:1] in "+-" and line[2:].strip() and not line[2:].startswith("#")]
+    return [line for line in lines if line[:1] in "+-"]
 
 
 def find_settings(grid: Grid) -> dict[str, str]:
@@ -241,6 +241,7 @@ def _check(experiment: str, gin_bindings: Sequence[str], variants: Iterable[Vari
     for variant in variants:
         try:
             loaded = load_experiment(experiment, [*gin_bindings, *variant.bindings])
+            loaded.time_step_spec  # noqa: B018  (makes an environment, which may not exist)
         except RoleError as error:
             answers[variant.name] = {"error": error.message}
             continue
@@ -249,8 +250,14 @@ def _check(experiment: str, gin_bindings: Sequence[str], variants: Iterable[Vari
                 "error": "train.eval_interval = 0: expected 1 or more, as a sweep compares evaluations"
             }
         else:
-            answers[variant.name] = {"settings": operative_config()}
+            answers[variant.name] = {"settings": _without_imports(operative_config())}
     return answers
+
+
+def _without_imports(settings: str) -> str:
+    """Returns the bindings alone: which modules this process has imported depends on the variants before."""
+    lines = [line for line in settings.splitlines() if line.strip() and not re.match(r"#|import |from ", line)]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

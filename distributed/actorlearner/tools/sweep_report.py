@@ -135,7 +135,7 @@ def write_picture(
 def make_picture(title: str, runs: Mapping[str, Any], states: Mapping[str, Any], clock: str) -> Figure:
     """Returns a figure: for each variant the interquartile mean with its bootstrap band, and a thin line per seed.
 
-    The mean is drawn as far as every seed with evaluations has come; trials that failed count where they are.
+    The mean is of the runs that have ended, or, while none has, of all, as far as each of them has come.
     """
     # Figure on its own, without pyplot: no global state, no display.
     import matplotlib
@@ -148,7 +148,8 @@ def make_picture(title: str, runs: Mapping[str, Any], states: Mapping[str, Any],
     colours = matplotlib.colormaps["tab10" if len(runs) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
     for number, (variant, seeds) in enumerate(runs.items()):
         colour = colours[number % len(colours)]
-        curves = [run["evaluations"] for run in seeds.values() if run["evaluations"]]
+        begun = [run for run in seeds.values() if run["evaluations"]]
+        curves = [run["evaluations"] for run in [run for run in begun if run["has_ended"]] or begun]
         for seed, run in seeds.items():
             curve = run["evaluations"]
             if not curve:
@@ -164,8 +165,9 @@ def make_picture(title: str, runs: Mapping[str, Any], states: Mapping[str, Any],
         rows = [[entries[step]["average_return"] for entries in by_step] for step in shared]
         xs = [sum(entries[step][clock] for entries in by_step) / len(by_step) for step in shared]
         middle = [float(statistics.interquartile_mean(row)) for row in rows]
-        num = f"{len(curves)} seed{'s' if len(curves) > 1 else ''}"
-        axes.plot(xs, middle, color=colour, linewidth=2.2, marker="o", markersize=3, label=f"{variant} ({num})")
+        beaten = ", beaten" if any(state.startswith("beaten") for state in states[variant].values()) else ""
+        label = f"{variant} ({len(curves)} of {len(seeds)} seeds{beaten})"
+        axes.plot(xs, middle, color=colour, linewidth=2.2, marker="o", markersize=3, label=label)
         if len(curves) > 1 and rows:
             lows, highs = zip(*map(statistics.bootstrap_interval, rows))
             axes.fill_between(xs, lows, highs, color=colour, alpha=0.15, linewidth=0)

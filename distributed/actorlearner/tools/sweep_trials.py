@@ -27,10 +27,11 @@ _MOST_LINE = 400  # letters of a failure's last line
 # A trial's process first runs this, with the sweep's process id, how nice to be, and the command: it asks the kernel to
 # be stopped when the sweep dies, and becomes the launcher.
 _BECOME_TRIAL = """
-import ctypes, os, signal, sys
+import ctypes, os, shlex, signal, sys, time
 PR_SET_PDEATHSIG = 1
 ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 os.nice(int(sys.argv[2]))
+print("---", time.strftime("%Y-%m-%d %H:%M:%S"), f"process {os.getpid()}:", shlex.join(sys.argv[3:]), flush=True)
 if os.getppid() == int(sys.argv[1]):
     os.execvp(sys.argv[3], sys.argv[3:])
 """
@@ -110,11 +111,9 @@ class RunningTrial:
     def __init__(self, trial: Trial, command: Sequence[str], environment: Mapping[str, str], nice: int, lock: IO[str]):
         """Starts it; `lock` is the trial's, held, and given over to the launcher."""
         self.trial = trial
-        self.is_beaten = False
-        self._signals = 0
+        self.said_step: Optional[int] = None  # the train step of the evaluation last told of
+        self.goes_on = (trial.root_dir / "run.json").exists()
         with open(trial.output, "a") as output:
-            output.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(command)}\n")
-            output.flush()
             self._popen = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-c", _BECOME_TRIAL, str(os.getpid()), str(nice), *command],
                 env=dict(environment),
