@@ -25,7 +25,7 @@ from typing import IO, Any, Optional
 from actorlearner.run_directory import RunDirectory
 from actorlearner.tools.sweep_grid import (
     Grid,
-    describe_change,
+    describe_changes,
     describe_differences,
     find_settings,
     grid_from_json,
@@ -110,21 +110,21 @@ def run(arguments: argparse.Namespace, train: argparse.Namespace) -> int:
     try:
         _check_train_flags(train)
         grid = _read_grid(arguments)
+        root = arguments.root_dir or Path("runs") / f"sweep-{Path(grid.experiment).stem}"
+        held: dict[str, Any] = {}
+        if (root / "sweep.json").exists():
+            held = RunDirectory(root).read_json(root / "sweep.json")
+            _require_same(root, describe_differences(_read_asked(root, held), grid))
         settings = find_settings(grid)
+        _require_same(root, describe_changes(held.get("settings", {}), settings))
+    except _AnotherSweep as error:
+        return _refuse(str(error), DATA)
     except ValueError as error:
         return _refuse(str(error), USAGE)
-    root = arguments.root_dir or Path("runs") / f"sweep-{Path(grid.experiment).stem}"
     jobs = max(1, _count_cores() // 2) if arguments.jobs is None else arguments.jobs
     sweep = _Sweep(
         root, grid, settings, clock=arguments.clock, steps=steps, jobs=jobs, nice=arguments.nice, race=arguments.race
     )
-    differences = sweep.compare()
-    if differences:
-        return _refuse(
-            f"{sweep.file} is of another sweep:\n  " + "\n  ".join(differences) + "\nGive another --root_dir; nothing "
-            "in this one was changed.",
-            DATA,
-        )
     if arguments.dry_run:
         sweep.print_plan()
         return 0
@@ -143,6 +143,28 @@ def run(arguments: argparse.Namespace, train: argparse.Namespace) -> int:
 def _refuse(message: str, code: int) -> int:
     print(f"error: {message}", file=sys.stderr)
     return code
+
+
+class _AnotherSweep(ValueError):
+    """The folder holds a sweep that this command cannot go on with."""
+
+
+def _read_asked(root: Path, held: Any) -> Grid:
+    """Returns the grid of the sweep in `root`, of its sweep.json; raises `_AnotherSweep` if that holds none."""
+    try:
+        return grid_from_json(held["asked"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _AnotherSweep(f"{root} is no sweep's folder: {root / 'sweep.json'} says nothing of one") from error
+
+
+def _require_same(root: Path, differences: Sequence[str]) -> None:
+    """Raises `_AnotherSweep` if there are any."""
+    if differences:
+        raise _AnotherSweep(
+            f"--root_dir={root} holds another sweep:\n  "
+            + "\n  ".join(differences)
+            + "\nGive another directory; nothing in this one was changed."
+        )
 
 
 def _check_train_flags(train: argparse.Namespace) -> None:
@@ -211,22 +233,6 @@ class _Sweep:
             for seed in grid.seeds
             for variant in grid.variants
         ]
-
-    def compare(self) -> list[str]:
-        """Returns what keeps this sweep from going on with what the folder holds."""
-        if not self._held:
-            return []
-        try:
-            held, settings = grid_from_json(self._held["asked"]), self._held["settings"]
-        except (KeyError, TypeError, AttributeError) as error:
-            return [f"it is no sweep's: {error!r}"]
-        differences = describe_differences(held, self._grid)
-        for variant in held.variants:
-            changed = describe_change(settings.get(variant.name, ""), self._settings.get(variant.name, ""))
-            if not differences and changed:
-                differences.append(f"variant '{variant.name}': its settings were others, the experiment's included:")
-                differences += [f"  {line}" for line in changed]
-        return differences
 
     def command(self, trial: Trial) -> list[str]:
         (variant,) = (variant for variant in self._grid.variants if variant.name == trial.variant)
@@ -322,6 +328,8 @@ class _Sweep:
         if trial.has_ended():  # the one that was waited for came to its end
             lock.close()
             return None
+        for failures in (self._failures, self._held.get("failures", {})):
+            failures.pop(trial.name, None)
         started = RunningTrial(trial, self.command(trial), self._environment, self._nice, lock)
         self._say(f"{trial.name}: {'goes on' if started.goes_on else 'begins'} (output: {trial.output})")
         return started
@@ -410,9 +418,9 @@ def report_sweep(root: Path, clock: str, steps: Sequence[int]) -> int:
     directory, file = RunDirectory(root), root / "sweep.json"
     held = directory.read_json(file)
     try:
-        grid = grid_from_json(held["asked"])
-    except (KeyError, TypeError, AttributeError):
-        return _refuse(f"{root} is no sweep's folder: there is no {file}, or it says nothing of one", USAGE)
+        grid = _read_asked(root, held)
+    except _AnotherSweep as error:
+        return _refuse(str(error), USAGE)
     failures = held.get("failures", {})
     runs: dict[str, dict[int, Any]] = {}
     states: dict[str, dict[int, str]] = {}

@@ -202,10 +202,15 @@ def describe_differences(held: Grid, asked: Grid) -> list[str]:
     return differences
 
 
-def describe_change(held: str, found: str) -> list[str]:
-    """Returns the lines in which a variant's settings differ, - of those held and + of those found now."""
-    lines = difflib.ndiff(held.splitlines(), found.splitlines())
-    return [line for line in lines if line[:1] in "+-"]
+def describe_changes(held: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
+    """Returns the lines in which variants' settings differ, - of those held and + of those found now."""
+    changes = []
+    for variant in held:
+        lines = difflib.ndiff(held[variant].splitlines(), found.get(variant, "").splitlines())
+        changed = [f"  {line}" for line in lines if line[:1] in "+-"]
+        if changed:
+            changes += [f"variant '{variant}': its settings, those of the experiment's files included:", *changed]
+    return changes
 
 
 def find_settings(grid: Grid) -> dict[str, str]:
