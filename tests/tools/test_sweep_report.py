@@ -5,8 +5,8 @@ import json
 import numpy as np
 
 from actorlearner.tools import sweep_report
-from actorlearner.tools.sweep import report_sweep
 from actorlearner.tools.sweep_grid import Grid, Variant
+from actorlearner.tools.sweep_report import report_sweep
 
 STEPS = (0, 100, 200, 300)
 

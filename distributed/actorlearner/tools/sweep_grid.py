@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
@@ -76,6 +77,18 @@ def grid_from_json(held: Mapping[str, Any]) -> Grid:
         seeds=tuple(held["seeds"]),
         train_flags=tuple(held["train_flags"]),
     )
+
+
+class AnotherSweep(ValueError):
+    """The folder holds a sweep that this command cannot go on with."""
+
+
+def read_asked(root: Path, held: Any) -> Grid:
+    """Returns the grid of the sweep in `root`, of its sweep.json; raises `AnotherSweep` if that holds none."""
+    try:
+        return grid_from_json(held["asked"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise AnotherSweep(f"{root} is no sweep's folder: {root / 'sweep.json'} says nothing of one") from error
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:

@@ -2,18 +2,78 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, Union
 
+from actorlearner.run_directory import RunDirectory
 from actorlearner.tools import sweep_statistics as statistics
+from actorlearner.tools.sweep_grid import AnotherSweep, read_asked
+from actorlearner.tools.sweep_trials import Trial
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+USAGE = 64  # as in runtime/lifecycle.py
 CLOCKS = {"environment_steps": "environment steps", "train_step": "train steps"}
+DEFAULT_CLOCK = "environment_steps"
 _FEW = 5
+
+
+def report_sweep(root: Path, clock: Optional[str] = None, steps: Sequence[int] = ()) -> int:
+    """Writes sweep.md, sweep.png and the results in sweep.json from what is there now; prints the tables.
+
+    Args:
+      root: The sweep's folder.
+      clock: What `steps` count; None for what the sweep was told.
+      steps: Where to compare; none for what the sweep was told.
+    """
+    directory, file = RunDirectory(root), root / "sweep.json"
+    held = directory.read_json(file)
+    try:
+        grid = read_asked(root, held)
+    except AnotherSweep as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE
+    clock, steps = clock or held.get("clock", DEFAULT_CLOCK), steps or held.get("at", [])
+    failures = held.get("failures", {})
+    runs: dict[str, dict[int, Any]] = {}
+    states: dict[str, dict[int, str]] = {}
+    for variant in grid.variants:
+        runs[variant.name], states[variant.name] = {}, {}
+        for seed in grid.seeds:
+            trial = Trial(variant.name, seed, root / variant.folder / f"seed-{seed}")
+            runs[variant.name][seed] = {
+                "evaluations": trial.read_evaluations(),
+                "delivered": trial.read_delivered(),
+                "has_ended": trial.has_ended(),
+            }
+            beaten = held.get("beaten", {}).get(variant.name)
+            states[variant.name][seed] = _describe_state(trial, failures.get(trial.name), beaten)
+    title = f"Sweep of {Path(grid.experiment).stem}"
+    points = collect_points(runs, clock, steps)
+    text = format_tables(title, points, states)
+    directory.write_text(root / "sweep.md", text)
+    directory.write_json(file, {**held, "results": points, "states": states})
+    picture = write_picture(root / "sweep.png", title, runs, states, clock)
+    with contextlib.suppress(OSError):  # `| head`
+        print(text)
+        print("\n".join(str(path) for path in (root / "sweep.md", file, picture) if path), flush=True)
+    return 0
+
+
+def _describe_state(trial: Trial, failure: Optional[dict[str, Any]], beaten: Optional[str]) -> str:
+    if trial.has_ended():
+        return "ended"
+    if failure:
+        return f"failed: exit code {failure['exit_code']}, {failure['error']}"
+    if beaten:
+        return beaten
+    status = trial.read_status()
+    return f"not ended: at train step {status['train_step']:,}" if "train_step" in status else "not started"
 
 
 def collect_points(
