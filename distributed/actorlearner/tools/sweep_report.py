@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Optional, Union
 
 from actorlearner.run_directory import RunDirectory
 from actorlearner.tools import sweep_statistics as statistics
-from actorlearner.tools.sweep_grid import AnotherSweep, read_asked
+from actorlearner.tools.sweep_grid import AnotherSweep, Grid, read_asked
 from actorlearner.tools.sweep_trials import Trial
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def report_sweep(root: Path, clock: Optional[str] = None, steps: Sequence[int] =
             states[variant.name][seed] = _describe_state(trial, failures.get(trial.name), beaten)
     title = f"Sweep of {Path(grid.experiment).stem}"
     points = collect_points(runs, clock, steps)
-    text = format_tables(title, points, states)
+    text = format_tables(title, points, states) + "\n" + _format_grid(grid)
     directory.write_text(root / "sweep.md", text)
     directory.write_json(file, {**held, "results": points, "states": states})
     picture = write_picture(root / "sweep.png", title, runs, states, clock)
@@ -63,6 +63,15 @@ def report_sweep(root: Path, clock: Optional[str] = None, steps: Sequence[int] =
         print(text)
         print("\n".join(str(path) for path in (root / "sweep.md", file, picture) if path), flush=True)
     return 0
+
+
+def _format_grid(grid: Grid) -> str:
+    bindings = {"every variant": grid.gin_bindings, **{variant.name: variant.bindings for variant in grid.variants}}
+    lines = ["## What was trained", "", f"`{grid.experiment}`, seeds {', '.join(map(str, grid.seeds))}"]
+    lines[-1] += f", with {' '.join(grid.train_flags)}" if grid.train_flags else ""
+    lines += ["", "| variant | bindings |", "|---|---|"]
+    lines += [f"| {_escape(name)} | {_escape('; '.join(bound))} |" for name, bound in bindings.items() if bound]
+    return "\n".join(lines) + "\n"
 
 
 def _describe_state(trial: Trial, failure: Optional[dict[str, Any]], beaten: Optional[str]) -> str:

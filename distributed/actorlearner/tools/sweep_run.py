@@ -21,7 +21,7 @@ from actorlearner.tools.sweep_grid import Grid
 from actorlearner.tools.sweep_trials import STOP_SECS, RunningTrial, Trial, take_lock
 
 FAILED = 1  # the exit code, where a trial has
-_OCCUPIED = 75  # as in runtime/lifecycle.py
+_CANNOT_CREATE, _OCCUPIED = 73, 75  # as in runtime/lifecycle.py
 SAY_EVERY_SECS = 60.0
 RACE_SECS = 5.0
 POLL_SECS = 0.5
@@ -95,10 +95,8 @@ class Sweep:
         running: list[RunningTrial] = []
         try:
             self._run(running)
-            self._stop(running)
         finally:
-            for trial in running:
-                trial.kill()
+            self._stop(running)
             for number, action in previous.items():
                 signal.signal(number, action)
         self._write()
@@ -120,14 +118,19 @@ class Sweep:
                 self._stop_beaten(waiting, running)
                 looked = time.monotonic()
             while waiting and len(running) < self._jobs and not self._signals:
-                started = self._start(waiting.pop(0))
+                trial = waiting.pop(0)
+                try:
+                    started = self._start(trial)
+                except OSError as error:
+                    self._note_failure(trial, _CANNOT_CREATE, str(error))
+                    continue
                 if started:
                     running.append(started)
-            for trial in [trial for trial in running if trial.poll() is not None]:
-                running.remove(trial)
-                self._note_end(trial)
-            for trial in running:
-                self._say_news(trial)
+            for ended in [started for started in running if started.poll() is not None]:
+                running.remove(ended)
+                self._note_end(ended)
+            for started in running:
+                self._say_news(started)
             if time.monotonic() - said >= SAY_EVERY_SECS:
                 said = time.monotonic()
                 self._say("; ".join(_describe_progress(trial.trial) for trial in running) or "nothing is running")
@@ -192,18 +195,20 @@ class Sweep:
         self._say(f"{trial.name}: failed with exit code {code}: {error}")
 
     def _stop(self, running: list[RunningTrial]) -> None:
-        """Stops what still runs, after a signal; a second one is passed on: it stops them at once."""
+        """Stops what still runs, within `STOP_SECS`; a second signal is passed on: it stops them at once."""
         if not running:
             return
         self._say(f"stopping {len(running)} trials, which save")
         num_passed, deadline = 0, time.monotonic() + STOP_SECS
         while running and time.monotonic() < deadline:
-            if num_passed < len(self._signals):
-                num_passed = len(self._signals)
-                for trial in running:
-                    trial.stop()
-            running[:] = [trial for trial in running if trial.poll() is None]
+            if num_passed < max(1, len(self._signals)):
+                num_passed += 1
+                for started in running:
+                    started.stop()
+            running[:] = [started for started in running if started.poll() is None]
             time.sleep(0.1)
+        for started in running:
+            started.kill()
 
     def _on_signal(self, number: int, frame: Optional[types.FrameType]) -> None:
         now = time.monotonic()

@@ -22,6 +22,7 @@ from typing import IO, Any, Optional
 from actorlearner.run_directory import RunDirectory
 
 STOP_SECS = 40.0  # a launcher that was told to stop takes 20 s at most, and its guard kills what is left
+_BEGINS = "--- "  # the line with which each launcher's output begins
 _MOST_LINE = 400  # letters of a failure's last line
 
 # A trial's process first runs this, with the sweep's process id, how nice to be, and the command: it asks the kernel to
@@ -96,11 +97,12 @@ class Trial:
         return None
 
     def read_last_error(self) -> str:
-        """Returns the last line of its output that says why it ended, or its last line."""
+        """Returns the last line that its newest launcher wrote of an error, or wrote at all."""
         try:
-            lines = [line for line in self.output.read_text(errors="replace").splitlines() if line.strip()]
+            text = self.output.read_text(errors="replace")
         except OSError:
             return ""
+        lines = [line for line in text.rpartition(f"\n{_BEGINS}")[2].splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("error: ") or "| error: " in line]
         return (errors or lines or [""])[-1].strip()[:_MOST_LINE]
 
@@ -135,8 +137,9 @@ class RunningTrial:
 
     def stop(self, number: int = signal.SIGTERM) -> None:
         """Asks it to save and end; a second time: to end at once."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._popen.pid, number)
+        if self._popen.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._popen.pid, number)
 
     def kill(self) -> None:
         self.stop(signal.SIGKILL)
