@@ -68,6 +68,19 @@ MAY_IMPORT = {
     "tools.drill_disk": set(),
     "tools.drill_run": {"tools.tcp_wire"},
     "tools.strangers": {"replay", "reports", "runtime", "variable_container"},
+    "tools.sweep": {"run_directory", "tools.sweep_grid", "tools.sweep_report", "tools.sweep_run"},
+    "tools.sweep_grid": {"experiment", "runtime"},
+    "tools.sweep_report": {"run_directory", "tools.sweep_grid", "tools.sweep_statistics", "tools.sweep_trials"},
+    "tools.sweep_run": {
+        "run_directory",
+        "tools.sweep_grid",
+        "tools.sweep_race",
+        "tools.sweep_report",
+        "tools.sweep_trials",
+    },
+    "tools.sweep_race": {"tools.sweep_statistics"},
+    "tools.sweep_statistics": set(),
+    "tools.sweep_trials": {"run_directory"},
     "tools": {"cluster", "experiment", "replay", "run_directory", "runtime", "variable_container"},
 }
 

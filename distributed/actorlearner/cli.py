@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Optional
 from actorlearner import __version__
 from actorlearner.runtime.health import HANG_SECS
 from actorlearner.supported_platform import check_platform
+from actorlearner.tools import sweep
 
 if TYPE_CHECKING:
     from actorlearner.cluster import Cluster
@@ -157,6 +158,7 @@ def make_parser() -> argparse.ArgumentParser:
     drill.add_argument("--root_dir", type=Path, help="keeps the run there (default: a temporary directory)")
     drill.add_argument("--json", type=Path, metavar="FILE", help="writes the outcomes there too")
     _add_bench_flags(_add(commands, "bench", _bench, "measure speed against references, in turns on this machine", []))
+    sweep.add_arguments(_add(commands, "sweep", _sweep, "train variants with several seeds, and compare them", []))
     return parser
 
 
@@ -787,6 +789,11 @@ def _drill(arguments: argparse.Namespace) -> int:
         folder=arguments.root_dir,
         json_path=arguments.json,
     )
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    # `train`'s own rules refuse a wrong flag now, rather than in every trial.
+    return sweep.run(arguments, make_parser().parse_args(["train", "EXPERIMENT", *arguments.train_flags]))
 
 
 def _bench(arguments: argparse.Namespace) -> int:

@@ -107,6 +107,17 @@ class RunDirectory:
         for lines in (self.metrics, self.starts):
             durable_files.end_last_line(lines)
 
+    def is_held(self) -> bool:
+        """Returns whether a learner is at work in the directory."""
+        try:
+            with open(self.root / ".learner.lock") as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
+
     def claim_task(self, kind: str) -> int:
         """Returns the lowest task number of `kind` that nobody at work here has, and holds it until this process ends.
 

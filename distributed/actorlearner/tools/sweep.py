@@ -1,0 +1,198 @@
+"""Sweep: trains every variant of an experiment with every seed, and says with which spread they differ.
+
+variants x seeds --> trials, some at once --> run directories --> one table, one picture
+
+Each trial is a real `actorlearner train` in <root_dir>/<variant>/seed-<S>. What has ended is not repeated and what has
+not goes on, so the same command, given again, continues whatever was interrupted. Here are the arguments; what runs is
+in sweep_run.py. Imports nothing heavy before it reports or races.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from actorlearner.run_directory import RunDirectory
+from actorlearner.tools.sweep_grid import (
+    AnotherSweep,
+    Grid,
+    describe_changes,
+    describe_differences,
+    find_settings,
+    make_variants,
+    parse_seeds,
+    read_asked,
+)
+from actorlearner.tools.sweep_run import Sweep, count_cores
+
+USAGE, DATA, CANNOT_CREATE, OCCUPIED = 64, 65, 73, 75  # as in runtime/lifecycle.py
+_TRIAL_BYTES = 3 * 2**30
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the sweep's arguments; what stands behind `--` becomes `train_flags`."""
+    parser.usage = "actorlearner sweep EXPERIMENT [options] [-- TRAIN_FLAG ...] | actorlearner sweep --report DIR"
+    parser.epilog = "Flags of `actorlearner train`, such as --num_collect_actors=2, go behind -- and to every trial."
+    parser.add_argument("experiment", nargs="?", metavar="EXPERIMENT", help="a shipped experiment or a gin file")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=V1,V2,...",
+        help="a gin binding's values, e.g. 'sac.n_step_update=1,3,5'; commas inside brackets and quotes are part of a "
+        "value; may be repeated: every combination is a variant",
+    )  # fmt: skip
+    parser.add_argument(
+        "--variant", action="append", default=[], metavar="'NAME: BINDING; ...'",
+        help="one variant more, beside those of --set, with these bindings; 'NAME:' changes nothing; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--gin_bindings", action="append", default=[], metavar="BINDING", help="of all")
+    parser.add_argument(
+        "--seeds", default="3", metavar="N", help="5: seeds 0 to 4; 3,7,9: those; 7,: that one alone (default: 3)"
+    )
+    parser.add_argument(
+        "--root_dir", type=Path, help="the sweep's folder (default: runs/sweep-<experiment>); given again, it goes on"
+    )
+    parser.add_argument(
+        "--jobs", type=int, metavar="N",
+        help="trials at once (default: one for two cores and 3 GiB of the machine's memory, at least 1)",
+    )  # fmt: skip
+    parser.add_argument("--nice", type=int, default=0, metavar="N", help="lower the trials' priority by N (default: 0)")
+    parser.add_argument(
+        "--at", default="", metavar="STEP,...", help="also compare there, on the clock of --clock (default: at the end)"
+    )
+    parser.add_argument(
+        "--clock", choices=("environment_steps", "train_step"),
+        help="what --at counts and the picture's x axis (default: environment_steps, or as the sweep was told before)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--race", action="store_true",
+        help="stop variants that are beaten with confidence, after three seeds (without it a beaten one goes on)",
+    )  # fmt: skip
+    parser.add_argument("--dry_run", action="store_true", help="print the trials and their commands; start nothing")
+    parser.add_argument("--report", type=Path, metavar="DIR", help="write a sweep's table and picture as it is now")
+
+    parse = parser.parse_known_args
+
+    def parse_known_args(args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
+        # argparse hands what is behind -- to positional arguments only where no option stands before it.
+        words = list(sys.argv[1:] if args is None else args)
+        cut = words.index("--") if "--" in words else len(words)
+        parsed, rest = parse(words[:cut], namespace)
+        parsed.train_flags = words[cut + 1 :]
+        return parsed, rest
+
+    setattr(parser, "parse_known_args", parse_known_args)  # noqa: B010  (mypy forbids the assignment)
+
+
+def run(arguments: argparse.Namespace, train: argparse.Namespace) -> int:
+    """Runs the sweep, or reports on one; returns its exit status.
+
+    Args:
+      arguments: The sweep's.
+      train: What `actorlearner train` makes of the sweep's `train_flags`.
+    """
+    try:
+        steps = [int(word) for word in arguments.at.split(",") if word.strip()]
+    except ValueError:
+        return _refuse(f"--at={arguments.at}: expected steps with commas between, such as 50000,100000", USAGE)
+    if arguments.report:
+        if arguments.experiment:
+            return _refuse("EXPERIMENT and --report: expected one of them, the other left out", USAGE)
+        from actorlearner.tools.sweep_report import report_sweep
+
+        return report_sweep(arguments.report, arguments.clock, steps)
+    try:
+        _check_train_flags(train)
+        grid = _read_grid(arguments)
+        root = arguments.root_dir or Path("runs") / f"sweep-{Path(grid.experiment).stem}"
+        held: dict[str, Any] = {}
+        if (root / "sweep.json").exists():
+            held = RunDirectory(root).read_json(root / "sweep.json")
+            _require_same(root, describe_differences(read_asked(root, held), grid))
+        settings = find_settings(grid)
+        _require_same(root, describe_changes(held.get("settings", {}), settings))
+    except AnotherSweep as error:
+        return _refuse(str(error), DATA)
+    except ValueError as error:
+        return _refuse(str(error), USAGE)
+    sweep = Sweep(
+        root,
+        grid,
+        settings,
+        held,
+        clock=arguments.clock or held.get("clock", "environment_steps"),
+        steps=steps or held.get("at", []),
+        jobs=_bound_jobs() if arguments.jobs is None else arguments.jobs,
+        nice=arguments.nice,
+        race=arguments.race,
+    )
+    if arguments.dry_run:
+        sweep.print_plan()
+        return 0
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = open(root / ".sweep.lock", "w")  # noqa: SIM115  (held until the process ends)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _refuse(f"another sweep is at work in --root_dir={root}. Stop it, or give another directory.", OCCUPIED)
+    except OSError as error:
+        return _refuse(f"--root_dir={root} cannot be written: {error.strerror} ({error.filename})", CANNOT_CREATE)
+    with lock:
+        return sweep.run()
+
+
+def _refuse(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def _require_same(root: Path, differences: Sequence[str]) -> None:
+    """Raises `AnotherSweep` if there are any."""
+    if differences:
+        raise AnotherSweep(
+            f"--root_dir={root} holds another sweep:\n  "
+            + "\n  ".join(differences)
+            + "\nGive another directory; nothing in this one was changed."
+        )
+
+
+def _check_train_flags(train: argparse.Namespace) -> None:
+    """Raises `ValueError` where a flag behind -- is the sweep's own, or one with which no trial could end well."""
+    for name, instead in (
+        ("seed", "--seeds"),
+        ("root_dir", "the sweep's --root_dir"),
+        ("gin_bindings", "--gin_bindings"),
+    ):
+        if getattr(train, name) not in (None, []):
+            raise ValueError(f"--{name} behind --: each trial has its own; expected {instead} before --")
+    if train.fresh:
+        raise ValueError("--fresh behind --: a sweep goes on with what is there; give it another --root_dir instead")
+    for name in ("num_collect_actors", "num_eval_actors", "num_replay_servers"):
+        if getattr(train, name) < 1:
+            raise ValueError(f"--{name}={getattr(train, name)} behind --: expected 1 or more")
+
+
+def _read_grid(arguments: argparse.Namespace) -> Grid:
+    """Raises `ValueError`."""
+    if not arguments.experiment:
+        raise ValueError("EXPERIMENT is missing: expected a shipped experiment or a gin file, or --report DIR")
+    if arguments.jobs is not None and arguments.jobs < 1:
+        raise ValueError(f"--jobs={arguments.jobs}: expected 1 or more")
+    if not 0 <= arguments.nice <= 19:
+        raise ValueError(f"--nice={arguments.nice}: expected 0 to 19")
+    return Grid(
+        experiment=arguments.experiment,
+        gin_bindings=tuple(arguments.gin_bindings),
+        variants=make_variants(arguments.set, arguments.variant),
+        seeds=parse_seeds(arguments.seeds),
+        train_flags=tuple(arguments.train_flags),
+    )
+
+
+def _bound_jobs() -> int:
+    """Returns how many trials the machine takes at once: each is four processes, at work in turns."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(count_cores() // 2, memory // _TRIAL_BYTES))

@@ -1,0 +1,250 @@
+"""A sweep at work: starts its trials, some at once, watches and stops them.
+
+variants x seeds --> [trials, some at once] --> run directories
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import sys
+import time
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any, Optional
+
+from actorlearner.run_directory import RunDirectory
+from actorlearner.tools.sweep_grid import Grid
+from actorlearner.tools.sweep_trials import STOP_SECS, RunningTrial, Trial, take_lock
+
+FAILED = 1  # the exit code, where a trial has
+_CANNOT_CREATE, _OCCUPIED = 73, 75  # as in runtime/lifecycle.py
+SAY_EVERY_SECS = 60.0
+RACE_SECS = 5.0
+POLL_SECS = 0.5
+_SECOND_SIGNAL_SECS = 0.5  # signals closer together are one: `timeout` and shells deliver theirs twice
+
+
+class Sweep:
+    """One start of a sweep."""
+
+    def __init__(
+        self,
+        root: Path,
+        grid: Grid,
+        settings: dict[str, str],
+        held: dict[str, Any],
+        *,
+        clock: str,
+        steps: Sequence[int],
+        jobs: int,
+        nice: int,
+        race: bool,
+    ):
+        self.file = root / "sweep.json"
+        self._root, self._grid, self._settings = root, grid, settings
+        self._clock, self._steps, self._jobs, self._nice, self._race = clock, steps, jobs, nice, race
+        self._directory = RunDirectory(root)
+        self._held = held  # what sweep.json has
+        self._failures: dict[str, dict[str, Any]] = {}  # by trial
+        self._beaten: dict[str, str] = dict(self._held.get("beaten", {})) if race else {}  # why, by variant
+        self._signals: list[int] = []
+        self._signal_time = 0.0
+        self._environment = dict(os.environ)
+        if jobs > 1:  # a learner takes all cores but one: several of them share
+            self._environment.setdefault("TF_NUM_INTRAOP_THREADS", str(max(1, count_cores() // jobs - 1)))
+        # Seed by seed, so that all variants can be compared after the first round.
+        self._trials = [
+            Trial(variant.name, seed, root / variant.folder / f"seed-{seed}")
+            for seed in grid.seeds
+            for variant in grid.variants
+        ]
+
+    def command(self, trial: Trial) -> list[str]:
+        (variant,) = (variant for variant in self._grid.variants if variant.name == trial.variant)
+        return [
+            *(sys.executable, "-m", "actorlearner", "train", self._grid.experiment),
+            f"--seed={trial.seed}",
+            f"--root_dir={trial.root_dir}",
+            "--num_video_episodes=0",
+            *(f"--gin_bindings={binding}" for binding in (*self._grid.gin_bindings, *variant.bindings)),
+            *self._grid.train_flags,
+        ]
+
+    def print_plan(self) -> None:
+        num_ended = 0
+        for trial in self._trials:
+            num_ended += trial.has_ended()
+            print(f"{trial.name}{' (has ended)' if trial.has_ended() else ''}:\n  {shlex.join(self.command(trial))}")
+        num_left = len(self._trials) - num_ended
+        print(
+            f"{len(self._trials)} trials, {num_ended} of them ended; {min(self._jobs, num_left)} would run at once on "
+            f"{count_cores()} cores"
+        )
+
+    def run(self) -> int:
+        self._write()
+        previous: dict[int, Any] = {
+            number: signal.signal(number, self._on_signal)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+            if signal.getsignal(number) != signal.SIG_IGN
+        }
+        running: list[RunningTrial] = []
+        try:
+            self._run(running)
+        finally:
+            self._stop(running)
+            for number, action in previous.items():
+                signal.signal(number, action)
+        self._write()
+        from actorlearner.tools.sweep_report import report_sweep
+
+        code = report_sweep(self._root, self._clock, self._steps)
+        if self._signals:
+            self._say(f"stopped by {signal.Signals(self._signals[0]).name}; the same command goes on")
+            return 128 + self._signals[0]
+        return FAILED if self._failures else code
+
+    def _run(self, running: list[RunningTrial]) -> None:
+        """Runs what has not ended; returns when all is done, or when a signal has come."""
+        waiting = [t for t in self._trials if not t.has_ended() and t.variant not in self._beaten]
+        self._say(f"{len(self._trials)} trials, {len(waiting)} to run, {self._jobs} at once, in {self._root}")
+        said, looked = time.monotonic(), 0.0
+        while (waiting or running) and not self._signals:
+            if self._race and time.monotonic() - looked >= RACE_SECS:
+                self._stop_beaten(waiting, running)
+                looked = time.monotonic()
+            while waiting and len(running) < self._jobs and not self._signals:
+                trial = waiting.pop(0)
+                try:
+                    started = self._start(trial)
+                except OSError as error:
+                    self._note_failure(trial, _CANNOT_CREATE, str(error))
+                    continue
+                if started:
+                    running.append(started)
+            for ended in [started for started in running if started.poll() is not None]:
+                running.remove(ended)
+                self._note_end(ended)
+            for started in running:
+                self._say_news(started)
+            if time.monotonic() - said >= SAY_EVERY_SECS:
+                said = time.monotonic()
+                self._say("; ".join(_describe_progress(trial.trial) for trial in running) or "nothing is running")
+            time.sleep(POLL_SECS)
+
+    def _stop_beaten(self, waiting: list[Trial], running: list[RunningTrial]) -> None:
+        """Takes the variants that are beaten out of the race, and their trials from both lists' work."""
+        from actorlearner.tools.sweep_race import find_beaten
+
+        curves: dict[str, dict[int, Any]] = {}
+        for trial in self._trials:
+            if trial.variant not in self._beaten:
+                curves.setdefault(trial.variant, {})[trial.seed] = trial.read_evaluations()
+        for variant, defeat in find_beaten(curves, self._clock).items():
+            self._beaten[variant] = str(defeat)
+            self._say(f"{variant}: {defeat}")
+            waiting[:] = [trial for trial in waiting if trial.variant != variant]
+            for started in running:
+                if started.trial.variant == variant:
+                    started.stop()
+            self._write()
+
+    def _start(self, trial: Trial) -> Optional[RunningTrial]:
+        lock: Optional[IO[str]] = take_lock(trial, self._say, lambda: bool(self._signals))
+        if lock is None:
+            if not self._signals:
+                self._note_failure(trial, _OCCUPIED, f"another training goes on in {trial.root_dir}")
+            return None
+        if trial.has_ended():  # the one that was waited for came to its end
+            lock.close()
+            return None
+        for failures in (self._failures, self._held.get("failures", {})):
+            failures.pop(trial.name, None)
+        started = RunningTrial(trial, self.command(trial), self._environment, self._nice, lock)
+        self._say(f"{trial.name}: {'goes on' if started.goes_on else 'begins'} (output: {trial.output})")
+        return started
+
+    def _say_news(self, running: RunningTrial) -> None:
+        evaluation = running.trial.read_status().get("last_evaluation")
+        if evaluation and evaluation["train_step"] != running.said_step:
+            if running.said_step is not None or not running.goes_on:
+                self._say(
+                    f"{running.trial.name}: {evaluation['average_return']:,.2f} at train step "
+                    f"{evaluation['train_step']:,}, environment step {evaluation['environment_steps']:,}"
+                )
+            running.said_step = evaluation["train_step"]
+
+    def _note_end(self, ended: RunningTrial) -> None:
+        trial, code = ended.trial, ended.poll()
+        if trial.has_ended():
+            evaluations = trial.read_evaluations()
+            last = f": {evaluations[-1]['average_return']:,.2f} at the last evaluation" if evaluations else ""
+            self._say(f"{trial.name}: ended{last}")
+        elif trial.variant in self._beaten:
+            self._say(f"{trial.name}: stopped, its variant is beaten")
+        else:
+            self._note_failure(trial, code or 0, trial.read_last_error())
+        self._write()
+
+    def _note_failure(self, trial: Trial, code: int, error: str) -> None:
+        self._failures[trial.name] = {"exit_code": code, "error": error}
+        self._say(f"{trial.name}: failed with exit code {code}: {error}")
+
+    def _stop(self, running: list[RunningTrial]) -> None:
+        """Stops what still runs, within `STOP_SECS`; a second signal is passed on: it stops them at once."""
+        if not running:
+            return
+        self._say(f"stopping {len(running)} trials, which save")
+        num_passed, deadline = 0, time.monotonic() + STOP_SECS
+        while running and time.monotonic() < deadline:
+            if num_passed < max(1, len(self._signals)):
+                num_passed += 1
+                for started in running:
+                    started.stop()
+            running[:] = [started for started in running if started.poll() is None]
+            time.sleep(0.1)
+        for started in running:
+            started.kill()
+
+    def _on_signal(self, number: int, frame: Optional[types.FrameType]) -> None:
+        now = time.monotonic()
+        if now - self._signal_time >= _SECOND_SIGNAL_SECS:
+            self._signals.append(number)
+            self._signal_time = now
+
+    def _write(self) -> None:
+        """Writes what was asked and what has failed; the rest is in the run directories."""
+        failures = {**self._held.get("failures", {}), **self._failures}
+        names = {trial.name for trial in self._trials if not trial.has_ended()}
+        self._held = {
+            **self._held,
+            "asked": self._grid.as_json(),
+            "settings": self._settings,
+            "clock": self._clock,
+            "at": self._steps,
+            "beaten": self._beaten,
+            "failures": {name: failure for name, failure in failures.items() if name in names},
+        }
+        self._directory.write_json(self.file, self._held)
+
+    def _say(self, message: str) -> None:
+        with contextlib.suppress(OSError):
+            print(f"sweep | {time.strftime('%H:%M:%S')} {message}", flush=True)
+
+
+def count_cores() -> int:
+    """Returns how many cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def _describe_progress(trial: Trial) -> str:
+    status = trial.read_status()
+    if not status:
+        return f"{trial.name}: starting"
+    words = f"{trial.name}: {status.get('train_step', 0):,} of {status.get('num_iterations', 0):,} train steps"
+    evaluation = status.get("last_evaluation")
+    return words + (f", {evaluation['average_return']:,.2f} at {evaluation['train_step']:,}" if evaluation else "")
