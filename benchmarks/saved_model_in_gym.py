@@ -4,9 +4,9 @@
     python -m benchmarks.saved_model_in_gym runs/minitaur --late_steps=2  # 20 ms more latency
     python -m benchmarks.saved_model_in_gym runs/minitaur --seed=7        # other masses, friction, battery
 
-Nothing of this package acts here: the policy is the SavedModel, the environment what gym's registry has. Prints one line
-of JSON. Exit status 1 where neither --late_steps nor --seed was given and the mean is outside the 95 % interval of the
-run's own.
+Nothing of this package acts here: the policy is the SavedModel, the environment what gym's registry has. Prints one
+line of JSON. Exit status 1 where neither --late_steps nor --seed was given and the mean is outside the 95 % interval of
+the run's own.
 """
 
 from __future__ import annotations

@@ -16,7 +16,6 @@ from tf_agents.agents import tf_agent
 from tf_agents.policies import greedy_policy, policy_saver, tf_policy
 
 from actorlearner.agents.exported import with_environment_actions
-
 from actorlearner.runtime import durable_files
 
 _SPECS = "policy_specs.pbtxt"  # the last file of a SavedModel

@@ -48,9 +48,9 @@ class PastSteps(gym.Wrapper):
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, dict[str, Any]]:
         observation, reward, done, info = self.env.step(action)
-        self._past.appendleft(np.asarray(action, np.float32))
+        self._past.appendleft(np.array(action, np.float32))
         self._past.appendleft(self._now)
-        self._now = np.asarray(observation, np.float32)
+        self._now = np.array(observation, np.float32)
         return np.concatenate([self._now, *self._past]), reward, done, info
 
 
