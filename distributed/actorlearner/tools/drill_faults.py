@@ -541,6 +541,8 @@ def _lose_power(run: Run, fault: str, disk: Disk) -> Outcome:
     run.kill_processes()
     run.launcher.wait(PATIENCE_SECS)
     await_(lambda: not run.processes(), "end of all processes")
+    for path in run.temporary.iterdir():  # a machine clears them when it starts
+        shutil.rmtree(path, ignore_errors=True)
     disk.come_back()
     since = time.time()
     _resume(run, outcome, before)
