@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import gym
 import numpy as np
 from gym import spaces
@@ -16,7 +18,7 @@ ON_STEP = [lambda number: None]
 class Recording(gym.Env):
     """Observes three random numbers; episodes are seven steps long and end by themselves."""
 
-    metadata = {"render_modes": []}
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
     observation_space = spaces.Box(-np.inf, np.inf, (3,), np.float32)
     action_space = spaces.Discrete(2)
     num_steps = 0
@@ -88,7 +90,7 @@ class LimitsItself(Recording):
 class WorksInPlace(Recording):
     """Scales the action that it is given, and observes through one array that it writes over."""
 
-    action_space = spaces.Box(np.float32([0, -3]), np.float32([2, 5]))
+    action_space = spaces.Box(np.array([0, -3], np.float32), np.array([2, 5], np.float32))
 
     def __init__(self):
         super().__init__()
