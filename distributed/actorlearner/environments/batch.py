@@ -19,6 +19,7 @@ from tf_agents.trajectories import time_step as ts
 from actorlearner.environments.actions import offsets
 from actorlearner.environments.checks import (
     BoundsCheck,
+    CheckedGym,
     NotFinite,
     UnfitData,
     find_gym,
@@ -26,7 +27,7 @@ from actorlearner.environments.checks import (
     fit_flag,
     fit_observation,
     is_truncated,
-    unfit_step,
+    unpack_step,
 )
 from actorlearner.runtime.health import beat
 
@@ -239,9 +240,9 @@ class _PyLane:
         self._index = index
         spec = environment.action_spec()
         self._dtype = None if tree.is_nested(spec) else spec.dtype
-        self._gym = gym = find_gym(environment)
-        if gym is not None:  # its own would cast whatever comes
-            gym._to_obs_space_dtype = lambda observation: fit_observation(index, observation, gym._observation_spec)
+        self._gym = find_gym(environment)
+        if self._gym is not None:
+            self._gym._gym_env = CheckedGym(index, self._gym)
 
     def reset(self) -> _Answer:
         time_step = self._environment.reset()
@@ -254,8 +255,8 @@ class _PyLane:
         time_step = self._environment.step(action)
         discount = time_step.discount
         if self._gym is not None:
-            ended = fit_flag(self._index, self._gym.done)
-            if ended and time_step.step_type == _LAST and is_truncated(self._gym.get_info()):
+            is_end_of_gym = self._gym.done and time_step.step_type == _LAST
+            if is_end_of_gym and is_truncated(self._gym.get_info()):
                 discount = self._gym._discount
         return time_step.step_type, time_step.reward, discount, time_step.observation
 
@@ -288,7 +289,7 @@ class _GymLane:
         try:
             observation, reward, done, info = answer
         except (TypeError, ValueError):
-            raise unfit_step(self._index, answer) from None
+            observation, reward, done, info = unpack_step(self._index, answer)
         self._num_steps += 1
         if done is not False and fit_flag(self._index, done):
             self._is_over = True

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import gym
 import numpy as np
 import tree
 from tf_agents.environments import gym_wrapper, py_environment, wrappers
@@ -98,11 +99,17 @@ def is_truncated(info: Any) -> bool:
     return isinstance(info, dict) and bool(info.get("TimeLimit.truncated", False))
 
 
-def unfit_step(index: int, answer: Any) -> UnfitData:
-    """Returns the error for a gym environment whose `step` did not give the four values of gym 0.23."""
-    count = len(answer) if isinstance(answer, (tuple, list)) else type(answer).__name__
-    return UnfitData(
-        f"environment {index}'s step gave {count} values where gym 0.23 says 4: observation, reward, done, info. "
+def unpack_step(index: int, answer: Any) -> Any:
+    """Returns the four values that a gym environment's `step` gave.
+
+    Raises:
+      UnfitData: They are not four.
+    """
+    if isinstance(answer, (tuple, list)) and len(answer) == 4:
+        return answer
+    count = f"{len(answer)} values" if isinstance(answer, (tuple, list)) else type(answer).__name__
+    raise UnfitData(
+        f"environment {index}'s step gave {count} where gym 0.23 says 4: observation, reward, done, info. "
         "One written for gymnasium gives 5: let it return done = terminated or truncated, and "
         'info["TimeLimit.truncated"] = truncated.'
     )
@@ -113,6 +120,31 @@ def find_gym(environment: py_environment.PyEnvironment) -> gym_wrapper.GymWrappe
     while isinstance(environment, wrappers.PyEnvironmentBaseWrapper):
         environment = environment.wrapped_env()
     return environment if isinstance(environment, gym_wrapper.GymWrapper) else None
+
+
+class CheckedGym(gym.Wrapper):
+    """A gym environment below TF-Agents' wrapper, which would cast whatever comes."""
+
+    def __init__(self, index: int, wrapper: gym_wrapper.GymWrapper):
+        super().__init__(wrapper.gym)
+        self._index = index
+        self._observation_spec = wrapper.observation_spec()
+        self._reward_spec = wrapper.reward_spec()
+
+    def reset(self, **kwargs: Any) -> Any:
+        return fit_observation(self._index, self.env.reset(**kwargs), self._observation_spec)
+
+    def step(self, action: Any) -> tuple[Any, np.ndarray, bool, Any]:
+        observation, reward, done, info = unpack_step(self._index, self.env.step(action))
+        reward = fit(self._index, "reward", reward, self._reward_spec)
+        if not np.isfinite(reward).all():  # of a NaN TF-Agents says that it was a None
+            raise NotFinite(f"environment {self._index} gave reward = {reward}")
+        return (
+            fit_observation(self._index, observation, self._observation_spec),
+            reward,
+            fit_flag(self._index, done),
+            info,
+        )
 
 
 class BoundsCheck:

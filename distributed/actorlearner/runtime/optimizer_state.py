@@ -32,7 +32,7 @@ class NamedMoments:
         """
         self._checkpoint = checkpoint
         self._lists: list[tuple[Any, str]] = []  # optimizer, attribute: what TensorFlow no longer sees
-        self._names: set[tuple[str, ...]] = set()
+        self._names: set[tuple[str, str, str]] = set()
 
     def attach(self) -> None:
         """Makes the checkpoint hold the moments by name; again after an optimizer has got its variables.
@@ -154,7 +154,7 @@ def _nodes_by_path(checkpoint: tf.train.Checkpoint) -> dict[str, Any]:
     return nodes
 
 
-def _written_names(prefix: str) -> Optional[set[tuple[str, ...]]]:
+def _written_names(prefix: str) -> Optional[set[tuple[str, str, str]]]:
     """Returns optimizer, kind and variable of each moment that a checkpoint has by name; None if it has no names."""
     graph = trackable_object_graph_pb2.TrackableObjectGraph()
     graph.ParseFromString(tf.train.load_checkpoint(prefix).get_tensor(_GRAPH_KEY))
