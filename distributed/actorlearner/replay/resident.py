@@ -666,8 +666,8 @@ class ResidentSource:
         """
         with self._changed:  # before the table is read: what comes later is there
             places = {number: place for number, place in self._places.items() if place.address == address}
-        is_ours = self._check.find_misfit
-        there = read_chunks(address, silent_secs=SAVING_SECS, has_data=False, find_misfit=is_ours).keys()
+        find_misfit = self._check.find_misfit
+        there = read_chunks(address, silent_secs=SAVING_SECS, has_data=False, find_misfit=find_misfit).keys()
         newest = heapq.nlargest(self._num_durable_chunks, places.keys() | there)  # others it would have dropped
         lost = sorted(set(newest) - there)
         num_given = 0

@@ -318,6 +318,7 @@ def _refuse_second_learner(
                 before, num_heartbeats = now, 0
             elif now.heartbeat > before.heartbeat:
                 before, num_heartbeats = now, num_heartbeats + 1
+                deadline = time.monotonic() + watch_secs  # a busy machine's come slowly
     except Unreachable:
         return None
     raise RoleError(

@@ -680,7 +680,7 @@ def insert_hostile(run: Run) -> Outcome:
     if not said or said > MAX_KINDS:
         outcome.broken.append(f"the learner said {said} times that rows do not fit, expected each kind of them once")
     resumed = stop(run)
-    outcome.broken += [f"resumed: {promise}" for promise in resumed.broken]
+    outcome.broken += resumed.broken
     outcome.train_step_after = resumed.train_step_after
     if run.status().get("environment_steps", 0) > 1e12:
         outcome.broken.append("counts that cannot be true are in the checkpoint")
