@@ -7,6 +7,7 @@ import numpy as np
 from actorlearner.tools import sweep_report
 from actorlearner.tools.sweep_grid import Grid, Variant
 from actorlearner.tools.sweep_report import report_sweep
+from actorlearner.tools.sweep_trials import Trial
 
 STEPS = (0, 100, 200, 300)
 
@@ -99,3 +100,14 @@ def test_a_report_on_what_is_no_sweep_says_so(tmp_path, capsys):
     assert report_sweep(tmp_path, "train_step", []) == 64
     assert f"error: {tmp_path} is no sweep's folder" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
+
+
+def test_a_trials_last_error_is_that_of_its_newest_launcher(tmp_path):
+    """An error that was mended, told beside a failure that has nothing to do with it, sends its reader astray."""
+    trial = Trial("a", 0, tmp_path)
+    assert trial.read_last_error() == ""
+    first = "--- 2026-11-30 process 1: train\nlearner | I 10:00:00 fine\nerror: the disk is full\n  its log: x\n"
+    trial.output.write_text(first)
+    assert trial.read_last_error() == "error: the disk is full"
+    trial.output.write_text(first + "--- 2026-11-30 process 2: train\nKilled\n\n")
+    assert trial.read_last_error() == "Killed"
