@@ -204,8 +204,10 @@ class EvaluationLedger:
                 "train_step": result.train_step,
                 "environment_steps": self._pending[result.train_step].environment_steps,
                 "average_return": result.average_return,
+                "return_std": round(result.return_std, 4),
                 "average_episode_length": result.average_episode_length,
                 "min_episode_length": result.min_episode_length,
+                "num_truncated": result.num_truncated,
                 "num_episodes": result.num_episodes,
                 "wall_secs": round(result.wall_secs, 3),
             }

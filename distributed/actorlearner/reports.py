@@ -43,14 +43,20 @@ _FLOAT64 = tf.TensorSpec((), tf.float64)
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationResult:
-    """What a greedy policy did in `num_episodes` episodes; lengths are in environment steps."""
+    """What a greedy policy did in `num_episodes` episodes; lengths are in environment steps.
+
+    `return_std` is the standard deviation of one episode's return, 0 for a single one; `num_truncated` is how many of
+    the episodes lasted until their time limit.
+    """
 
     train_step: int
     version: int
     purpose: int
     average_return: float
+    return_std: float
     average_episode_length: float
     min_episode_length: int
+    num_truncated: int
     num_episodes: int
     wall_secs: float
     task: int

@@ -261,8 +261,10 @@ class RunRecord:
                 and {
                     "train_step": delivered.train_step,
                     "average_return": delivered.average_return,
+                    "return_std": delivered.return_std,
                     "average_episode_length": delivered.average_episode_length,
                     "min_episode_length": delivered.min_episode_length,
+                    "num_truncated": delivered.num_truncated,
                     "num_episodes": delivered.num_episodes,
                 },
             },

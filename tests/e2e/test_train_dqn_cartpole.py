@@ -29,7 +29,15 @@ EVALUATION_FIELDS = {
     "num_episodes",
     "wall_secs",
 }
-DELIVERED_FIELDS = {"train_step", "average_return", "average_episode_length", "min_episode_length", "num_episodes"}
+DELIVERED_FIELDS = {
+    "train_step",
+    "average_return",
+    "return_std",
+    "average_episode_length",
+    "min_episode_length",
+    "num_truncated",
+    "num_episodes",
+}
 
 
 @pytest.fixture(scope="module")

@@ -148,6 +148,7 @@ def evaluate(
     lengths = np.zeros(num_environments, int)
     all_returns: list[float] = []
     all_lengths: list[int] = []
+    num_truncated = 0
     playing = list(range(num_environments))
     while playing:
         if stop.is_set():
@@ -160,6 +161,7 @@ def evaluate(
         for index in [index for index in playing if time_step.step_type[index] == StepType.LAST]:
             all_returns.append(float(returns[index]))
             all_lengths.append(int(lengths[index]))
+            num_truncated += bool(time_step.discount[index] > 0.0)
             episodes_left[index] -= 1
             if not episodes_left[index]:
                 playing.remove(index)
@@ -168,8 +170,10 @@ def evaluate(
         version=request.snapshot.version,
         purpose=int(request.purpose),
         average_return=float(np.mean(all_returns)),
+        return_std=float(np.std(all_returns, ddof=1)) if len(all_returns) > 1 else 0.0,
         average_episode_length=float(np.mean(all_lengths)),
         min_episode_length=min(all_lengths),
+        num_truncated=num_truncated,
         num_episodes=len(all_returns),
         wall_secs=time.monotonic() - start,
         task=task,

@@ -87,6 +87,8 @@ LIMITS: Mapping[str, Mapping[str, Between]] = {
         "version": _VERSION,
         "purpose": _PURPOSE,
         "average_return": FINITE,
+        "return_std": Between(0.0, _LARGEST),
+        "num_truncated": COUNT,
         "average_episode_length": Between(0.0, MAX_COUNT),
         "min_episode_length": COUNT,
         "num_episodes": Between(1, MAX_COUNT),
