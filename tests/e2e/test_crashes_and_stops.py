@@ -113,8 +113,8 @@ def test_the_policies_of_a_stopped_run_are_those_of_the_stop(stopped_run):
     """Whoever takes the policy of a run that has not ended got the one that it began with."""
     root_dir, _, _, _ = stopped_run
     for name in ("policy", "collect_policy", "greedy_policy"):
-        policy = tf.saved_model.load(str(root_dir / "policies" / name))
-        assert int(policy.get_train_step()) == _newest_checkpoint(root_dir)
+        variables = tf.train.load_checkpoint(str(root_dir / "policies" / name / "variables" / "variables"))
+        assert variables.get_tensor("train_step/.ATTRIBUTES/VARIABLE_VALUE") == _newest_checkpoint(root_dir)
     assert not [path.name for path in (root_dir / "policies").rglob("*") if path.name.endswith((".new", ".old"))]
 
 
