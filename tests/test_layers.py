@@ -28,6 +28,11 @@ MAY_IMPORT = {
     "agents.base": {"runtime"},
     "agents.acting": set(),
     "agents.exported": set(),
+    # What several algorithms need.
+    "agents.networks": {"agents.normalized"},
+    "agents.normalized": {"agents.base"},
+    "agents.n_step": set(),
+    "agents.optimizers": set(),
     "agents": {"agents.base", "agents.networks", "agents.normalized", "agents.n_step", "agents.optimizers"},
     "environments.batch": {"environments.actions", "environments.checks", "runtime"},
     "environments.actions": {"environments.checks"},
