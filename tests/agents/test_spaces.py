@@ -44,7 +44,12 @@ def test_actions_without_bounds_are_refused(bounds):
         (Sac, VECTOR, {"a": box(-1.0, 1.0)}, "sac needs one float32 action"),
         (Sac, VECTOR, (box(-1.0, 1.0), whole(0, 2)), "sac needs one continuous"),
         (Sac, VECTOR, box(-1.0, 1.0, dtype=tf.float64), "sac needs one float32 action"),
-        (Sac, VECTOR, box(np.float32([0, 1]), np.float32([0, 2])), "sac needs low < high for every part"),
+        (
+            Sac,
+            VECTOR,
+            box(np.array([0, 1], np.float32), np.array([0, 2], np.float32)),
+            "sac needs low < high for every part",
+        ),
         (Sac, {"a": VECTOR}, box(-1.0, 1.0), "sac needs one vector of numbers to observe"),
         (Dqn, VECTOR, box(-1.0, 1.0), "dqn needs one discrete"),
         (Dqn, VECTOR, whole(0, 2, (2,)), "dqn needs one discrete"),

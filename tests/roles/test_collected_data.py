@@ -30,7 +30,8 @@ class ThroughWrappers(GymEnvironment):
 
 def expected_rows():
     """Returns what a trajectory's rows should hold, from what the environment wrote down."""
-    rows, observation, step_type = [], None, 0
+    rows: list[tuple] = []
+    observation, step_type = None, 0
     for kind, *note in NOTES:
         if kind == "reset":
             if rows:  # from the last time step of an episode to the first of the next, whatever the action
@@ -84,7 +85,8 @@ def test_the_values_in_the_replay_are_those_of_the_environment(serve, tmp_path, 
     publisher.close()
 
     chunks = sorted(read_chunks(address, silent_secs=30).items())
-    rows, acted_at = [], set()
+    rows: list[tuple] = []
+    acted_at: set[int] = set()
     for number, (_, chunk) in enumerate(chunks):
         # A chunk begins with the last rows of the one before.
         first, length = (agent.train_sequence_length - 1 if number else 0), int(chunk["length"])
