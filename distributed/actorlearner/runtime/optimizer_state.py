@@ -48,7 +48,7 @@ class NamedMoments:
                 optimizer = getattr(node, "inner_optimizer", node)  # a LossScaleOptimizer passes for the one inside it
                 if getattr(optimizer, "_index_dict", None):
                     moments[path] = self._take_lists(optimizer, path, variables)
-        found: set[tuple[str, ...]] = {
+        found = {
             (optimizer, kind, name) for optimizer, kinds in moments.items() for kind in kinds for name in kinds[kind]
         }
         if found - self._names:
