@@ -21,6 +21,7 @@ TINY_MINITAUR = bind(
     "train.log_interval = 10",
     "train.eval_interval = 10",
     "train.num_eval_episodes = 1",
+    "train.num_final_eval_episodes = 1",
     "train.policy_save_interval = 10",
     "pybullet_environment.max_episode_steps = 40",
 )
