@@ -22,8 +22,8 @@ from benchmarks.results import Row, make_markdown, make_table
 
 SUBJECTS: Mapping[str, Callable[[Settings], Sequence[Row]]] = {
     "learner": learner.compare,
-    "learner-recipe": learner.compare_recipe,
     "learner-gpu": learner.compare_on_gpu,
+    "learner-recipe": learner.compare_recipe,
     "minitaur": minitaur.compare,
     "collect-minitaur": collecting.compare_minitaur,
     "collect-cartpole": collecting.compare_cartpole,

@@ -265,8 +265,8 @@ def _add_learner_flags(parser: argparse.ArgumentParser) -> None:
 def _add_bench_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only", nargs="+", action="extend", metavar="NAME",
-        help="learner, learner-gpu, minitaur, collect-minitaur, collect-cartpole, weights, scaling, tls, "
-        "replay-servers and endurance (default: all but the last two)",
+        help="learner, learner-gpu, learner-recipe, minitaur, collect-minitaur, collect-cartpole, weights, scaling, "
+        "tls, replay-servers and endurance (default: all but the last two)",
     )  # fmt: skip
     parser.add_argument("--repeats", type=_positive, default=5, metavar="N", help="turns of each side (default: 5)")
     parser.add_argument(

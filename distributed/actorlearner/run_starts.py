@@ -47,9 +47,6 @@ def note_start(
         now = {"seed": seed, "commit": command.get("commit"), **versions}
         then = {"seed": before.get("seed"), "commit": before.get("commit"), **before.get("versions", {})}
         differs.update(find_differences(then, now))
-    if config_before is not None and config_before != operative_config:
-        directory.write_text(directory.earlier_operative_config(number - 1), config_before)
-    directory.write_text(directory.operative_config, operative_config)
     start = {
         "number": number,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -59,7 +56,10 @@ def note_start(
         **command,
         "differs": differs,
     }
-    directory.add_start(start)
+    directory.add_start(start)  # first: a start that is killed after it is in the list, and in the curve
+    if config_before is not None and config_before != operative_config:
+        directory.write_text(directory.earlier_operative_config(number - 1), config_before)
+    directory.write_text(directory.operative_config, operative_config)
     if number > 1 or config_before is not None:
         logging.info("start %d of this run, at train step %s: %s", number, f"{train_step:,}", describe(differs))
     return start

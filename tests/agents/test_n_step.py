@@ -91,3 +91,10 @@ def test_whole_windows_are_what_tf_agents_makes_of_them():
         )
     np.testing.assert_array_equal(ours.time_step.observation, theirs.time_step.observation)
     np.testing.assert_array_equal(ours.action_step.action, theirs.action_step.action)
+
+
+def test_an_environment_that_discounts_by_itself_discounts_every_reward_after():
+    """Only the last discount would count: values too large, and no word of it."""
+    given = window([FIRST, MID, MID, MID], [1.0, 2.0, 3.0, 99.0], [0.5, 0.8, 0.9, 1.0])
+    summed = 1.0 + 0.9 * 0.5 * 2.0 + 0.81 * 0.4 * 3.0
+    assert parts(to_n_step_transition(given, GAMMA)) == (0.0, 0.0, summed, 0.81 * 0.36, 3.0, MID)

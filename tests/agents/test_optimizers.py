@@ -21,7 +21,7 @@ def test_each_update_takes_the_decay_off_a_kernel_and_nothing_off_a_bias():
 
 def test_the_agent_trains_with_the_optimizer_that_decays():
     """What matters is what `SacAgent` makes of it."""
-    agent, _ = load_experiment("sac_minitaur", ["sac.weight_decay = 0.5"]).make_agent()
+    agent, _ = load_experiment("sac_minitaur_tutorial", ["sac.weight_decay = 0.5"]).make_agent()
     for optimizer in (agent._actor_optimizer, agent._critic_optimizer):
         variable = tf.Variable([1.0], name="any/kernel")
         optimizer.apply_gradients([(tf.zeros_like(variable), variable)])

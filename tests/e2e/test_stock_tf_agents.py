@@ -212,7 +212,9 @@ def test_our_writer_makes_item_for_item_what_the_stock_observer_makes(num_steps:
         observer(step)
     observer.close()
     replay = UniformReplay(chunk_length=4, max_pending_items=16)
-    sampling = dataclasses.replace(load_experiment("dqn_cartpole").sampling(num_steps), num_environments=1)
+    experiment = load_experiment("dqn_cartpole")
+    agent, _ = experiment.make_agent()
+    sampling = dataclasses.replace(experiment.sampling(agent), num_steps=num_steps, num_environments=1)
     sink = replay.make_sink(ReplayServers([ours.server_address]), sampling)
     for step in steps:
         sink.append(tree.map_structure(lambda leaf: np.asarray(leaf)[None], step), 0, np.array([False]))

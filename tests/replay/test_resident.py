@@ -800,3 +800,30 @@ def test_a_strangers_item_is_left_out_and_harms_nobody(replay, address, spec, ev
     again.restore({})
     assert again.counts()["inserts"] == 24
     again.close()
+
+
+def test_each_observation_is_counted_once_though_a_checkpoint_comes_in_between(replay, address, spec, eventually):
+    """A run that was stopped in its warm-up would normalise by the few observations after it, or by some twice."""
+    plan = {"num_environments": 1, "num_steps": 3, "windows_may_end_early": True, "initial_collect_steps": 1_000}
+    sink = replay.make_sink(ReplayServers([address]), sample(**plan))
+    source = make_source(replay, address, spec, **plan)
+    source.count_observations()
+    source.restore({})
+    write(sink, episode(0, 30))
+    eventually(lambda: source.account()["inserts"] > 0)
+    with source.standing_still():
+        counts, before = source.counts(), source.take_moments()
+    source.close()
+
+    flush(sink)
+    resumed = make_source(replay, address, spec, **plan)
+    resumed.count_observations()
+    resumed.restore(counts)
+    write(sink, episode(100, 20))
+    flush(sink)
+    eventually(lambda: resumed.account()["inserts"] == 49)  # the last one comes with the next chunk
+    moments = [*before, *resumed.take_moments()]
+    assert sum(one.count for one in moments) == 49
+    total = sum(one.count * one.mean for one in moments)
+    np.testing.assert_allclose(total, [sum(range(30)) + sum(range(100, 119))])
+    resumed.close()

@@ -51,7 +51,7 @@ def expected_rows():
         ("dqn_cartpole", None, "CountsFromMinusTwo"),
         ("dqn_cartpole", ThroughWrappers, "LimitsItself"),
         ("dqn_cartpole", None, "LimitsItself"),
-        ("sac_minitaur", None, "WorksInPlace"),
+        ("sac_minitaur_tutorial", None, "WorksInPlace"),
         ("dqn_cartpole", ThroughWrappers, "SmallNumbers"),
     ],
 )
@@ -64,7 +64,7 @@ def test_the_values_in_the_replay_are_those_of_the_environment(serve, tmp_path, 
     agent, _ = experiment.make_agent()
     variables = agent.collect_policy.variables()
     tables = experiment.replay.make_tables(
-        tensor_spec.from_spec(agent.collect_data_spec), experiment.sampling(agent.train_sequence_length)
+        tensor_spec.from_spec(agent.collect_data_spec), experiment.sampling(agent)
     )
     server = serve([*tables, *variable_container.make_tables(variables), *reports.make_tables()])
     address = f"localhost:{server.port}"

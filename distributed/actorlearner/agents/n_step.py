@@ -24,14 +24,15 @@ def to_n_step_transition(experience: trajectory.Trajectory, gamma: float) -> tra
     """
     num_steps = experience.reward.shape[1] - 1
     ends = tf.equal(experience.next_step_type[:, :num_steps], StepType.LAST)
-    has_begun = tf.ones_like(ends[:, :1], tf.float32)
     # [B, n]: 1 until the episode has ended, in the steps up to and with the one that ends it.
-    goes_on = tf.concat([has_begun, tf.math.cumprod(1.0 - tf.cast(ends[:, :-1], tf.float32), axis=1)], axis=1)
+    goes_on = tf.math.cumprod(1.0 - tf.cast(ends, tf.float32), axis=1, exclusive=True)
     powers = tf.constant([gamma**step for step in range(num_steps)], tf.float32)
-    reward = tf.reduce_sum(powers * goes_on * experience.reward[:, :num_steps], axis=1)
+    discounts = experience.discount[:, :num_steps]
+    weights = powers * tf.math.cumprod(discounts, axis=1, exclusive=True) * goes_on  # of the rewards, [B, n]
+    reward = tf.reduce_sum(weights * experience.reward[:, :num_steps], axis=1)
     num_used = tf.reduce_sum(tf.cast(goes_on, tf.int32), axis=1)  # [B], from 1 to n
     at_end = num_used - 1
-    discount = tf.gather(experience.discount, at_end, batch_dims=1) * tf.gather(powers, at_end)
+    discount = tf.gather(weights * discounts, at_end, batch_dims=1)
     first = tf.nest.map_structure(lambda leaf: leaf[:, 0], experience.observation)
     last = tf.nest.map_structure(lambda leaf: tf.gather(leaf, num_used, batch_dims=1), experience.observation)
     zeros, ones = tf.zeros_like(reward), tf.ones_like(reward)

@@ -21,7 +21,15 @@ def make_adam(
       final_learning_rate: Step size from update `decay_steps` on, reached linearly; None keeps the first.
       decay_steps: Updates over which the step size falls.
       weight_decay: Each update takes this times the step size off each kernel; biases and gains are left alone.
+
+    Raises:
+      ValueError: Only one of `final_learning_rate` and `decay_steps` is given.
     """
+    if (final_learning_rate is None) != (not decay_steps):
+        raise ValueError(
+            f"final_learning_rate = {final_learning_rate} with learning_rate_decay_steps = {decay_steps}: the step "
+            "size falls only where both are given. Give the other one too, or neither."
+        )
     rate: Any = learning_rate
     if final_learning_rate is not None and decay_steps:
         rate = tf.keras.optimizers.schedules.PolynomialDecay(learning_rate, decay_steps, final_learning_rate)

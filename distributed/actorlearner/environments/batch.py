@@ -5,6 +5,7 @@ A column holds one leaf for every environment: arrays of shape [num_environments
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator
@@ -30,6 +31,7 @@ from actorlearner.environments.checks import (
     unpack_step,
 )
 from actorlearner.runtime.health import beat
+from actorlearner.runtime.row_checks import MAX_MAGNITUDE
 
 MAX_CRASHES_WITHOUT_STEP = 3
 
@@ -78,6 +80,11 @@ class EnvironmentBatch:
         self._bounds = BoundsCheck(num_environments, spec)
         offset = offsets(environments[0].action_spec())
         self._action_offset = offset if any(map(np.any, tree.flatten(offset))) else None
+        self._whole_bounds = [
+            (path, int(np.min(leaf.minimum)), int(np.max(leaf.maximum)))
+            for path, leaf in tree.flatten_with_path(spec.observation)
+            if np.issubdtype(leaf.dtype, np.integer) and hasattr(leaf, "minimum")
+        ]
         # Two sets: the time step before stays as it was while the next is filled in.
         sets = [
             tree.map_structure(lambda leaf: np.zeros((num_environments, *leaf.shape), leaf.dtype), spec)
@@ -94,7 +101,7 @@ class EnvironmentBatch:
         for index in range(len(self)):
             self._fill(index, self._reset(index))
             beat()
-        self._require_finite()
+        self._require_plausible()
         return self._current
 
     def step(self, actions: Any, indices: Optional[Iterable[int]] = None) -> ts.TimeStep:
@@ -133,23 +140,33 @@ class EnvironmentBatch:
                 answer = self._restart(index)
             self._fill(index, answer)
             beat()
-        self._require_finite()
+        self._require_plausible()
         return self._current
 
-    def _require_finite(self) -> None:
+    def _require_plausible(self) -> None:
+        """Returns when the learner will take what came: else it would leave it out as a stranger's, without end."""
         for column in self._current_floats:
-            if not np.isfinite(column).all():
-                raise self._not_finite()
+            if not (np.abs(column) <= MAX_MAGNITUDE).all():
+                raise self._implausible()
+        for path, least, most in self._whole_bounds:
+            column = functools.reduce(lambda part, key: part[key], path, self._current.observation)
+            if (column < least).any() or (column > most).any():
+                raise self._implausible()
 
-    def _not_finite(self) -> NotFinite:
+    def _implausible(self) -> UnfitData:
         found: Any = {"reward": self._current.reward, "observation": self._current.observation}
+        bounds = {("observation", *path): (least, most) for path, least, most in self._whole_bounds}
         for path, column in tree.flatten_with_path(found):
-            bad = np.argwhere(~np.isfinite(column)) if column.dtype.kind == "f" else np.array([])
+            least, most = bounds.get(path, (-MAX_MAGNITUDE, MAX_MAGNITUDE))
+            bad = np.argwhere(~((column >= least) & (column <= most)))
             if len(bad):
                 index, *place = bad[0].tolist()
+                value = column[tuple(bad[0])]
                 where = "/".join(map(str, path)) + (str(place) if place else "")
-                return NotFinite(f"environment {index} gave {where} = {column[tuple(bad[0])]}")
-        raise AssertionError("called when a leaf is not finite")
+                if column.dtype.kind == "f" and not np.isfinite(value):
+                    return NotFinite(f"environment {index} gave {where} = {value}")
+                return UnfitData(f"environment {index} gave {where} = {value}, expected {least:g} to {most:g}")
+        raise AssertionError("called when a leaf is implausible")
 
     def _fill(self, index: int, answer: _Answer) -> None:
         columns = self._current

@@ -38,7 +38,7 @@ class PastSteps(gym.Wrapper):
         self._past: collections.deque[Any] = collections.deque(maxlen=2 * num_steps)
 
     def reset(self, **settings: Any) -> np.ndarray:
-        observation = np.asarray(self.env.reset(**settings), np.float32)
+        observation = np.array(self.env.reset(**settings), np.float32)
         nothing = np.zeros(self.action_space.shape, np.float32)
         for _ in range(self._past.maxlen or 0):
             self._past.appendleft(nothing)
@@ -47,8 +47,9 @@ class PastSteps(gym.Wrapper):
         return np.concatenate([observation, *self._past])
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, dict[str, Any]]:
+        as_given = np.array(action, np.float32)  # an environment may work on it in its place
         observation, reward, done, info = self.env.step(action)
-        self._past.appendleft(np.array(action, np.float32))
+        self._past.appendleft(as_given)
         self._past.appendleft(self._now)
         self._now = np.array(observation, np.float32)
         return np.concatenate([self._now, *self._past]), reward, done, info
@@ -67,7 +68,9 @@ class LateActions(gym.Wrapper):
 
     def reset(self, **settings: Any) -> Any:
         space = self.env.action_space
-        neutral = np.zeros(space.shape, space.dtype) if isinstance(space, gym.spaces.Box) else space.sample() * 0
+        if not isinstance(space, gym.spaces.Box):
+            raise ValueError(f"num_late_steps = {self._num_steps} needs actions that are a Box, but they are {space}.")
+        neutral = np.clip(np.zeros(space.shape, space.dtype), space.low, space.high)
         self._queue = collections.deque([neutral] * self._num_steps)
         return self.env.reset(**settings)
 

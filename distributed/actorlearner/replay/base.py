@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Optional, Protocol, runtime_checkable
@@ -122,6 +123,16 @@ class BatchSource(Protocol):
 
     def take_moments(self) -> list[Moments]:
         """Returns the moments of the observations taken in since the last call, each observation once in a run."""
+        ...
+
+    def look_first(self) -> None:
+        """Takes observations in for `take_moments` before the first update of a run, where only drawing does.
+
+        Raises what `draw` raises.
+        """
+
+    def standing_still(self) -> contextlib.AbstractContextManager[Any]:
+        """Returns a context in which `counts` and `take_moments` are of one moment; short, as readers wait."""
         ...
 
     def allow(self, num_updates: int) -> int:

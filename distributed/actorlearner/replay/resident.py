@@ -14,7 +14,6 @@ exactly one item in a stock TF-Agents table.
 from __future__ import annotations
 
 import base64
-import collections
 import contextlib
 import dataclasses
 import heapq
@@ -163,6 +162,7 @@ class ResidentReplay:
             sampling.num_environments,
             self._num_rows(sampling),
             math.inf if sampling.lock_step else self.chunk_secs,
+            sampling.windows_may_end_early,
         )
 
     def make_source(
@@ -229,7 +229,15 @@ class ChunkSink:
     confirmed, it goes there as well, under its number: the learner leaves out what it has had.
     """
 
-    def __init__(self, servers: ReplayServers, num_steps: int, num_environments: int, num_rows: int, chunk_secs: float):
+    def __init__(
+        self,
+        servers: ReplayServers,
+        num_steps: int,
+        num_environments: int,
+        num_rows: int,
+        chunk_secs: float,
+        windows_may_end_early: bool = False,
+    ):
         self.num_chunks = 0
         self._num_steps = num_steps
         self._num_environments = num_environments
@@ -241,6 +249,8 @@ class ChunkSink:
         self._columns: Any = None  # leaves of a chunk, [num_rows, num_environments, ...]
         self._acted_at = np.zeros(num_rows, np.int64)
         self._ends_run = np.zeros((num_rows, num_environments), bool)
+        # Where windows may end early, which rows are the last of an episode.
+        self._is_last = np.zeros((num_rows, num_environments), bool) if windows_may_end_early else None
         self._length = 0  # rows filled; a new chunk begins with the last ones of the chunk before
         self._opened_at = 0.0
         self._sending: Any = None  # the chunk that is not confirmed yet
@@ -260,6 +270,8 @@ class ChunkSink:
             column[row] = leaf
         self._acted_at[row] = acted_at
         np.equal(steps.step_type, StepType.LAST, out=self._ends_run[row])
+        if self._is_last is not None:
+            self._is_last[row] = self._ends_run[row]
         if crashed.any():
             self._ends_run[row] |= crashed  # nothing leads from the row that is none ...
             if row:
@@ -273,7 +285,8 @@ class ChunkSink:
         if age_secs <= self._chunk_secs or self._length < self._num_steps:
             return False
         most = self._num_environments * (self._num_rows - self._num_steps + 1)
-        num_windows = np.count_nonzero(find_starts(self._ends_run[: self._length].T, self._num_steps))
+        is_last = None if self._is_last is None else self._is_last[: self._length].T
+        num_windows = np.count_nonzero(find_starts(self._ends_run[: self._length].T, self._num_steps, is_last))
         return 2 * num_windows >= most or age_secs > max(self._chunk_secs, MAX_CHUNK_SECS)
 
     def _send(self) -> None:
@@ -290,7 +303,8 @@ class ChunkSink:
             "step": tree.unflatten_as(self._structure, columns),
         }
         self._write()
-        for array in (*self._columns, self._acted_at, self._ends_run):
+        is_last = [] if self._is_last is None else [self._is_last]
+        for array in (*self._columns, self._acted_at, self._ends_run, *is_last):
             array[:kept] = array[length - kept : length].copy()
         self._length = kept
         self.num_chunks += 1
@@ -402,9 +416,7 @@ class ResidentSource:
         self.num_given_back = 0
         self._turns = itertools.count()  # of the mirrors
         self._num_staged = 0  # windows written to the mirrors and not revealed yet
-        # Of each chunk that is written and not revealed, in each mirror; None where it was counted before.
-        self._written_moments: list[collections.deque[Optional[Moments]]] = [collections.deque() for _ in mirrors]
-        self._moments: list[Moments] = []  # of the chunks revealed since they were last taken
+        self._moments: list[Moments] = []  # of the new chunks written since they were last taken
         self._counts_observations = False
         self._misfit: Optional[ValueError] = None  # a chunk that no mirror can hold
         self._known_chunks: dict[int, bool] = {}  # counted as inserts, oldest first: whether they were written too
@@ -562,10 +574,8 @@ class ResidentSource:
         """Lets the next call draw what has arrived. Raises `ValueError` when a chunk fits into no mirror."""
         if self._misfit is not None:
             raise self._misfit
-        for mirror, written in zip(self._mirrors, self._written_moments):
+        for mirror in self._mirrors:
             num_chunks, num_windows = mirror.reveal()
-            revealed = [written.popleft() for _ in range(num_chunks)]
-            self._moments += [moments for moments in revealed if moments is not None]
             with self._changed:
                 self.num_chunks += num_chunks
                 self._inserts += num_windows
@@ -721,10 +731,10 @@ class ResidentSource:
         number, num_windows = int(chunk["chunk"]), len(block.starts)
         # The bound is for what servers bring back; an actor whose clock is behind goes on sending low numbers.
         is_new = number not in self._known_chunks and (is_held_back or number >= self._counted_before)
-        moments = _moments_at_starts(chunk, block) if is_new and self._counts_observations else None
-        self._written_moments[self._mirrors.index(mirror)].append(moments)  # before it may be revealed
+        moments = [_moments_at_starts(chunk, block)] if is_new and self._counts_observations else []
         first_row = mirror.write(block)
         with self._changed:
+            self._moments += moments
             self._places[number] = Place(mirror, first_row, int(chunk["length"]), chunk["ends_run"], address)
             while not next(iter(self._places.values())).is_held():
                 del self._places[next(iter(self._places))]
@@ -744,8 +754,16 @@ class ResidentSource:
 
     def take_moments(self) -> list[Moments]:
         """Returns those of the observations that may be drawn since the last call. See `BatchSource.take_moments`."""
-        moments, self._moments = self._moments, []
+        with self._changed:
+            moments, self._moments = self._moments, []
         return moments
+
+    def look_first(self) -> None:
+        """Nothing to do: what was collected is counted as it comes."""
+
+    def standing_still(self) -> contextlib.AbstractContextManager[Any]:
+        """Lets nothing be taken in meanwhile: what `counts` and `take_moments` say is of one moment."""
+        return self._writing
 
     def _max_durable_chunks(self) -> int:
         return self._num_durable_chunks * len(self._servers.all())

@@ -190,7 +190,7 @@ class UniformReplay:
 
             return without_tuning(batches.map(unpack).prefetch(2))
 
-        return ServerSampledSource(address, batch_size, strategy, make_dataset)
+        return ServerSampledSource(address, batch_size, strategy, make_dataset, is_queue=self.rate_limiter == "queue")
 
 
 def make_stamp(acted_at: int) -> float:
@@ -236,13 +236,16 @@ class ServerSampledSource:
         batch_size: int,
         strategy: tf.distribute.Strategy,
         make_dataset: Callable[[bool, tf.distribute.InputContext], tf.data.Dataset],
+        is_queue: bool = False,
     ):
         """Args:
         address: The server's.
         batch_size: Windows in one batch, over all replicas together.
         strategy: Whose replicas share a batch.
         make_dataset: Returns a replica's batches; given whether to leave out items that do not fit.
+        is_queue: Whether each item comes once: none is drawn to be looked at only.
         """
+        self._is_queue = is_queue
         self._address = address
         self._batch_size = batch_size
         self._strategy = strategy
@@ -281,21 +284,19 @@ class ServerSampledSource:
         self._first_looks = FirstLooks(self._strategy, self._dataset.element_spec[0].observation)
 
     def take_moments(self) -> list[Moments]:
-        """Returns the moments of what was drawn for the first time. See `BatchSource.take_moments`.
-
-        Of a new run's replay it first draws some batches that nothing is trained on, so that there are any before the
-        first update.
-        """
+        """Returns the moments of what was drawn for the first time. See `BatchSource.take_moments`."""
         assert self._first_looks is not None, "count_observations first"
-        if not self._samples:
-            draw = tf.function(lambda handle: self._strategy.run(self.unpack, args=self.draw(handle)))
-            try:
-                for _ in range(NUM_FIRST_LOOKS):
-                    draw(self.handle)
-                    self.note_updates(1)
-            except tf.errors.OutOfRangeError:
-                self.renew()
         return self._first_looks.take()
+
+    def look_first(self) -> None:
+        """Draws some batches that nothing is trained on; they count as samples. See `BatchSource.look_first`."""
+        draw = tf.function(lambda handle: self._strategy.run(self.unpack, args=self.draw(handle)))
+        while self._samples < NUM_FIRST_LOOKS * self._batch_size and not self._is_queue:
+            draw(self.handle)
+            self.note_updates(1)
+
+    def standing_still(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()
 
     def allow(self, num_updates: int) -> int:
         """Returns `num_updates`: the server's rate limiter holds `draw` back when it must."""

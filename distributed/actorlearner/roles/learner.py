@@ -44,6 +44,9 @@ from actorlearner.runtime.lifecycle import SAY_EVERY_SECS, ExitCode, RoleError, 
 from actorlearner.runtime.messages import Unreachable
 from actorlearner.variable_container import EvaluationRequests, Phase, Publisher, Purpose, Snapshot, Version
 
+MAX_PAST_VERSION = 10**12
+"""A learner that died cannot have published so often: ten times a second it would have taken 3,000 years."""
+
 UNKNOWN_STEPS, UNKNOWN_SECS = 10_000, 30.0
 """So much further than its status says a learner that was killed may have been; a disk may be slow."""
 
@@ -307,7 +310,9 @@ def _refuse_second_learner(
         if before is None or before.phase is Phase.OVER:
             return None
         if before.learner in past_learners:
-            return before if before.train_step <= furthest_step else None  # else actors would keep its weights for ever
+            # Else actors keep its weights for ever, or this learner's versions go on where no reader believes them.
+            can_be_its = before.train_step <= furthest_step and before.version <= MAX_PAST_VERSION
+            return before if can_be_its else None
         deadline, num_heartbeats = time.monotonic() + watch_secs, 0
         now = before
         while num_heartbeats < NUM_HEARTBEATS:
@@ -511,6 +516,7 @@ class TrainingLoop:
                     self._export.prepare()
                 self._await_first_data(stop)
                 if self._statistics is not None and not step:
+                    self._look_first(stop)
                     self._count_observations()
                     self._publish(step)  # with the statistics of the warm-up
             self._publisher.announce(Phase.TRAINING)
@@ -659,6 +665,40 @@ class TrainingLoop:
             if stop.is_set() and time.monotonic() - moved_at > 2.0:
                 raise Stopped("stopped while a batch was awaited")
 
+    def _look_first(self, stop: Stop) -> None:
+        """Returns when the source has taken observations in, before the first update; a stranger's are left out.
+
+        Raises:
+          Stopped: `stop` was set.
+          RoleError: It did not within the deadline (UNAVAILABLE).
+        """
+
+        def poll() -> bool:
+            future = self._caller.submit(self._source.look_first)  # it may block inside Reverb
+            while not future.done() and not stop.is_set():
+                concurrent.futures.wait([future], timeout=1.0)
+                beat()
+            if not future.done():
+                return False
+            error = future.exception()
+            if isinstance(error, tf.errors.InvalidArgumentError):
+                if not isinstance(self._source, MeetsStrangers) or not self._source.leave_out(error):
+                    raise error
+            elif error is not None and not isinstance(error, tf.errors.OpError):
+                raise error
+            if error is not None:
+                with contextlib.suppress(tf.errors.OpError):  # the server is away; the next look asks again
+                    self._source.renew()
+            return error is None
+
+        wait_until(
+            poll,
+            lambda: f"{self._replay} to hand out the observations to normalise by: {self._source.describe()}",
+            stop=stop,
+            deadline_secs=self._cluster.peer_patience_secs,
+            setting="--peer_patience_secs",
+        )
+
     def _count_observations(self) -> None:
         if self._statistics is not None:
             for moments in self._source.take_moments():  # one by one: together they would round in another way
@@ -715,10 +755,11 @@ class TrainingLoop:
         if not self._is_finite():
             raise _diverged(step, "what is to be saved is not finite", self._all_variables)
         self._disk.begin(step)
+        with self._source.standing_still():  # what counts as taken in is in the statistics, too
+            counts = {**self._record.counts(), **self._source.counts(), "version": self._version + 1}
+            self._count_observations()
         with _saying_what_was_not_saved(step, "The checkpoints before it are kept"):
-            prefix = self._checkpoints.write(
-                {**self._record.counts(), **self._source.counts(), "version": self._version + 1}
-            )
+            prefix = self._checkpoints.write(counts)
 
             def finish() -> None:
                 with _saying_what_was_not_saved(step, "The checkpoints before it are kept"):

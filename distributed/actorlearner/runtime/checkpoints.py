@@ -85,8 +85,7 @@ class Checkpoints:
 
     def _restore(self, prefix: Path) -> None:
         try:
-            with self._moments.as_written(str(prefix)):
-                self._checkpoint.read(str(prefix)).assert_existing_objects_matched()
+            self._read(prefix)
         except (AssertionError, ValueError, tf.errors.OpError) as error:
             raise RoleError(
                 f"the checkpoint {prefix} does not fit this experiment: {str(error).splitlines()[0]} "
@@ -106,12 +105,16 @@ class Checkpoints:
             for prefix in self._prefixes():
                 if prefix != newest and _number(prefix)[0] in steps and _find_damage(prefix) is None:
                     visited = True
-                    self._checkpoint.read(str(prefix)).assert_existing_objects_matched()
+                    self._read(prefix)
                     yield int(self._train_step.numpy())
         finally:
             if visited:
                 assert newest is not None
-                self._checkpoint.read(str(newest)).assert_existing_objects_matched()
+                self._read(newest)
+
+    def _read(self, prefix: Path) -> None:
+        with self._moments.as_written(str(prefix)):
+            self._checkpoint.read(str(prefix)).assert_existing_objects_matched()
 
     def variables(self) -> list[tf.Variable]:
         """Returns all that a checkpoint holds of the objects: an optimizer's moments too, once they are there."""
