@@ -99,7 +99,7 @@ CASES = {
     "server_of_another_experiment": Case(
         ["collect-actor", "sac_minitaur", "--replay_address=localhost:{cartpole_port}"],
         ExitCode.DATA,
-        (r"belongs to another experiment", r"observation: .*\b4\].*\b28\]", r"Start the replay server with"),
+        (r"belongs to another experiment", r"observation: .*\b4\].*\b64\]", r"Start the replay server with"),
     ),
     "unknown_environment": Case(
         ["replay-server", "dqn_cartpole", "--port={free_port}", *bind("gym_environment.env_name = 'CartPole-v7'")],
