@@ -113,7 +113,8 @@ def test_a_moment_that_overflows_while_loss_and_weights_stay_finite_ends_the_run
     moment = next(variable for variable in checkpoints.variables() if re.search(r"\bv/", variable.name))
     moment.assign(tf.fill(moment.shape, np.inf))
     checkpoints.save(counts)
-    second = processes.start(*train, *bind("train.num_iterations = 100_000"))
+    # One by one: the first update's loss is finite, the second's would not be.
+    second = processes.start(*train, *bind("train.num_iterations = 100_000", "train.num_updates_per_call = 1"))
     assert second.wait(RUN_SECS) == 65, second.output
     assert re.search(r"not finite: training has diverged; the first variable .* '.*v/.*' \[", second.stderr)
 

@@ -54,7 +54,8 @@ for strategy in strategies:
         batch = tree.map_structure(np.asarray, batch)
 
     def make_dataset(leaves_out, context):
-        data = tf.data.Dataset.from_tensor_slices((batch, np.zeros(GLOBAL_BATCH, np.int64))).repeat()
+        rows = (batch, np.zeros(GLOBAL_BATCH, np.int64), np.zeros(GLOBAL_BATCH, bool))
+        data = tf.data.Dataset.from_tensor_slices(rows).repeat()
         return data.batch(context.get_per_replica_batch_size(GLOBAL_BATCH), drop_remainder=True)
 
     source = ServerSampledSource("localhost:1", GLOBAL_BATCH, strategy, make_dataset)
