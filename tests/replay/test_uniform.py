@@ -166,7 +166,8 @@ def test_observations_are_counted_when_an_item_is_drawn_for_the_first_time(serve
     flush(sink)
     source = replay.make_source(servers, spec, plan, tf.distribute.get_strategy())
     source.count_observations()
-    (first,) = source.take_moments()  # draws by itself: nothing was trained on yet
+    source.look_first()
+    (first,) = source.take_moments()
     assert 16 < first.count <= 60
     draw = tf.function(lambda handle: source.unpack(*source.draw(handle)))
     for _ in range(60):

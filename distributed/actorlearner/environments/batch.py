@@ -31,7 +31,6 @@ from actorlearner.environments.checks import (
     unpack_step,
 )
 from actorlearner.runtime.health import beat
-from actorlearner.runtime.row_checks import MAX_MAGNITUDE
 
 MAX_CRASHES_WITHOUT_STEP = 3
 
@@ -144,9 +143,9 @@ class EnvironmentBatch:
         return self._current
 
     def _require_plausible(self) -> None:
-        """Returns when the learner will take what came: else it would leave it out as a stranger's, without end."""
+        """Returns when all is finite and whole numbers are in bounds: the learner leaves out what is not."""
         for column in self._current_floats:
-            if not (np.abs(column) <= MAX_MAGNITUDE).all():
+            if not np.isfinite(column).all():
                 raise self._implausible()
         for path, least, most in self._whole_bounds:
             column = functools.reduce(lambda part, key: part[key], path, self._current.observation)
@@ -157,8 +156,9 @@ class EnvironmentBatch:
         found: Any = {"reward": self._current.reward, "observation": self._current.observation}
         bounds = {("observation", *path): (least, most) for path, least, most in self._whole_bounds}
         for path, column in tree.flatten_with_path(found):
-            least, most = bounds.get(path, (-MAX_MAGNITUDE, MAX_MAGNITUDE))
-            bad = np.argwhere(~((column >= least) & (column <= most)))
+            least, most = bounds.get(path, (-np.inf, np.inf))
+            is_bad = (column < least) | (column > most) | ~np.isfinite(column)
+            bad = np.argwhere(is_bad)
             if len(bad):
                 index, *place = bad[0].tolist()
                 value = column[tuple(bad[0])]
