@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains in containers as the caller, and exits with the learner's own code; nothing is left running.
+# Trains in containers as the calling user, exits with the learner's own code, and leaves nothing running.
 set -euo pipefail
 
 case ${1:-} in
@@ -7,8 +7,8 @@ case ${1:-} in
     cat <<'HELP'
 Usage: [EXPERIMENT=NAME] [SETTING=VALUE...] docker/up.sh [--gpu] [FLAG...]
 
-Runs `docker compose -f docker/compose.yaml up FLAG...` with what it writes owned by the caller, and exits with the learner's
-exit code, for scripts: `docker compose up` by itself knows only 0 and 1. Ctrl-C and SIGTERM save and stop (130, 143). Stops
+Runs `docker compose -f docker/compose.yaml up FLAG...` so that the caller owns what it writes, and exits with the learner's
+exit code, for scripts: `docker compose up` by itself only has 0 and 1. Ctrl-C and SIGTERM save and stop (130, 143). Stops
 all containers at the end; run directory and images stay.
 
   --gpu     the learner on GPUs: docker/compose.gpu.yaml too
@@ -32,13 +32,13 @@ if [ -n "${TLS_DIR:-}" ]; then
   export TLS_DIR
   compose+=(-f "$here/compose.tls.yaml")
 fi
-# root's own runs go to the image's user: the roles never run as root unless RUN_UID=0 asks for it.
+# If root starts this, the roles run as the image's user: they run as root only with RUN_UID=0.
 if [ "$(id -u)" != 0 ]; then
   export RUN_UID=${RUN_UID:-$(id -u)} RUN_GID=${RUN_GID:-$(id -g)}
 fi
 
-# A terminal's Ctrl-C reaches compose as well, which stops the containers, so that the learner saves; a service manager's
-# SIGTERM reaches this script alone, and docker does not pass it on to compose in every case. Both are waited for.
+# A terminal's Ctrl-C also reaches compose, which stops the containers, so that the learner saves. A service manager's SIGTERM
+# reaches only this script, and docker does not always pass it on to compose. Either way, wait until compose has ended.
 asked="" up=""
 terminate() {
   asked=143
@@ -50,14 +50,14 @@ trap terminate TERM
 status=0
 COMPOSE_MENU=false "${compose[@]}" up "$@" & # its menu would keep Ctrl-C to itself
 up=$!
-[ "$asked" != 143 ] || kill -TERM "$up" 2>/dev/null || true # it came before compose had a number
+[ "$asked" != 143 ] || kill -TERM "$up" 2>/dev/null || true # the signal came before compose had a process id
 wait "$up" || status=$?
 while [ -n "$asked" ] && kill -0 "$up" 2>/dev/null; do wait "$up" || true; done
 if [ -n "$asked" ]; then
   "${compose[@]}" stop >/dev/null 2>&1 || true
   exit "$asked"
 fi
-# Of those that must succeed, the first that did not tells why; one that was never started says 0 and tells nothing.
+# Of the services that must succeed, the first failed one has the exit code; a service that never started has 0.
 code=0
 for service in run-directory check learner; do
   container=$("${compose[@]}" ps --all --quiet "$service" | head -1)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures speed against references, after making .venv, and .venv-bench for those that need it, if they are missing or stale.
+# Measures speed against references. Makes .venv first, and .venv-bench for the references that need it, if missing or stale.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
@@ -21,7 +21,7 @@ HELP
     exit ;;
 esac
 
-needs_peers() { # only the comparison `learner` has them as references
+needs_peers() { # only the comparison `learner` uses Stable-Baselines3 and SBX
   case " $* " in
     *" --markdown"* | *" --peers_python"* | *" --help "* | *" -h "*) return 1 ;;
     *" --only"*) [[ " $* " =~ [\ =]learner\  ]] ;;
@@ -30,8 +30,8 @@ needs_peers() { # only the comparison `learner` has them as references
 
 set_up_environment run
 if needs_peers "$@"; then
-  trap 'exit 130' INT # pip ends at Ctrl-C as if it had failed
-  # In a subshell, as the set-up ends its shell when it fails.
+  trap 'exit 130' INT # at Ctrl-C pip exits as if it had failed
+  # In a subshell, because a failed set-up exits its shell.
   (trap 'exit 130' INT; set_up_peers) || say 'going on without them: rows against what .venv-bench lacks will say "not measured"'
 fi
 exec "$venv/bin/actorlearner" bench "$@"

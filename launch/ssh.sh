@@ -33,7 +33,7 @@ set -euo pipefail
 
 # --- What runs on a host -----------------------------------------------------------------------------------------------
 
-# Handed to each host's bash after its arguments: a verb, the settings, then names of roles.
+# The script that each host's bash runs; its arguments are a verb, the settings, then names of roles.
 on_host() {
   cat <<'ON_HOST'
 set -uo pipefail
@@ -43,7 +43,7 @@ shift 11
 read -ra actorlearner <<<"$ACTORLEARNER"
 logs=$RUN_DIR/logs
 
-# Prints the process id of what keeps a role alive; fails when there is none. Process ids are used again, so it is looked at.
+# Prints the process id of a role's keeper; fails if there is none. Process ids are reused, so the command line is compared.
 keeper() { # NAME
   local id
   id=$(cat "$logs/$1.pid" 2>/dev/null) || return
@@ -74,7 +74,7 @@ status() { # NAME
       "$([ "$1" != learner ] || sed -n 's/^  "train_step": \([0-9]*\),/at train step \1/p' "$RUN_DIR/status.json" 2>/dev/null)"
     return
   fi
-  # Since its last start: how a start before that one ended says nothing about this one.
+  # Only what came after the last start counts.
   ended=$(awk '/^--- .*: start of /{ended = ""} match($0, /ended with exit code [0-9]+/){ended = substr($0, RSTART, RLENGTH)}
     END{print ended}' "$logs/$1.log" 2>/dev/null)
   echo "${ended:-does not run}"
@@ -88,7 +88,7 @@ stop() { # NAME
   while keeper "$1" >/dev/null; do
     if [ "$SECONDS" -ge "$deadline" ]; then
       kill -KILL -- "-$id"
-      echo "killed: no end within STOP_SECS = $STOP_SECS s of SIGTERM"
+      echo "killed: it did not exit within STOP_SECS = $STOP_SECS s of SIGTERM"
       return 1
     fi
     sleep 0.2
@@ -128,7 +128,7 @@ fail() {
   exit 1
 }
 
-# Runs a verb for some roles on a host; prefixes what it says with the host's name.
+# Runs a verb for some roles on a host; prefixes its output with the host's name.
 ask() { # HOST VERB NAME...
   local host=$1 verb=$2 code=0
   shift 2
@@ -157,7 +157,7 @@ roles_of() { # HOST
   done
 }
 
-# Runs a verb for the roles of every host whose names match; all hosts are asked, one after the other.
+# Runs a verb for the matching roles of every host, one host after the other.
 ask_all() { # VERB PATTERN
   local host names code=0
   for host in $hosts; do
@@ -178,7 +178,7 @@ start_all() {
     version=$other
   done
   { ask_all start '^(replay-server|learner)$' && ask_all start -actor-; } ||
-    fail "not everything was started, for the reason above. Mend it and start again, or: launch/ssh.sh stop"
+    fail "not everything was started, for the reason above. Fix it and start again, or: launch/ssh.sh stop"
 }
 
 stop_all() {

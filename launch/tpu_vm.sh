@@ -13,7 +13,7 @@ set -euo pipefail
 : "${COLLECT_ACTORS:=16}"
 : "${GIN_BINDINGS:=}"        # overrides, divided by ; or by new lines
 : "${SEED:=0}"               # every role's seeds derive from it
-: "${RUN_DIR:=}"             # runs/tpu-EXPERIMENT if left out; the same again goes on with the run
+: "${RUN_DIR:=}"             # runs/tpu-EXPERIMENT if left out; the same one resumes its run
 : "${PORT:=8008}"            # of the replay server
 : "${STOP_SECS:=120}"        # from SIGTERM to SIGKILL; saving takes seconds, a large replay half a minute
 : "${TPU_WHEEL:=$(echo /usr/share/tpu/tensorflow-2.15*.whl)}" # TensorFlow for TPUs; the image has it
@@ -31,8 +31,8 @@ for needed in "$TPU_WHEEL" "$TPU_LIBRARY"; do
   [ -r "$needed" ] || fail "$needed is not here: expected a TPU VM made with --version=tpu-vm-tf-2.15.0-pjrt." \
     "Make one, or say where they are with TPU_WHEEL and TPU_LIBRARY."
 done
-PYTHON=${PYTHON:-python3.10} set_up_environment run # the wheel is for that one
-# PyPI's TensorFlow knows no TPUs. What says that it was replaced lies in .venv, and goes with it when that is made anew.
+PYTHON=${PYTHON:-python3.10} set_up_environment run # the wheel is for Python 3.10
+# PyPI's TensorFlow has no TPU support. The copy of the wheel in .venv records that it was replaced; a new .venv has none.
 if ! cmp -s "$TPU_WHEEL" "$venv/tpu-wheel"; then
   install pip --no-deps --force-reinstall "$TPU_WHEEL" || fail "could not install TPU_WHEEL = $TPU_WHEEL; the reason is above."
   cp "$TPU_WHEEL" "$venv/tpu-wheel"
@@ -44,7 +44,8 @@ flags=("$experiment" "--gin_bindings=$GIN_BINDINGS" "--seed=$SEED" "--root_dir=$
 server=("--replay_address=localhost:$PORT")
 actorlearner=$venv/bin/actorlearner
 
-# One process alone can hold the TPU: only the learner is told of it. Sessions of their own, so that Ctrl-C comes here alone.
+# Only one process can hold the TPU, so only the learner gets it. Each role has its own session, so that Ctrl-C reaches only
+# this script.
 TPU_LOAD_LIBRARY=0 setsid launch/keep_running.sh replay-server "$actorlearner" replay-server "${flags[@]}" --port="$PORT" &
 replay_server=$!
 TPU_NAME=local NEXT_PLUGGABLE_DEVICE_USE_C_API=true TF_PLUGGABLE_DEVICE_LIBRARY_PATH=$TPU_LIBRARY \
@@ -58,18 +59,18 @@ for ((task = 0; task < COLLECT_ACTORS; task++)); do
   actors+=($!)
 done
 
-stop() { # PROCESS ID...: SIGTERM, and SIGKILL to what is left at the deadline
+stop() { # PROCESS ID...: sends SIGTERM, and SIGKILL to those still running at the deadline
   local deadline=$((SECONDS + STOP_SECS)) id
   kill -TERM "$@" 2>/dev/null || true
   for id in "$@"; do
     while kill -0 "$id" 2>/dev/null && [ "$SECONDS" -lt "$deadline" ]; do sleep 0.2; done
-    if kill -KILL -- "-$id" 2>/dev/null; then log "killed process $id: no end within STOP_SECS = $STOP_SECS s"; fi
+    if kill -KILL -- "-$id" 2>/dev/null; then log "killed process $id: it did not exit within STOP_SECS = $STOP_SECS s"; fi
   done
 }
 trap 'kill -TERM "$learner" 2>/dev/null || true' INT TERM
 
 await "$learner" && code=0 || code=$?
-stop "${actors[@]}" # those that have not heard of the end
+stop "${actors[@]}" # those that have not ended by themselves
 stop "$replay_server"
 log "the learner ended with exit code $code; the run is in $RUN_DIR"
 exit "$code"
