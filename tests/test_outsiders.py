@@ -18,7 +18,7 @@ from actorlearner.replay.durable_table import EXPERIENCE_TABLE
 from actorlearner.replay.servers import JOINED_TABLE, MAX_SERVERS, ReplayServers
 from actorlearner.roles import replay_server
 from actorlearner.runtime.messages import Unreachable, read_server_info
-from actorlearner.runtime.tls_tunnel import open_to_peer, open_to_peers
+from actorlearner.runtime.tls.tunnel import open_to_peer, open_to_peers
 from actorlearner.tools.certificates import make_certificates
 from actorlearner.tools.strangers import _plausible, hostile_rows, insert
 from actorlearner.variable_container import VARIABLES_TABLE

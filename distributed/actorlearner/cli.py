@@ -323,7 +323,7 @@ def _train(arguments: argparse.Namespace) -> int:
     name = Path(arguments.experiment).stem
     root_dir = arguments.root_dir or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     if arguments.fresh:
-        from actorlearner.run_directory import RunDirectory
+        from actorlearner.run.directory import RunDirectory
         from actorlearner.runtime.lifecycle import RoleError
 
         try:
@@ -425,8 +425,8 @@ def _check_may_join(arguments: argparse.Namespace, may_join: Sequence[str]) -> N
 def _learner(arguments: argparse.Namespace) -> int:
     def run(cluster: Cluster, stop: Stop) -> ExitCode:
         from actorlearner.roles.learner import run_learner
-        from actorlearner.run_directory import RunDirectory
-        from actorlearner.run_starts import find_commit
+        from actorlearner.run.directory import RunDirectory
+        from actorlearner.run.starts import find_commit
         from actorlearner.runtime.devices import leave_one_core, make_strategy
         from actorlearner.runtime.eager_tensors import stop_leak
         from actorlearner.runtime.lifecycle import ExitCode
@@ -509,9 +509,9 @@ def _run_role(arguments: argparse.Namespace, run: Callable[[Cluster, Stop], Exit
 
     set_up_logging()  # before TensorFlow is imported
     from actorlearner.cluster import Cluster
-    from actorlearner.runtime.dead_peers import notice_dead_peers
     from actorlearner.runtime.health import watch
     from actorlearner.runtime.lifecycle import ExitCode, RoleError, run_to_exit
+    from actorlearner.runtime.sockets import notice_dead_peers
 
     def run_in_cluster(stop: Stop) -> ExitCode:
         watch(arguments.health_file, arguments.hang_secs)
@@ -539,7 +539,7 @@ def _open_to_peers(arguments: argparse.Namespace, port: int) -> int:
     """Opens the replay server's end of the tunnels at `port`; returns the port where Reverb is to listen."""
     from actorlearner.local import find_free_port
     from actorlearner.runtime.lifecycle import ExitCode, RoleError
-    from actorlearner.runtime.tls_tunnel import open_to_peers, use_certificates
+    from actorlearner.runtime.tls.tunnel import open_to_peers, use_certificates
 
     if arguments.local_only:
         raise RoleError("--local_only and --tls_dir: expected one of them: TLS is for other machines", ExitCode.USAGE)
@@ -556,8 +556,8 @@ def _run_with_peers(arguments: argparse.Namespace, cluster: Cluster, run: Callab
       RoleError: As `run`; REFUSED in place of UNAVAILABLE when a certificate is the reason.
     """
     from actorlearner.runtime.lifecycle import ExitCode, RoleError
-    from actorlearner.runtime.tls import speaks_tls
-    from actorlearner.runtime.tls_tunnel import find_trouble, use_certificates
+    from actorlearner.runtime.tls.certificates import speaks_tls
+    from actorlearner.runtime.tls.tunnel import find_trouble, use_certificates
 
     if arguments.tls_dir:
         use_certificates(Path(arguments.tls_dir) / arguments.command)
@@ -586,7 +586,7 @@ def _run_with_peers(arguments: argparse.Namespace, cluster: Cluster, run: Callab
 def _claim_task(arguments: argparse.Namespace) -> int:
     import logging
 
-    from actorlearner.run_directory import RunDirectory
+    from actorlearner.run.directory import RunDirectory
 
     if arguments.root_dir is None:
         raise ValueError("--task = auto: expected a --root_dir, in which the first free number is looked for")
@@ -612,7 +612,7 @@ def _load_experiment(arguments: argparse.Namespace) -> Experiment:
 
 def _choose_seed(given: Optional[int], root_dir: Optional[Path], *, default: int) -> int:
     """Returns the seed given; else that of the first start of the run in `root_dir`; else the default."""
-    from actorlearner.run_directory import RunDirectory
+    from actorlearner.run.directory import RunDirectory
 
     if given is not None:
         return given
@@ -694,7 +694,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
     def run(_stop: Stop) -> ExitCode:
         if arguments.root_dir:
-            from actorlearner.run_directory import RunDirectory
+            from actorlearner.run.directory import RunDirectory
 
             RunDirectory(arguments.root_dir).require_writable()
         experiment = _load_experiment(arguments)

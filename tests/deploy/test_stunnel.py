@@ -11,7 +11,7 @@ import reverb
 
 from actorlearner.local import find_free_port
 from actorlearner.runtime.messages import Unreachable, read_server_info
-from actorlearner.runtime.tls_tunnel import open_to_peers
+from actorlearner.runtime.tls.tunnel import open_to_peers
 from actorlearner.tools.certificates import make_certificates
 from tests.deploy.infrastructure import needed_command
 

@@ -24,7 +24,7 @@ from actorlearner.cluster import Cluster
 from actorlearner.experiment import load_experiment
 from actorlearner.replay.servers import ReplayServers
 from actorlearner.roles import replay_server
-from actorlearner.run_directory import RunDirectory
+from actorlearner.run.directory import RunDirectory
 from actorlearner.runtime.checkpoints import Checkpoints
 from actorlearner.runtime.lifecycle import ExitCode, RoleError, Stop
 from actorlearner.variable_container import Publisher

@@ -62,7 +62,7 @@ def test_a_port_that_cannot_be_closed_is_warned_of(processes, outer_address):
 
 CLOSE = """
 import reverb, socket, sys
-from actorlearner.runtime.loopback_only import close_to_other_machines
+from actorlearner.runtime.sockets import close_to_other_machines
 server = reverb.Server([reverb.Table.queue("some", 10)])
 close_to_other_machines(server.port)
 for host in ("127.0.0.1", "127.0.0.2", "::1", sys.argv[1]):

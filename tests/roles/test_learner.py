@@ -25,7 +25,7 @@ from actorlearner.roles.learner import (
     _restore_replay,
     make_train_function,
 )
-from actorlearner.run_directory import RunDirectory
+from actorlearner.run.directory import RunDirectory
 from actorlearner.runtime import messages
 from actorlearner.runtime.lifecycle import ExitCode, RoleError, Stop, Stopped
 from actorlearner.variable_container import VERSION_SIGNATURE, VERSION_TABLE, Phase, Publisher

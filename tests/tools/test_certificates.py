@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from actorlearner import cli
-from actorlearner.runtime.tls import CA, CERTIFICATE, KEY, make_context
+from actorlearner.runtime.tls.certificates import CA, CERTIFICATE, KEY, make_context
 from actorlearner.tools.certificates import CA_KEY, ROLES, make_certificates, read_certificates
 
 

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from actorlearner.run_directory import RunDirectory
+from actorlearner.run.directory import RunDirectory
 from actorlearner.runtime.lifecycle import ExitCode, Stop
 from actorlearner.tools.ending import await_end
 

@@ -17,7 +17,7 @@ import tree
 from actorlearner.replay.chunk_checks import is_chunk
 from actorlearner.runtime.messages import Unreachable, each_within, read_server_info
 from actorlearner.runtime.row_checks import say_left_out
-from actorlearner.runtime.tls_tunnel import reach
+from actorlearner.runtime.tls.tunnel import reach
 
 EXPERIENCE_TABLE = "experience"
 

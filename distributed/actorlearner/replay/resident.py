@@ -45,7 +45,7 @@ from actorlearner.runtime.devices import compute_devices, free_host_bytes
 from actorlearner.runtime.lifecycle import ExitCode, RoleError, find_reason
 from actorlearner.runtime.messages import Unreachable, without_tuning
 from actorlearner.runtime.row_checks import say_left_out
-from actorlearner.runtime.tls_tunnel import reach
+from actorlearner.runtime.tls.tunnel import reach
 
 STREAM_TABLE = "stream"
 

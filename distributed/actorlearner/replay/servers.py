@@ -22,10 +22,10 @@ import tensorflow as tf
 
 from actorlearner.replay.base import Replay, check_tables
 from actorlearner.runtime import messages
-from actorlearner.runtime.dead_peers import notice_dead_peers
 from actorlearner.runtime.lifecycle import ExitCode, RoleError, Stop, wait_until
 from actorlearner.runtime.messages import BoardReader, Misfit, Unreachable, await_server, read_server_info, read_table
 from actorlearner.runtime.row_checks import say_left_out
+from actorlearner.runtime.sockets import notice_dead_peers
 
 JOINED_TABLE = "replay_servers"
 

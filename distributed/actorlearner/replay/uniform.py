@@ -28,7 +28,7 @@ from actorlearner.runtime.configuration import PositiveFloat, PositiveInt
 from actorlearner.runtime.lifecycle import find_reason
 from actorlearner.runtime.messages import Unreachable, read_server_info, without_tuning
 from actorlearner.runtime.row_checks import MAX_COUNT, Between
-from actorlearner.runtime.tls_tunnel import reach
+from actorlearner.runtime.tls.tunnel import reach
 
 REPLAY_TABLE = "uniform_table"
 """Name of the table; the TF-Agents tutorials' own, so that their clients find it."""

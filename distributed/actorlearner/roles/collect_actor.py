@@ -26,7 +26,7 @@ from actorlearner.experiment import Experiment
 from actorlearner.replay.base import RANDOM_POLICY, Sampling, describe_tables
 from actorlearner.replay.servers import ReplayServers, refuse_several
 from actorlearner.reports import CollectReport, NewestReport
-from actorlearner.run_directory import RunDirectory
+from actorlearner.run.directory import RunDirectory
 from actorlearner.runtime.configuration import PositiveFloat
 from actorlearner.runtime.health import beat
 from actorlearner.runtime.lifecycle import SAY_EVERY_SECS, ExitCode, RoleError, Stop, wait_until

@@ -25,16 +25,16 @@ from tf_agents.specs import tensor_spec
 
 from actorlearner import variable_container
 from actorlearner.cluster import Cluster
-from actorlearner.evaluations import EvaluationLedger
+from actorlearner.evaluations.ledger import EvaluationLedger
 from actorlearner.experiment import Experiment
-from actorlearner.numbered_policies import make_up_missing
-from actorlearner.policy_export import PolicyExport
 from actorlearner.replay import persistence
 from actorlearner.replay.base import BatchSource, MeetsStrangers
 from actorlearner.replay.servers import ReplayServers, refuse_several
-from actorlearner.run_directory import RunDirectory
-from actorlearner.run_record import RunRecord
-from actorlearner.run_starts import note_start
+from actorlearner.run.directory import RunDirectory
+from actorlearner.run.missing_policies import make_up_missing
+from actorlearner.run.policies import PolicyExport
+from actorlearner.run.record import RunRecord
+from actorlearner.run.starts import note_start
 from actorlearner.runtime.checkpoints import Checkpoints
 from actorlearner.runtime.configuration import NonNegativeFloat, NonNegativeInt, PositiveFloat, operative_config
 from actorlearner.runtime.devices import has_one_gpu

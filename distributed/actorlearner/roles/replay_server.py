@@ -30,13 +30,13 @@ from actorlearner.replay import persistence, servers
 from actorlearner.replay.base import check_tables
 from actorlearner.replay.persistence import DUE_TABLE, Answers, Due, TableCheckpoints, read_due
 from actorlearner.replay.servers import Announcement
-from actorlearner.run_directory import RunDirectory
+from actorlearner.run.directory import RunDirectory
 from actorlearner.runtime.configuration import NonNegativeFloat
 from actorlearner.runtime.health import beat, beat_meanwhile
 from actorlearner.runtime.lifecycle import ExitCode, RoleError, Stop
-from actorlearner.runtime.loopback_only import close_to_other_machines
 from actorlearner.runtime.messages import Unreachable, read_server_info
-from actorlearner.runtime.tls_tunnel import reach
+from actorlearner.runtime.sockets import close_to_other_machines
+from actorlearner.runtime.tls.tunnel import reach
 from actorlearner.variable_container import Belief, Phase, Version
 
 CHECKPOINT_SECS = 3600.0

@@ -21,7 +21,7 @@ from reverb.cc import schema_pb2
 
 from actorlearner.runtime.lifecycle import ExitCode, RoleError, Stop, wait_until
 from actorlearner.runtime.row_checks import find_misfit, say_left_out
-from actorlearner.runtime.tls_tunnel import reach
+from actorlearner.runtime.tls.tunnel import reach
 
 T = TypeVar("T")
 

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from actorlearner.runtime import durable_files
-from actorlearner.runtime.tls import CA, CERTIFICATE, KEY
+from actorlearner.runtime.tls.certificates import CA, CERTIFICATE, KEY
 
 REPLAY_SERVER = "replay-server"
 ROLES = (REPLAY_SERVER, "learner", "collect-actor", "eval-actor")

@@ -6,7 +6,7 @@ import logging
 import time
 from pathlib import Path
 
-from actorlearner.run_directory import RunDirectory
+from actorlearner.run.directory import RunDirectory
 from actorlearner.runtime.lifecycle import SAY_EVERY_SECS, ExitCode, Stop
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import prometheus_client
 from prometheus_client.core import GaugeMetricFamily
 
-from actorlearner.run_directory import RunDirectory
+from actorlearner.run.directory import RunDirectory
 from actorlearner.runtime.lifecycle import ExitCode, RoleError, Stop
 
 _TAIL_BYTES = 65_536

@@ -21,7 +21,7 @@ from actorlearner.replay.servers import JOINED_TABLE
 from actorlearner.replay.uniform import REPLAY_TABLE
 from actorlearner.reports import LAST_WORDS_TABLE
 from actorlearner.runtime.messages import read_server_info
-from actorlearner.runtime.tls_tunnel import reach
+from actorlearner.runtime.tls.tunnel import reach
 from actorlearner.variable_container import VERSION_TABLE, Phase, read_version
 
 NUMBERS = (2**61, 2**62)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, Union
 
-from actorlearner.run_directory import RunDirectory
+from actorlearner.run.directory import RunDirectory
 from actorlearner.tools import sweep_statistics as statistics
 from actorlearner.tools.sweep_grid import AnotherSweep, Grid, read_asked
 from actorlearner.tools.sweep_trials import Trial

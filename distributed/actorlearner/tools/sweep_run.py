@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, Optional
 
-from actorlearner.run_directory import RunDirectory
+from actorlearner.run.directory import RunDirectory
 from actorlearner.tools.sweep_grid import Grid
 from actorlearner.tools.sweep_trials import STOP_SECS, RunningTrial, Trial, take_lock
 

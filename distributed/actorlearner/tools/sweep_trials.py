@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Optional
 
-from actorlearner.run_directory import RunDirectory
+from actorlearner.run.directory import RunDirectory
 
 STOP_SECS = 40.0  # a launcher that was told to stop takes 20 s at most, and its guard kills what is left
 _BEGINS = "--- "  # the line with which each launcher's output begins

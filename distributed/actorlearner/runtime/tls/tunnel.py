@@ -19,14 +19,14 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Optional
 
-from actorlearner.runtime import tls_relay
 from actorlearner.runtime.lifecycle import SAY_EVERY_SECS, ExitCode, RoleError
-from actorlearner.runtime.tls import CERTIFICATE, make_context
+from actorlearner.runtime.tls import relay
+from actorlearner.runtime.tls.certificates import CERTIFICATE, make_context
 
 WARN_DAYS = 14
 """A role warns at its start when its certificate expires within so many days."""
 
-_SOURCE_ROOT = str(Path(__file__).parents[2])
+_SOURCE_ROOT = str(Path(__file__).parents[3])
 
 _LONGEST_PATH = 100  # of a Unix socket; its address holds 108 bytes
 
@@ -54,7 +54,7 @@ class Tunnel:
 
     def _start_relay(self) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-m", tls_relay.__name__, *self._arguments],
+            [sys.executable, "-m", relay.__name__, *self._arguments],
             stdin=subprocess.PIPE,  # its end tells the relay that this process has ended, however it did
             stdout=subprocess.PIPE,
             pass_fds=[self._listening.fileno()],
@@ -81,13 +81,13 @@ class Tunnel:
             self._relay = self._start_relay()
 
     def _hear(self, word: str, text: str) -> None:
-        if word == tls_relay.CONNECTED:
+        if word == relay.CONNECTED:
             if self.trouble:
                 logging.info("the TLS tunnel %s is open", self._name)
             self.trouble, self.is_refused = None, False
             self._said_at.clear()
             return
-        self.is_refused = word == tls_relay.REFUSED
+        self.is_refused = word == relay.REFUSED
         self.trouble = f"TLS: {text}."
         now = time.monotonic()
         if len(self._said_at) > 1_000:
@@ -174,7 +174,7 @@ def open_to_peer(address: str, folder: Path) -> Tunnel:
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(os.path.join(directory, address[-left:]))
     listening.listen(128)
-    return Tunnel(f"to {address}", listening, tls_relay.TO_PEER, folder, (host, int(port)))
+    return Tunnel(f"to {address}", listening, relay.TO_PEER, folder, (host, int(port)))
 
 
 def open_to_peers(port: int, folder: Path, reverb_port: int) -> Tunnel:
@@ -199,7 +199,7 @@ def open_to_peers(port: int, folder: Path, reverb_port: int) -> Tunnel:
             ExitCode.UNAVAILABLE,
         ) from error
     logging.info("port %d is for who shows a certificate of the CA in %s", port, folder)
-    return Tunnel(f"on port {port}", listening, tls_relay.FROM_PEERS, folder, ("127.0.0.1", reverb_port))
+    return Tunnel(f"on port {port}", listening, relay.FROM_PEERS, folder, ("127.0.0.1", reverb_port))
 
 
 def check_files(folder: Path) -> None:

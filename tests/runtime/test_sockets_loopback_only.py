@@ -8,7 +8,7 @@ import pytest
 import reverb
 
 from actorlearner.runtime import messages
-from actorlearner.runtime.loopback_only import close_to_other_machines
+from actorlearner.runtime.sockets import close_to_other_machines
 
 SOMEWHERE_ELSE = {socket.AF_INET: "192.0.2.77", socket.AF_INET6: "2001:db8::77"}  # nobody has these addresses
 

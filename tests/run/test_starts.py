@@ -7,8 +7,8 @@ import subprocess
 import pytest
 
 from actorlearner import cli
-from actorlearner.run_directory import RunDirectory
-from actorlearner.run_starts import find_commit, note_start, read_settings
+from actorlearner.run.directory import RunDirectory
+from actorlearner.run.starts import find_commit, note_start, read_settings
 
 CONFIG = """
 import actorlearner.agents.dqn

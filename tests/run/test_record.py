@@ -10,11 +10,11 @@ import tensorflow as tf
 
 from actorlearner import reports, variable_container
 from actorlearner.cluster import Cluster
-from actorlearner.evaluations import EvaluationLedger
+from actorlearner.evaluations.ledger import EvaluationLedger
 from actorlearner.experiment import load_experiment
 from actorlearner.reports import CollectReport, Reporter
-from actorlearner.run_directory import RunDirectory
-from actorlearner.run_record import RunRecord
+from actorlearner.run.directory import RunDirectory
+from actorlearner.run.record import RunRecord
 from actorlearner.variable_container import EvaluationRequests
 
 

@@ -18,14 +18,14 @@ from pathlib import Path
 import pytest
 
 from actorlearner.local import find_free_port
-from actorlearner.runtime import tls_tunnel
 from actorlearner.runtime.lifecycle import ExitCode, RoleError
-from actorlearner.runtime.tls import CA, CERTIFICATE, KEY, speaks_tls
-from actorlearner.runtime.tls_relay import OWN_LOOPBACK_ADDRESS
-from actorlearner.runtime.tls_tunnel import Tunnel, open_to_peer, open_to_peers
+from actorlearner.runtime.tls import tunnel as tls_tunnel
+from actorlearner.runtime.tls.certificates import CA, CERTIFICATE, KEY, speaks_tls
+from actorlearner.runtime.tls.relay import OWN_LOOPBACK_ADDRESS
+from actorlearner.runtime.tls.tunnel import Tunnel, open_to_peer, open_to_peers
 from actorlearner.tools.certificates import make_certificates
 
-SOURCE_ROOT = Path(__file__).resolve().parents[2] / "distributed"
+SOURCE_ROOT = Path(__file__).resolve().parents[3] / "distributed"
 
 
 @pytest.fixture(scope="module")
@@ -299,8 +299,8 @@ def test_nobody_else_on_this_machine_can_use_a_roles_certificate(ends):
 
 ROLE = """
 import sys, time
-from actorlearner.runtime.tls_relay import OWN_LOOPBACK_ADDRESS
-from actorlearner.runtime.tls_tunnel import open_to_peer
+from actorlearner.runtime.tls.relay import OWN_LOOPBACK_ADDRESS
+from actorlearner.runtime.tls.tunnel import open_to_peer
 from pathlib import Path
 print(open_to_peer("localhost:1", Path(sys.argv[1]))._relay.pid, flush=True)
 time.sleep(600)

@@ -11,9 +11,9 @@ from typing import Any, Optional
 
 from actorlearner import reports, variable_container
 from actorlearner.cluster import Cluster
-from actorlearner.evaluations import EvaluationLedger
+from actorlearner.evaluations.ledger import EvaluationLedger
 from actorlearner.experiment import Experiment
-from actorlearner.run_directory import RunDirectory
+from actorlearner.run.directory import RunDirectory
 from actorlearner.runtime import messages
 from actorlearner.runtime.messages import Unreachable
 from actorlearner.runtime.row_checks import keep_plausible

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
 
-from actorlearner.run_directory import RunDirectory
+from actorlearner.run.directory import RunDirectory
 
 _MAX_TOLD = 8  # differences in the one log line; starts.jsonl has them all
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from actorlearner import numbered_policies
-from actorlearner.evaluations import EvaluationLedger
+from actorlearner.evaluations.ledger import EvaluationLedger
 from actorlearner.experiment import load_experiment
-from actorlearner.policy_export import PolicyExport
+from actorlearner.run import missing_policies
+from actorlearner.run.policies import PolicyExport
 from actorlearner.runtime.checkpoints import Checkpoints
 from actorlearner.variable_container import EvaluationRequests, Snapshot
 
@@ -100,7 +100,7 @@ def test_the_numbered_policies_that_a_restored_train_step_owes_are_made_up(train
             checkpoints.save({"version": step})
     train(0)
     assert checkpoints.restore() == {"version": 500}
-    numbered_policies.make_up_missing(100, train_step, variables, checkpoints, ledger, export)
+    missing_policies.make_up_missing(100, train_step, variables, checkpoints, ledger, export)
     assert numbered(tmp_path) == {step: (step, float(step)) for step in (100, 200, 400, 500)}  # nobody has those of 300
     assert int(train_step) == 500
     assert {float(value) for variable in variables for value in variable.numpy().flat} == {500.0}

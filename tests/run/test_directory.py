@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import actorlearner
-from actorlearner.run_directory import RunDirectory
+from actorlearner.run.directory import RunDirectory
 from actorlearner.runtime.lifecycle import ExitCode, RoleError
 
 IDENTITY = {"agent": "SacAgent", "environment": "A-v0", "variables": ["w [2]"]}
@@ -23,7 +23,7 @@ def test_a_second_learner_is_kept_out_until_the_first_one_ends(tmp_path):
     """Two learners would overwrite each other's checkpoints."""
     code = """
 import pathlib, sys
-from actorlearner.run_directory import RunDirectory
+from actorlearner.run.directory import RunDirectory
 directory = RunDirectory(pathlib.Path(sys.argv[1]))
 directory.hold()
 print("held", flush=True)
@@ -145,7 +145,7 @@ def test_processes_that_number_themselves_never_share_a_number(tmp_path):
     """Two collect actors with one task number would repeat each other's episodes and write into one another's files."""
     code = """
 import pathlib, sys
-from actorlearner.run_directory import RunDirectory
+from actorlearner.run.directory import RunDirectory
 print(RunDirectory(pathlib.Path(sys.argv[1])).claim_task("collect-actor"), flush=True)
 sys.stdin.read()
 """

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from actorlearner.evaluations import EvaluationLedger
-from actorlearner.policy_export import PolicyExport
+from actorlearner.evaluations.ledger import EvaluationLedger
+from actorlearner.run.policies import PolicyExport
 from actorlearner.runtime.checkpoints import Checkpoints
 from actorlearner.variable_container import Snapshot
 

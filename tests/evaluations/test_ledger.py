@@ -11,9 +11,9 @@ import pytest
 import tensorflow as tf
 
 from actorlearner import variable_container
-from actorlearner.evaluations import EvaluationLedger
+from actorlearner.evaluations.ledger import EvaluationLedger
 from actorlearner.reports import EvaluationProgress, EvaluationResult
-from actorlearner.run_directory import RunDirectory
+from actorlearner.run.directory import RunDirectory
 from actorlearner.variable_container import EvaluationRequests, Purpose, Snapshot
 from tests.power_cut import lay_out, watch
 

@@ -3,7 +3,7 @@
   a role's Reverb client --Unix socket--> [relay] ===TLS===> [relay] --loopback--> the replay server's Reverb
 
 Reverb 0.14 knows no TLS. Not in the role's process, because there its threads would wait for the interpreter lock. The
-role (tls_tunnel.py) opens the listening socket and hands it over, so it outlives a relay that is started again.
+role (tunnel.py) opens the listening socket and hands it over, so it outlives a relay that is started again.
 
 Standard input: nothing, until its end, with which the role has ended. Standard output: lines for the role, each a word
 (CONNECTED, REFUSED, BROKEN), a tab and a text.
@@ -26,8 +26,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from actorlearner.runtime.dead_peers import look_after
-from actorlearner.runtime.tls import HANDSHAKE_SECS, describe_refusal, make_context
+from actorlearner.runtime.sockets import look_after
+from actorlearner.runtime.tls.certificates import HANDSHAKE_SECS, describe_refusal, make_context
 
 CONNECTED, REFUSED, BROKEN = "connected", "refused", "broken"
 
@@ -46,7 +46,7 @@ Tell = Callable[[str, str], None]
 
 
 def main() -> None:
-    """`tls_relay to-peer|from-peers FD FOLDER HOST PORT`: see `carry_to_peer` and `carry_from_peer`."""
+    """`relay to-peer|from-peers FD FOLDER HOST PORT`: see `carry_to_peer` and `carry_from_peer`."""
     direction, descriptor, folder, host, port = sys.argv[1:]
     for number in (signal.SIGTERM, signal.SIGINT):  # a scheduler's, to the whole job: the role saves first
         signal.signal(number, signal.SIG_IGN)

@@ -13,15 +13,14 @@ import reverb
 
 import actorlearner
 from actorlearner.runtime import messages
-from actorlearner.runtime.dead_peers import notice_dead_peers
-from actorlearner.runtime.tcp_sockets import own_tcp_sockets
+from actorlearner.runtime.sockets import notice_dead_peers, own_tcp_sockets
 
 SOURCE_ROOT = Path(actorlearner.__file__).parent.parent
 
 # In a network namespace of its own: reads from a peer to whom the network is cut, as if its host had lost power.
 READ_FROM_VANISHED_PEER = """
 import fcntl, socket, struct, sys
-from actorlearner.runtime.dead_peers import notice_dead_peers
+from actorlearner.runtime.sockets import notice_dead_peers
 
 def set_network(is_up):
     SIOCSIFFLAGS, IFF_UP = 0x8914, 1
