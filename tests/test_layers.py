@@ -48,8 +48,8 @@ MAY_IMPORT = {
         "runtime",
     },
     # What the roles share: the run's files and the messages between actors and learner.
-    "reports": {"variable_container", "runtime"},
-    "evaluations": {"reports", "variable_container", "runtime"},
+    "reports": {"runtime"},
+    "evaluations": {"evaluations", "variable_container", "runtime"},
     "run.directory": {"runtime"},
     "run.starts": {"run.directory"},
     "run.record": {"cluster", "evaluations", "experiment", "reports", "run", "runtime", "variable_container"},

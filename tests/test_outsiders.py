@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import reverb
 
-from actorlearner import reports
+from actorlearner.evaluations.queue import EvaluationResult, take_evaluation_results
 from actorlearner.experiment import load_experiment
 from actorlearner.local import find_free_ports
 from actorlearner.replay.durable_table import EXPERIENCE_TABLE
@@ -80,11 +80,11 @@ def test_who_is_let_in_reads_all(outsider):
 def test_who_is_let_in_spoils_by_lies_that_can_be_true_and_by_no_others(outsider):
     """A result of one's own decides which policy is handed over; a NaN of one's own ends nothing."""
     with outsider.expect():
-        result = _plausible(outsider.signature(reports.EVALUATIONS_DONE_TABLE), 1)
+        result = _plausible(outsider.signature(EvaluationResult.TABLE), 1)
         result = {**result, "num_episodes": np.int64(5)}
         for value in (np.nan, 500.0):
-            insert(outsider.address, reports.EVALUATIONS_DONE_TABLE, {**result, "average_return": np.float64(value)})
-    returns = [report.average_return for report in reports.take_evaluation_results(outsider.inside)]
+            insert(outsider.address, EvaluationResult.TABLE, {**result, "average_return": np.float64(value)})
+    returns = [report.average_return for report in take_evaluation_results(outsider.inside)]
     assert returns == ([500.0] if outsider.is_let_in else [])
 
 

@@ -11,11 +11,13 @@ import portpicker
 import pytest
 
 from actorlearner import reports
-from actorlearner.reports import Attendance, CollectReport, EvaluationResult, LastWords, NewestReport, Reporter
+from actorlearner.evaluations import queue
+from actorlearner.evaluations.queue import EvaluationResult, Purpose, take_evaluation_results
+from actorlearner.reports import Attendance, CollectReport, LastWords, NewestReport
 from actorlearner.runtime import messages
 from actorlearner.runtime.lifecycle import ExitCode, RoleError
 from actorlearner.runtime.messages import Unreachable
-from actorlearner.variable_container import Purpose
+from actorlearner.runtime.rows import Reporter
 
 RESULT = EvaluationResult(
     train_step=3_000_000_000,
@@ -44,7 +46,7 @@ REPORT = CollectReport(
 
 @pytest.fixture
 def address(serve):
-    return f"localhost:{serve(reports.make_tables()).port}"
+    return f"localhost:{serve([*reports.make_tables(), *queue.make_tables([])]).port}"
 
 
 def test_reports_arrive_as_they_were_sent_and_once(address):
@@ -53,9 +55,9 @@ def test_reports_arrive_as_they_were_sent_and_once(address):
     assert reporter.send(RESULT, timeout_secs=30)
     assert reporter.send(REPORT, timeout_secs=30)
     assert reporter.send(dataclasses.replace(REPORT, environment_steps=20), timeout_secs=30)
-    assert list(reports.take_evaluation_results(address)) == [RESULT]
+    assert list(take_evaluation_results(address)) == [RESULT]
     assert [report.environment_steps for report in reports.take_collect_reports(address)] == [10, 20]
-    assert not reports.take_evaluation_results(address)
+    assert not take_evaluation_results(address)
     assert not reports.take_collect_reports(address)
 
 
@@ -65,12 +67,6 @@ def test_an_average_before_the_first_episode_is_not_a_number(address):
     (report,) = reports.take_collect_reports(address)
     assert math.isnan(report.average_return)
     assert report.actor == REPORT.actor
-
-
-def test_only_the_delivered_policys_result_is_delivered():
-    """Both kinds come through one queue."""
-    assert not RESULT.is_delivered
-    assert dataclasses.replace(RESULT, purpose=int(Purpose.DELIVERED)).is_delivered
 
 
 def test_a_report_to_a_server_that_is_away_is_no_error_of_the_actor(unused_address):

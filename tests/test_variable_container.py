@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 
 import numpy as np
 import portpicker
@@ -13,18 +12,7 @@ import tensorflow as tf
 from actorlearner import variable_container
 from actorlearner.runtime import messages
 from actorlearner.runtime.lifecycle import ExitCode, RoleError, Stop
-from actorlearner.variable_container import (
-    UNCONTRADICTED_SECS,
-    Belief,
-    EvaluationRequest,
-    EvaluationRequests,
-    Phase,
-    Publisher,
-    Purpose,
-    Snapshot,
-    Subscriber,
-    Version,
-)
+from actorlearner.variable_container import UNCONTRADICTED_SECS, Belief, Phase, Publisher, Subscriber, Version
 
 
 def make_variables(value=0.0):
@@ -285,30 +273,6 @@ def test_whom_the_board_is_believed():
     assert belief.holds(dataclasses.replace(over, heartbeat=902))
 
 
-def test_sixty_strangers_snapshots_do_not_silence_evaluations(address):
-    """Of an unknown purpose they ended the eval actor; of other types each cost it a look."""
-    due = {
-        "policy_variables": make_arrays(1),
-        "purpose": np.int64(0),
-        "train_step": np.int64(1),
-        "version": np.int64(1),
-    }
-    strays = (
-        {**due, "purpose": np.int64(99)},
-        {**due, "version": np.int64(2**61)},
-        {**due, "policy_variables": make_arrays(np.nan)},
-        {**due, "train_step": np.float32(1.0)},
-    )
-    for stray in strays:
-        sender = messages.Sender(address)
-        for _ in range(15):
-            sender.put(variable_container.EVALUATIONS_TABLE, stray, 30)
-    EvaluationRequests(address).put(EvaluationRequest(Snapshot(4, 400, make_arrays(4)), Purpose.PERIODIC))
-    request = variable_container.take_evaluation(address, VARIABLES)
-    assert request is not None and request.snapshot.train_step == 400
-    assert variable_container.take_evaluation(address, VARIABLES) is None
-
-
 def test_a_second_learner_shows_on_the_version_board(address, publish, eventually):
     """Two learners on one container would take turns at the actors' weights."""
     publish(address, learner=1).publish(0, VARIABLES)
@@ -332,30 +296,6 @@ def test_the_stock_container_pulls_and_updates_the_same_table(address, publish, 
     theirs[stock.TRAIN_STEP_KEY].assign(13)
     container.push(theirs)
     assert int(container.pull()[stock.TRAIN_STEP_KEY]) == 13
-
-
-def test_two_takers_get_each_due_snapshot_exactly_once(address):
-    """Two eval actors on one snapshot waste half the work; a snapshot nobody gets leaves a hole in the curve."""
-    requests = EvaluationRequests(address)
-    for step in range(8):
-        requests.put(
-            EvaluationRequest(Snapshot(step, 100 * step, make_arrays(step)), Purpose.PERIODIC), timeout_secs=30
-        )
-    taken: list[list[EvaluationRequest]] = [[], []]
-
-    def take(mine):
-        while (request := variable_container.take_evaluation(address, VARIABLES)) is not None:
-            mine.append(request)
-
-    threads = [threading.Thread(target=take, args=(mine,)) for mine in taken]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert sorted(request.snapshot.train_step for mine in taken for request in mine) == list(range(0, 800, 100))
-    for request in taken[0] + taken[1]:
-        assert request.purpose is Purpose.PERIODIC
-        assert float(request.snapshot.variables[1]) == request.snapshot.version
 
 
 def make_arrays(value):

@@ -1,7 +1,5 @@
-"""What actors tell the learner, which keeps the run's record: evaluation results and counts of collected steps.
+"""What actors tell the learner, which keeps the run's record: counts of collected steps, and why one ended for good.
 
-eval actor --result--> [evaluations_done] --take--> learner
-eval actor --still at it--> [evaluations_progress] --take--> learner
 collect actor --counts--> [collect_reports] --take--> learner
 either --why it ended for good--> [last_words] --take--> learner
 """
@@ -14,65 +12,22 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Optional
+from typing import ClassVar, Optional
 
 import numpy as np
 import reverb
 import tensorflow as tf
 
-from actorlearner.runtime import messages
+from actorlearner.runtime import messages, rows
 from actorlearner.runtime.lifecycle import FINAL_CODES, ExitCode, RoleError
 from actorlearner.runtime.messages import Unreachable
 from actorlearner.runtime.row_checks import MAX_TASK, say_left_out
-from actorlearner.variable_container import Purpose
+from actorlearner.runtime.rows import MAX_ROWS, Reporter
 
-EVALUATIONS_DONE_TABLE = "evaluations_done"
-EVALUATIONS_PROGRESS_TABLE = "evaluations_progress"
-COLLECT_REPORTS_TABLE = "collect_reports"
 LAST_WORDS_TABLE = "last_words"
 
 ACTORS = ("collect-actor", "eval-actor")
 """Who leaves last words."""
-
-MAX_ROWS = 1_000
-"""So many rows are taken in one call; the others in the next."""
-
-_INT64 = tf.TensorSpec((), tf.int64)
-_FLOAT64 = tf.TensorSpec((), tf.float64)
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluationResult:
-    """What a greedy policy did in `num_episodes` episodes; lengths are in environment steps.
-
-    `return_std` is the standard deviation of one episode's return, 0 for a single one; `num_truncated` is how many of
-    the episodes lasted until their time limit.
-    """
-
-    train_step: int
-    version: int
-    purpose: int
-    average_return: float
-    return_std: float
-    average_episode_length: float
-    min_episode_length: int
-    num_truncated: int
-    num_episodes: int
-    wall_secs: float
-    task: int
-
-    @property
-    def is_delivered(self) -> bool:
-        return self.purpose == Purpose.DELIVERED
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluationProgress:
-    """An eval actor's word that it is at work on a snapshot, said again and again until the result is delivered."""
-
-    train_step: int
-    purpose: int
-    task: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +42,8 @@ class CollectReport:
       blocked_secs: Time spent waiting for the learner: for the server to take items, or in lock-step for an answer.
       wall_secs: Time since it began to collect.
     """
+
+    TABLE: ClassVar[str] = "collect_reports"
 
     actor: int
     task: int
@@ -118,73 +75,12 @@ class LastWords:
 _WORDS_SIGNATURE = {"text": tf.TensorSpec((2_000,), tf.uint8)}  # JSON in UTF-8, then zeros
 
 
-def _signature(row: type) -> dict[str, Any]:
-    # Annotations are strings here: `from __future__ import annotations`.
-    return {field.name: _INT64 if field.type == "int" else _FLOAT64 for field in dataclasses.fields(row)}
-
-
 def make_tables() -> list[reverb.Table]:
     """Returns the server's tables for reports."""
     return [
-        messages.make_queue(EVALUATIONS_DONE_TABLE, 1_000, _signature(EvaluationResult)),
-        messages.make_queue(EVALUATIONS_PROGRESS_TABLE, 1_000, _signature(EvaluationProgress)),
-        messages.make_queue(COLLECT_REPORTS_TABLE, 10_000, _signature(CollectReport)),
+        rows.make_queue(CollectReport, 10_000),
         messages.make_queue(LAST_WORDS_TABLE, 1_000, _WORDS_SIGNATURE),
     ]
-
-
-def _row(report: Any) -> dict[str, Any]:
-    convert: dict[Any, type] = {"int": np.int64, "float": np.float64}
-    return {field.name: convert[field.type](getattr(report, field.name)) for field in dataclasses.fields(report)}
-
-
-def _to_reports(rows: Sequence[Any], kind: type) -> Sequence[Any]:
-    return [kind(**{name: value.item() for name, value in row.items()}) for row in rows]
-
-
-_TABLES: dict[type, str] = {
-    EvaluationResult: EVALUATIONS_DONE_TABLE,
-    EvaluationProgress: EVALUATIONS_PROGRESS_TABLE,
-    CollectReport: COLLECT_REPORTS_TABLE,
-}
-
-
-class AtWork:
-    """Says from a thread that an evaluation is being made, as long as the `with` lasts."""
-
-    def __init__(self, address: str, progress: EvaluationProgress, interval_secs: float = 1.0):
-        self._reporter = Reporter(address)
-        self._progress = progress
-        self._interval_secs = interval_secs
-        self._closing = threading.Event()
-
-    def __enter__(self) -> AtWork:
-        threading.Thread(target=self._say, name="at work", daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._closing.set()
-
-    def _say(self) -> None:
-        while not self._closing.is_set():
-            self._reporter.send(self._progress, timeout_secs=2.0)
-            self._closing.wait(self._interval_secs)
-
-
-class Reporter:
-    """An actor's side; used from one thread."""
-
-    def __init__(self, address: str):
-        self._sender = messages.Sender(address)
-
-    def send(self, report: EvaluationResult | EvaluationProgress | CollectReport, *, timeout_secs: float = 5.0) -> bool:
-        """Returns whether the server took the report; blocks at most `timeout_secs` seconds."""
-        try:
-            self._sender.put(_TABLES[type(report)], _row(report), timeout_secs)
-        except Unreachable as error:
-            logging.info("report not delivered: %s", error)
-            return False
-        return True
 
 
 class NewestReport:
@@ -227,26 +123,9 @@ class NewestReport:
                 time.sleep(0.5)
 
 
-def take_evaluation_results(address: str, timeout_secs: float = 5.0) -> Sequence[EvaluationResult]:
-    """Returns the results that arrived since the last call. Blocks and raises as `messages.take`."""
-    signature = _signature(EvaluationResult)
-    rows = messages.take(address, EVALUATIONS_DONE_TABLE, signature, max_rows=MAX_ROWS, timeout_secs=timeout_secs)
-    return _to_reports(rows, EvaluationResult)
-
-
-def take_evaluation_progress(address: str, timeout_secs: float = 5.0) -> Sequence[EvaluationProgress]:
-    """Returns the signs of life that arrived since the last call. Blocks and raises as `messages.take_current`."""
-    return _take_current(address, EVALUATIONS_PROGRESS_TABLE, EvaluationProgress, timeout_secs)
-
-
 def take_collect_reports(address: str, timeout_secs: float = 5.0) -> Sequence[CollectReport]:
     """Returns the reports that arrived since the last call. Blocks and raises as `messages.take_current`."""
-    return _take_current(address, COLLECT_REPORTS_TABLE, CollectReport, timeout_secs)
-
-
-def _take_current(address: str, table: str, kind: type, timeout_secs: float) -> Sequence[Any]:
-    rows = messages.take_current(address, table, _signature(kind), max_rows=MAX_ROWS, timeout_secs=timeout_secs)
-    return _to_reports(rows, kind)
+    return rows.take_current(address, CollectReport, timeout_secs)
 
 
 def leave_last_words(address: str, words: LastWords, timeout_secs: float = 2.0) -> bool:
@@ -266,9 +145,9 @@ def leave_last_words(address: str, words: LastWords, timeout_secs: float = 2.0) 
 
 def take_last_words(address: str, timeout_secs: float = 5.0) -> Sequence[LastWords]:
     """Returns those that arrived since the last call, no strangers' rows. Blocks and raises as `messages.take`."""
-    rows = messages.take(address, LAST_WORDS_TABLE, _WORDS_SIGNATURE, max_rows=MAX_ROWS, timeout_secs=timeout_secs)
+    taken = messages.take(address, LAST_WORDS_TABLE, _WORDS_SIGNATURE, max_rows=MAX_ROWS, timeout_secs=timeout_secs)
     found = []
-    for row in rows:
+    for row in taken:
         try:
             found.append(_read_words(row["text"].tobytes()))
         except (ValueError, TypeError) as error:  # one row must not hide the others, nor end the run

@@ -1,7 +1,6 @@
 """Edge 2: weights on their way from the learner to the actors.
 
 learner --publish--> [variables, variables_version] --refresh--> collect actors
-learner --request--> [evaluations_due] --take--> eval actors
 
 `variables` is the table of TF-Agents' `ReverbVariableContainer`, so its `pull` and `update` work on it unchanged.
 `variables_version` is some bytes beside it that say whether pulling would bring anything new.
@@ -29,8 +28,6 @@ from actorlearner.runtime.row_checks import say_left_out
 
 VARIABLES_TABLE = stock.DEFAULT_TABLE
 VERSION_TABLE = "variables_version"
-EVALUATIONS_TABLE = "evaluations_due"
-MAX_EVALUATIONS_DUE = 1_000
 
 UNCONTRADICTED_SECS = 3.0
 """What the version board says for so long is believed; a learner's heartbeats are a second apart."""
@@ -46,13 +43,6 @@ class Phase(enum.IntEnum):
     TRAINING = 0
     EVALUATING = 1  # the last train step is done: no more data is needed, evaluations are
     OVER = 2
-
-
-class Purpose(enum.IntEnum):
-    """Why a snapshot is evaluated."""
-
-    PERIODIC = 0
-    DELIVERED = 1  # the policy the run hands over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,14 +67,6 @@ class Snapshot:
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluationRequest:
-    """A snapshot that is due for evaluation."""
-
-    snapshot: Snapshot
-    purpose: Purpose
-
-
-@dataclasses.dataclass(frozen=True)
 class Version:
     """What the version board says."""
 
@@ -104,22 +86,11 @@ def variables_signature(variables: Sequence[tf.Variable]) -> dict[str, Any]:
     }
 
 
-def evaluation_signature(variables: Sequence[tf.Variable]) -> dict[str, Any]:
-    """Returns the signature of a row of `evaluations_due`."""
-    return {
-        "policy_variables": [tf.TensorSpec(v.shape, v.dtype) for v in variables],
-        "purpose": _INT64,
-        "train_step": _INT64,
-        "version": _INT64,
-    }
-
-
 def make_tables(variables: Sequence[tf.Variable]) -> list[reverb.Table]:
     """Returns the container's tables for acting variables of these shapes."""
     return [
         messages.make_board(VARIABLES_TABLE, variables_signature(variables)),
         messages.make_board(VERSION_TABLE, VERSION_SIGNATURE),
-        messages.make_queue(EVALUATIONS_TABLE, MAX_EVALUATIONS_DUE, evaluation_signature(variables)),
     ]
 
 
@@ -366,46 +337,6 @@ def announce_end(address: str, train_step: int, learner: int, *, timeout_secs: f
     row = {"version": 0, "train_step": train_step, "phase": Phase.OVER, "learner": learner}
     row = {**dict.fromkeys(VERSION_SIGNATURE, 0), **row}
     messages.Sender(address).put(VERSION_TABLE, {name: np.int64(value) for name, value in row.items()}, timeout_secs)
-
-
-class EvaluationRequests:
-    """The learner's queue of snapshots to evaluate; used from one thread."""
-
-    def __init__(self, address: str):
-        self._sender = messages.Sender(address)
-
-    def put(self, request: EvaluationRequest, *, timeout_secs: float = 5.0) -> None:
-        """Queues one snapshot. Raises `Unreachable` when the server did not take it within the deadline."""
-        row = {
-            "policy_variables": list(request.snapshot.variables),
-            "purpose": np.int64(request.purpose),
-            "train_step": np.int64(request.snapshot.train_step),
-            "version": np.int64(request.snapshot.version),
-        }
-        self._sender.put(EVALUATIONS_TABLE, row, timeout_secs)
-
-
-def count_evaluations_due(address: str, timeout_secs: float = 5.0) -> int:
-    """Returns how many snapshots nobody has taken yet; blocks at most `timeout_secs` seconds. Raises `Unreachable`."""
-    return messages.read_server_info(address, timeout_secs)[EVALUATIONS_TABLE].current_size
-
-
-def take_evaluation(
-    address: str, variables: Sequence[tf.Variable], *, timeout_secs: float = 5.0
-) -> Optional[EvaluationRequest]:
-    """Returns the oldest snapshot due, which no other eval actor will get; None when none is due.
-
-    Strangers' rows before it are passed over. Blocks at most about twice `timeout_secs` seconds.
-
-    Raises:
-      Unreachable: The server does not answer within the deadline.
-    """
-    rows = messages.take(address, EVALUATIONS_TABLE, evaluation_signature(variables), timeout_secs=timeout_secs)
-    if not rows:
-        return None
-    row = rows[0]
-    snapshot = Snapshot(int(row["version"]), int(row["train_step"]), list(row["policy_variables"]))
-    return EvaluationRequest(snapshot, Purpose(int(row["purpose"])))
 
 
 class Subscriber:

@@ -10,11 +10,17 @@ import portpicker
 import pytest
 import tensorflow as tf
 
-from actorlearner import variable_container
+from actorlearner.evaluations import queue
 from actorlearner.evaluations.ledger import EvaluationLedger
-from actorlearner.reports import EvaluationProgress, EvaluationResult
+from actorlearner.evaluations.queue import (
+    EvaluationProgress,
+    EvaluationRequests,
+    EvaluationResult,
+    Purpose,
+    take_evaluation,
+)
 from actorlearner.run.directory import RunDirectory
-from actorlearner.variable_container import EvaluationRequests, Purpose, Snapshot
+from actorlearner.variable_container import Snapshot
 from tests.power_cut import lay_out, watch
 
 VARIABLES = [tf.Variable([0.0, 0.0]), tf.Variable(0.0)]
@@ -42,7 +48,7 @@ def result(step, average_return=0.0):
 
 @pytest.fixture
 def address(serve):
-    return f"localhost:{serve(variable_container.make_tables(VARIABLES)).port}"
+    return f"localhost:{serve(queue.make_tables(VARIABLES)).port}"
 
 
 def make(address, folder):
@@ -50,7 +56,7 @@ def make(address, folder):
 
 
 def take(address):
-    request = variable_container.take_evaluation(address, VARIABLES)
+    request = take_evaluation(address, VARIABLES)
     return request and (request.snapshot.train_step, request.purpose)
 
 
@@ -187,7 +193,7 @@ def test_a_request_made_while_the_server_is_away_is_sent_later(serve, tmp_path, 
     ledger = make(f"localhost:{port}", tmp_path)
     ledger.request(snapshot(0))
     ledger.request(snapshot(10))
-    serve(variable_container.make_tables(VARIABLES), port)
+    serve(queue.make_tables(VARIABLES), port)
 
     steps = set()
 

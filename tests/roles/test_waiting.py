@@ -14,10 +14,11 @@ import tree
 from actorlearner.cluster import Cluster
 from actorlearner.experiment import load_experiment
 from actorlearner.replay.servers import ReplayServers
-from actorlearner.reports import CollectReport, Reporter
+from actorlearner.reports import CollectReport
 from actorlearner.roles import collect_actor, eval_actor, learner, replay_server
 from actorlearner.runtime import lifecycle
 from actorlearner.runtime.lifecycle import Stop
+from actorlearner.runtime.rows import Reporter
 from tests.replay.episodes import RANDOM
 
 BINDINGS = ["train.initial_collect_steps = 1000", "train.num_environments = 1", "dqn.fc_layer_params = (8,)"]

@@ -7,11 +7,12 @@ import pytest
 import tensorflow as tf
 
 from actorlearner.evaluations.ledger import EvaluationLedger
+from actorlearner.evaluations.queue import EvaluationRequests
 from actorlearner.experiment import load_experiment
 from actorlearner.run import missing_policies
 from actorlearner.run.policies import PolicyExport
 from actorlearner.runtime.checkpoints import Checkpoints
-from actorlearner.variable_container import EvaluationRequests, Snapshot
+from actorlearner.variable_container import Snapshot
 
 NAMES = ("policy", "collect_policy", "greedy_policy")
 

@@ -10,12 +10,14 @@ import tensorflow as tf
 
 from actorlearner import reports, variable_container
 from actorlearner.cluster import Cluster
+from actorlearner.evaluations import queue
 from actorlearner.evaluations.ledger import EvaluationLedger
+from actorlearner.evaluations.queue import EvaluationRequests
 from actorlearner.experiment import load_experiment
-from actorlearner.reports import CollectReport, Reporter
+from actorlearner.reports import CollectReport
 from actorlearner.run.directory import RunDirectory
 from actorlearner.run.record import RunRecord
-from actorlearner.variable_container import EvaluationRequests
+from actorlearner.runtime.rows import Reporter
 
 
 @pytest.fixture
@@ -53,7 +55,8 @@ def record(make_record, silent_address):
 @pytest.fixture
 def address(serve):
     """Of a server that actors and record can reach."""
-    tables = [*reports.make_tables(), *variable_container.make_tables([tf.Variable(0.0)])]
+    variables = [tf.Variable(0.0)]
+    tables = [*reports.make_tables(), *variable_container.make_tables(variables), *queue.make_tables(variables)]
     return f"localhost:{serve(tables).port}"
 
 

@@ -7,13 +7,14 @@ import pytest
 import tensorflow as tf
 import tree
 
+from actorlearner.evaluations.queue import Purpose
 from actorlearner.experiment import load_experiment
 from actorlearner.replay.servers import JOINED_TABLE
 from actorlearner.reports import LAST_WORDS_TABLE
 from actorlearner.roles import replay_server
 from actorlearner.runtime.row_checks import LIMITS, find_misfit, keep_plausible, say_left_out
 from actorlearner.tools.strangers import hostile_rows
-from actorlearner.variable_container import Phase, Purpose
+from actorlearner.variable_container import Phase
 
 
 @pytest.fixture(scope="module")

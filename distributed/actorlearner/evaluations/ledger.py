@@ -16,10 +16,16 @@ from typing import Any, Optional
 
 import numpy as np
 
-from actorlearner.reports import EvaluationProgress, EvaluationResult
+from actorlearner.evaluations.queue import (
+    EvaluationProgress,
+    EvaluationRequest,
+    EvaluationRequests,
+    EvaluationResult,
+    Purpose,
+)
 from actorlearner.runtime import durable_files
 from actorlearner.runtime.messages import Unreachable
-from actorlearner.variable_container import EvaluationRequest, EvaluationRequests, Purpose, Snapshot
+from actorlearner.variable_container import Snapshot
 
 
 @dataclasses.dataclass

@@ -19,13 +19,22 @@ from actorlearner import variable_container
 from actorlearner.cluster import Cluster
 from actorlearner.environments.batch import EnvironmentBatch
 from actorlearner.environments.checks import UnfitData
+from actorlearner.evaluations.queue import (
+    EVALUATIONS_TABLE,
+    AtWork,
+    EvaluationProgress,
+    EvaluationRequest,
+    EvaluationResult,
+    Purpose,
+    take_evaluation,
+)
 from actorlearner.experiment import Experiment
-from actorlearner.reports import AtWork, EvaluationProgress, EvaluationResult, Reporter
 from actorlearner.runtime.configuration import PositiveFloat, PositiveInt
 from actorlearner.runtime.health import beat
 from actorlearner.runtime.lifecycle import SAY_EVERY_SECS, ExitCode, RoleError, Stop, Stopped, wait_until
 from actorlearner.runtime.messages import Unreachable
-from actorlearner.variable_container import Belief, EvaluationRequest, Phase, Purpose
+from actorlearner.runtime.rows import Reporter
+from actorlearner.variable_container import Belief, Phase
 
 
 @gin.configurable("eval_actor", module="actorlearner", denylist=["experiment", "cluster", "stop"])
@@ -71,7 +80,7 @@ def run_eval_actor(
     while not stop.is_set():
         beat()
         try:
-            request = variable_container.take_evaluation(cluster.variables_address, variables)
+            request = take_evaluation(cluster.variables_address, variables)
             over = request is None and _is_over(cluster, belief)
             answered_at = said_at = time.monotonic()
         except Unreachable as error:
@@ -81,7 +90,7 @@ def run_eval_actor(
                 logging.info(
                     "waiting for the variable container at %s to say what to evaluate, in its table '%s' (%.0f s): %s",
                     cluster.variables_address,
-                    variable_container.EVALUATIONS_TABLE,
+                    EVALUATIONS_TABLE,
                     now - answered_at,
                     error,
                 )

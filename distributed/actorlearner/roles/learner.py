@@ -26,6 +26,7 @@ from tf_agents.specs import tensor_spec
 from actorlearner import variable_container
 from actorlearner.cluster import Cluster
 from actorlearner.evaluations.ledger import EvaluationLedger
+from actorlearner.evaluations.queue import EvaluationRequests, Purpose
 from actorlearner.experiment import Experiment
 from actorlearner.replay import persistence
 from actorlearner.replay.base import BatchSource, MeetsStrangers
@@ -42,7 +43,7 @@ from actorlearner.runtime.durable_files import InBackground
 from actorlearner.runtime.health import beat
 from actorlearner.runtime.lifecycle import SAY_EVERY_SECS, ExitCode, RoleError, Stop, Stopped, find_reason, wait_until
 from actorlearner.runtime.messages import Unreachable
-from actorlearner.variable_container import EvaluationRequests, Phase, Publisher, Purpose, Snapshot, Version
+from actorlearner.variable_container import Phase, Publisher, Snapshot, Version
 
 MAX_PAST_VERSION = 10**12
 """A learner that died cannot have published so often: ten times a second it would have taken 3,000 years."""

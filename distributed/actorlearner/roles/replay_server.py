@@ -25,6 +25,7 @@ import tree
 from tf_agents.specs import tensor_spec
 
 from actorlearner import reports, variable_container
+from actorlearner.evaluations import queue
 from actorlearner.experiment import Experiment
 from actorlearner.replay import persistence, servers
 from actorlearner.replay.base import check_tables
@@ -248,7 +249,8 @@ def _make_tables(experiment: Experiment, may_join: Sequence[str] = ()) -> tuple[
         )
     except ValueError as error:
         raise RoleError(str(error), ExitCode.USAGE) from error
-    other_tables = variable_container.make_tables(agent.collect_policy.variables())
+    variables = agent.collect_policy.variables()
+    other_tables = [*variable_container.make_tables(variables), *queue.make_tables(variables)]
     other_tables += [*reports.make_tables(), *persistence.make_tables(), *servers.make_tables(may_join)]
     return replay_tables, other_tables
 

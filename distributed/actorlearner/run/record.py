@@ -9,9 +9,15 @@ import time
 from collections.abc import Callable
 from typing import Any, Optional
 
-from actorlearner import reports, variable_container
+from actorlearner import reports
 from actorlearner.cluster import Cluster
 from actorlearner.evaluations.ledger import EvaluationLedger
+from actorlearner.evaluations.queue import (
+    EvaluationResult,
+    count_evaluations_due,
+    take_evaluation_progress,
+    take_evaluation_results,
+)
 from actorlearner.experiment import Experiment
 from actorlearner.run.directory import RunDirectory
 from actorlearner.runtime import messages
@@ -181,16 +187,16 @@ class RunRecord:
                 key = str(report.actor)
                 self._collected[key] = max(report.environment_steps, self._collected.get(key, 0))
                 self._crashes[key] = report.environment_crashes
-            for result in reports.take_evaluation_results(self._cluster.variables_address):
+            for result in take_evaluation_results(self._cluster.variables_address):
                 self._record_evaluation(result)
-            for progress in reports.take_evaluation_progress(self._cluster.variables_address):
+            for progress in take_evaluation_progress(self._cluster.variables_address):
                 self.attendance.note_life("eval-actor")
                 self._ledger.note_progress(progress)
-            self._ledger.send_lost(variable_container.count_evaluations_due(self._cluster.variables_address))
+            self._ledger.send_lost(count_evaluations_due(self._cluster.variables_address))
         except Unreachable as error:
             logging.debug("%s", error)
 
-    def _record_evaluation(self, result: reports.EvaluationResult) -> None:
+    def _record_evaluation(self, result: EvaluationResult) -> None:
         entry = self._ledger.record(result)
         if entry is None:
             return

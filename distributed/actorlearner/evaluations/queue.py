@@ -1,0 +1,171 @@
+"""The queue of snapshots due for evaluation, and the results on their way back: both ends.
+
+learner --request--> [evaluations_due] --take--> eval actor
+eval actor --result--> [evaluations_done] --take--> learner
+eval actor --still at it--> [evaluations_progress] --take--> learner
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import threading
+from collections.abc import Sequence
+from typing import Any, ClassVar, Optional
+
+import numpy as np
+import reverb
+import tensorflow as tf
+
+from actorlearner.runtime import messages, rows
+from actorlearner.runtime.rows import Reporter
+from actorlearner.variable_container import Snapshot
+
+EVALUATIONS_TABLE = "evaluations_due"
+MAX_EVALUATIONS_DUE = 1_000
+
+_INT64 = tf.TensorSpec((), tf.int64)
+
+
+class Purpose(enum.IntEnum):
+    """Why a snapshot is evaluated."""
+
+    PERIODIC = 0
+    DELIVERED = 1  # the policy the run hands over
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationRequest:
+    """A snapshot that is due for evaluation."""
+
+    snapshot: Snapshot
+    purpose: Purpose
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationResult:
+    """What a greedy policy did in `num_episodes` episodes; lengths are in environment steps.
+
+    `return_std` is the standard deviation of one episode's return, 0 for a single one; `num_truncated` is how many of
+    the episodes lasted until their time limit.
+    """
+
+    TABLE: ClassVar[str] = "evaluations_done"
+
+    train_step: int
+    version: int
+    purpose: int
+    average_return: float
+    return_std: float
+    average_episode_length: float
+    min_episode_length: int
+    num_truncated: int
+    num_episodes: int
+    wall_secs: float
+    task: int
+
+    @property
+    def is_delivered(self) -> bool:
+        return self.purpose == Purpose.DELIVERED
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationProgress:
+    """An eval actor's word that it is at work on a snapshot, said again and again until the result is delivered."""
+
+    TABLE: ClassVar[str] = "evaluations_progress"
+
+    train_step: int
+    purpose: int
+    task: int
+
+
+def evaluation_signature(variables: Sequence[tf.Variable]) -> dict[str, Any]:
+    """Returns the signature of a row of `evaluations_due`."""
+    return {
+        "policy_variables": [tf.TensorSpec(v.shape, v.dtype) for v in variables],
+        "purpose": _INT64,
+        "train_step": _INT64,
+        "version": _INT64,
+    }
+
+
+def make_tables(variables: Sequence[tf.Variable]) -> list[reverb.Table]:
+    """Returns the server's tables for evaluations of acting variables of these shapes."""
+    return [
+        messages.make_queue(EVALUATIONS_TABLE, MAX_EVALUATIONS_DUE, evaluation_signature(variables)),
+        rows.make_queue(EvaluationResult, 1_000),
+        rows.make_queue(EvaluationProgress, 1_000),
+    ]
+
+
+class EvaluationRequests:
+    """The learner's queue of snapshots to evaluate; used from one thread."""
+
+    def __init__(self, address: str):
+        self._sender = messages.Sender(address)
+
+    def put(self, request: EvaluationRequest, *, timeout_secs: float = 5.0) -> None:
+        """Queues one snapshot. Raises `Unreachable` when the server did not take it within the deadline."""
+        row = {
+            "policy_variables": list(request.snapshot.variables),
+            "purpose": np.int64(request.purpose),
+            "train_step": np.int64(request.snapshot.train_step),
+            "version": np.int64(request.snapshot.version),
+        }
+        self._sender.put(EVALUATIONS_TABLE, row, timeout_secs)
+
+
+def count_evaluations_due(address: str, timeout_secs: float = 5.0) -> int:
+    """Returns how many snapshots nobody has taken yet; blocks at most `timeout_secs` seconds. Raises `Unreachable`."""
+    return messages.read_server_info(address, timeout_secs)[EVALUATIONS_TABLE].current_size
+
+
+def take_evaluation(
+    address: str, variables: Sequence[tf.Variable], *, timeout_secs: float = 5.0
+) -> Optional[EvaluationRequest]:
+    """Returns the oldest snapshot due, which no other eval actor will get; None when none is due.
+
+    Strangers' rows before it are passed over. Blocks at most about twice `timeout_secs` seconds.
+
+    Raises:
+      Unreachable: The server does not answer within the deadline.
+    """
+    taken = messages.take(address, EVALUATIONS_TABLE, evaluation_signature(variables), timeout_secs=timeout_secs)
+    if not taken:
+        return None
+    row = taken[0]
+    snapshot = Snapshot(int(row["version"]), int(row["train_step"]), list(row["policy_variables"]))
+    return EvaluationRequest(snapshot, Purpose(int(row["purpose"])))
+
+
+class AtWork:
+    """Says from a thread that an evaluation is being made, as long as the `with` lasts."""
+
+    def __init__(self, address: str, progress: EvaluationProgress, interval_secs: float = 1.0):
+        self._reporter = Reporter(address)
+        self._progress = progress
+        self._interval_secs = interval_secs
+        self._closing = threading.Event()
+
+    def __enter__(self) -> AtWork:
+        threading.Thread(target=self._say, name="at work", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.set()
+
+    def _say(self) -> None:
+        while not self._closing.is_set():
+            self._reporter.send(self._progress, timeout_secs=2.0)
+            self._closing.wait(self._interval_secs)
+
+
+def take_evaluation_results(address: str, timeout_secs: float = 5.0) -> Sequence[EvaluationResult]:
+    """Returns the results that arrived since the last call. Blocks and raises as `messages.take`."""
+    return rows.take(address, EvaluationResult, timeout_secs)
+
+
+def take_evaluation_progress(address: str, timeout_secs: float = 5.0) -> Sequence[EvaluationProgress]:
+    """Returns the signs of life that arrived since the last call. Blocks and raises as `messages.take_current`."""
+    return rows.take_current(address, EvaluationProgress, timeout_secs)
