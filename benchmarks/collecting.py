@@ -49,13 +49,13 @@ def _compare(settings: Settings, name: str, experiment: str, program: str, refer
 @contextlib.contextmanager
 def ours(experiment_name: str) -> Iterator[Measure]:
     """A replay server and a collect actor as processes; this one stands in for the learner."""
-    from actorlearner import local
+    from actorlearner.launcher.command import COLLECT_ACTOR, REPLAY_SERVER
     from benchmarks.roles import AS_THE_TUTORIAL, OURS, UNLIMITED, Roles, measure_collecting, standing_in_for_learner
 
     more = OURS if experiment_name == AS_THE_TUTORIAL else ()
     with Roles(experiment_name, [*UNLIMITED, *more, "collect_actor.report_interval_secs = 0.5"]) as roles:
-        roles.start(local.REPLAY_SERVER)
-        roles.start(local.COLLECT_ACTOR)
+        roles.start(REPLAY_SERVER)
+        roles.start(COLLECT_ACTOR)
         from actorlearner.experiment import load_experiment
         from actorlearner.runtime.devices import hold_to_one_thread
 

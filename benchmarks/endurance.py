@@ -88,7 +88,7 @@ def rate_between(samples: Sequence[Figures], begin: float, end: float) -> float:
 @contextlib.contextmanager
 def cartpole() -> Iterator[Measure]:
     """Every role of dqn_cartpole as a process; this one looks on."""
-    from actorlearner import local
+    from actorlearner.launcher.command import COLLECT_ACTOR, EVAL_ACTOR, LEARNER, REPLAY_SERVER
     from benchmarks.roles import FOREVER, Roles
 
     evaluations = (  # which cost the same from first to last: a policy that has learned makes no longer episodes
@@ -96,7 +96,7 @@ def cartpole() -> Iterator[Measure]:
         "gym_environment.max_episode_steps = 200",
     )
     with Roles("dqn_cartpole", [*FOREVER, *evaluations]) as roles:
-        for kind in (local.REPLAY_SERVER, local.LEARNER, local.COLLECT_ACTOR, local.EVAL_ACTOR):
+        for kind in (REPLAY_SERVER, LEARNER, COLLECT_ACTOR, EVAL_ACTOR):
             roles.start(kind)
         roles.follow_training(secs=1.0)
 

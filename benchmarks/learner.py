@@ -149,13 +149,13 @@ def recipe(*bindings: str) -> Iterator[Measure]:
 
 @contextlib.contextmanager
 def _learner_role(name: str, more: Sequence[str], steps_per_sec: str) -> Iterator[Measure]:
-    from actorlearner import local
+    from actorlearner.launcher.command import LEARNER, REPLAY_SERVER
     from benchmarks.roles import FOREVER, UNLIMITED, Feeder, Roles
 
     bindings = [*FOREVER, *UNLIMITED, f"train.log_interval = {LOG_INTERVAL}", *more]
     with Roles(name, bindings) as roles:
-        roles.start(local.REPLAY_SERVER)
-        roles.start(local.LEARNER)
+        roles.start(REPLAY_SERVER)
+        roles.start(LEARNER)
         from actorlearner.experiment import load_experiment
         from actorlearner.replay.servers import ReplayServers
         from actorlearner.runtime.devices import hold_to_one_thread

@@ -46,11 +46,11 @@ def compare(settings: Settings) -> Sequence[Row]:
 @contextlib.contextmanager
 def ours() -> Iterator[Measure]:
     """The processes of `actorlearner train`, without an eval actor, with the tutorial's numbers."""
-    from actorlearner import local
+    from actorlearner.launcher.command import COLLECT_ACTOR, LEARNER, REPLAY_SERVER
     from benchmarks.roles import AS_THE_TUTORIAL, FOREVER, OURS, Roles
 
     with Roles(AS_THE_TUTORIAL, [*FOREVER, *OURS, *BINDINGS]) as roles:
-        for kind in (local.REPLAY_SERVER, local.LEARNER, local.COLLECT_ACTOR):
+        for kind in (REPLAY_SERVER, LEARNER, COLLECT_ACTOR):
             roles.start(kind)
         roles.follow_training(secs=10.0)  # past what the actor had collected ahead
 

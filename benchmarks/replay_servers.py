@@ -57,9 +57,9 @@ def compare(settings: Settings, kinds: Sequence[str] = tuple(STEPS)) -> Sequence
 @contextlib.contextmanager
 def through(kind: str, num_servers: str) -> Iterator[Measure]:
     """Servers and writers as processes; this one reads as the learner does."""
-    from actorlearner import local
+    from actorlearner.runtime.ports import find_free_ports
 
-    ports = [str(port) for port in local.find_free_ports(int(num_servers))]
+    ports = [str(port) for port in find_free_ports(int(num_servers))]
     children = [_start("serve", kind, port) for port in ports]
     addresses = ",".join(f"127.0.0.1:{port}" for port in ports)
     children += [_start("write", kind, addresses, str(task)) for task in range(NUM_WRITERS)]

@@ -17,7 +17,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actorlearner import local
+from actorlearner.launcher import local
+from actorlearner.launcher.command import role_environment
+from actorlearner.runtime.ports import find_free_port
 from benchmarks.measuring import Figures, die_with_parent
 
 if TYPE_CHECKING:
@@ -61,7 +63,7 @@ class Roles:
         """
         self.experiment, self.bindings = experiment, tuple(bindings)
         self.root_dir = root_dir
-        self.port = local.find_free_port()
+        self.port = find_free_port()
         self.address = f"127.0.0.1:{self.port}"
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -81,7 +83,7 @@ class Roles:
         )
         self.processes[f"{kind} {task}"] = subprocess.Popen(
             local.role_command(options, kind, task, [self.port]),
-            env=local.role_environment(kind, os.environ),
+            env=role_environment(kind, os.environ),
             stdin=subprocess.DEVNULL,
             stdout=sys.stderr,
             preexec_fn=die_with_parent,

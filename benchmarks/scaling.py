@@ -44,13 +44,13 @@ def compare(settings: Settings, num_actors: Sequence[int] = NUM_ACTORS) -> Seque
 @contextlib.contextmanager
 def actors() -> Iterator[Measure]:
     """A replay server and collect actors as processes; this one stands in for the learner."""
-    from actorlearner import local
+    from actorlearner.launcher.command import COLLECT_ACTOR, REPLAY_SERVER
     from benchmarks.roles import UNLIMITED, Roles, measure_collecting, standing_in_for_learner
 
     experiment_file = str(CHECKOUT / "benchmarks" / "sleeping.gin")
     with Roles(experiment_file, [*UNLIMITED, "collect_actor.report_interval_secs = 1.0"]) as roles:
-        roles.start(local.REPLAY_SERVER)
-        roles.start(local.COLLECT_ACTOR)
+        roles.start(REPLAY_SERVER)
+        roles.start(COLLECT_ACTOR)
         from actorlearner.experiment import load_experiment
         from actorlearner.runtime.devices import hold_to_one_thread
 
@@ -59,8 +59,8 @@ def actors() -> Iterator[Measure]:
         with standing_in_for_learner(experiment, roles.address):
 
             def measure(window_secs: float, num_actors: int) -> Figures:
-                for task in range(roles.count(local.COLLECT_ACTOR), num_actors):
-                    roles.start(local.COLLECT_ACTOR, task)
+                for task in range(roles.count(COLLECT_ACTOR), num_actors):
+                    roles.start(COLLECT_ACTOR, task)
                 measure_collecting(roles, 2.0, num_actors, poll_secs=0.25)  # until all are at work
                 return measure_collecting(roles, window_secs, num_actors, poll_secs=0.1)
 

@@ -124,7 +124,7 @@ def through(way: str) -> Iterator[Measure]:
 @contextlib.contextmanager
 def reach_server(way: str) -> Iterator[str]:
     """Starts a server, and what is between it and this process; gives the address for Reverb's client."""
-    from actorlearner.local import find_free_port
+    from actorlearner.runtime.ports import find_free_port
     from actorlearner.runtime.tls import tunnel as tls_tunnel
     from actorlearner.runtime.tls.relay import OWN_LOOPBACK_ADDRESS
     from actorlearner.tools.certificates import make_certificates

@@ -64,7 +64,7 @@ def judge(found: Sequence[Figures]) -> Sequence[Row]:
 @contextlib.contextmanager
 def real_run() -> Iterator[Measure]:
     """Server, learner and collect actor of the tutorial's experiment as processes; this one looks on."""
-    from actorlearner import local
+    from actorlearner.launcher.command import COLLECT_ACTOR, LEARNER, REPLAY_SERVER
     from benchmarks.roles import AS_THE_TUTORIAL, FOREVER, OURS, Roles
 
     bindings = [
@@ -76,7 +76,7 @@ def real_run() -> Iterator[Measure]:
         "collect_actor.events_interval_secs = 0.1",  # each report with its event
     ]
     with Roles(AS_THE_TUTORIAL, bindings) as roles:
-        for kind in (local.REPLAY_SERVER, local.LEARNER, local.COLLECT_ACTOR):
+        for kind in (REPLAY_SERVER, LEARNER, COLLECT_ACTOR):
             roles.start(kind)
         import reverb
         from tf_agents.experimental.distributed import reverb_variable_container as stock

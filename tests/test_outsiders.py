@@ -13,11 +13,11 @@ import reverb
 
 from actorlearner.evaluations.queue import EvaluationResult, take_evaluation_results
 from actorlearner.experiment import load_experiment
-from actorlearner.local import find_free_ports
 from actorlearner.replay.durable_table import EXPERIENCE_TABLE
 from actorlearner.replay.servers import JOINED_TABLE, MAX_SERVERS, ReplayServers
 from actorlearner.roles import replay_server
 from actorlearner.runtime.messages import Unreachable, read_server_info
+from actorlearner.runtime.ports import find_free_ports
 from actorlearner.runtime.tls.tunnel import open_to_peer, open_to_peers
 from actorlearner.tools.certificates import make_certificates
 from actorlearner.tools.strangers import _plausible, hostile_rows, insert

@@ -317,8 +317,8 @@ def _seconds(text: str) -> float:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from actorlearner import local
     from actorlearner.cluster import check_address
+    from actorlearner.launcher import local
 
     name = Path(arguments.experiment).stem
     root_dir = arguments.root_dir or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -537,8 +537,8 @@ def _run_role(arguments: argparse.Namespace, run: Callable[[Cluster, Stop], Exit
 
 def _open_to_peers(arguments: argparse.Namespace, port: int) -> int:
     """Opens the replay server's end of the tunnels at `port`; returns the port where Reverb is to listen."""
-    from actorlearner.local import find_free_port
     from actorlearner.runtime.lifecycle import ExitCode, RoleError
+    from actorlearner.runtime.ports import find_free_port
     from actorlearner.runtime.tls.tunnel import open_to_peers, use_certificates
 
     if arguments.local_only:

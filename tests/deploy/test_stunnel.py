@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import reverb
 
-from actorlearner.local import find_free_port
 from actorlearner.runtime.messages import Unreachable, read_server_info
+from actorlearner.runtime.ports import find_free_port
 from actorlearner.runtime.tls.tunnel import open_to_peers
 from actorlearner.tools.certificates import make_certificates
 from tests.deploy.infrastructure import needed_command

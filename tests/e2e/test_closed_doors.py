@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from actorlearner.local import find_free_port
+from actorlearner.runtime.ports import find_free_port
 from tests.e2e.processes import FOLDER, TINY, bind
 
 

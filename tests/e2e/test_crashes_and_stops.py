@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tensorflow as tf
 
-from actorlearner.local import find_free_port
+from actorlearner.runtime.ports import find_free_port
 from tests.e2e.processes import RUN_SECS, START_SECS, TINY, Process, Processes, bind, is_alive, role_pids
 
 CRASHING = """

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from actorlearner.local import find_free_port
+from actorlearner.runtime.ports import find_free_port
 from actorlearner.tools.tcp_wire import Wire
 from tests.e2e.processes import RUN_SECS, TINY, Process, Processes, bind
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from actorlearner.local import find_free_port
+from actorlearner.runtime.ports import find_free_port
 from tests.e2e.processes import RUN_SECS, TINY, Process, Processes, bind
 
 CHECKOUT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from actorlearner.local import find_free_port
+from actorlearner.runtime.ports import find_free_port
 from tests.e2e.processes import RUN_SECS, TINY, Process, Processes, bind
 
 NAMES = ("eval-actor-0", "collect-actor-0", "learner-0", "collect-actor-1", "eval-actor-1", "replay-server-0")

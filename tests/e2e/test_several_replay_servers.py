@@ -7,9 +7,9 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from actorlearner.local import find_free_ports
 from actorlearner.replay.resident import STREAM_TABLE
 from actorlearner.runtime.messages import read_server_info
+from actorlearner.runtime.ports import find_free_ports
 from tests.documented_commands import documented
 from tests.e2e.processes import RUN_SECS, START_SECS, TINY, Process, Processes, bind
 

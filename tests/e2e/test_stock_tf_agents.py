@@ -25,9 +25,9 @@ from tf_agents.train.utils import spec_utils, train_utils
 from tf_agents.trajectories import trajectory
 
 from actorlearner.experiment import load_experiment
-from actorlearner.local import find_free_port
 from actorlearner.replay.servers import ReplayServers
 from actorlearner.replay.uniform import UniformReplay
+from actorlearner.runtime.ports import find_free_port
 from tests.e2e.processes import START_SECS, TINY, Process, Processes, bind
 
 TABLE = "uniform_table"

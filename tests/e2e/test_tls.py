@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import signal
 
-from actorlearner.local import find_free_ports
 from actorlearner.runtime.lifecycle import ExitCode
+from actorlearner.runtime.ports import find_free_ports
 from actorlearner.tools.certificates import make_certificates
 from tests.documented_commands import documented
 from tests.e2e.processes import RUN_SECS, TINY, bind

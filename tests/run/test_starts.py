@@ -90,7 +90,7 @@ def test_the_seed_is_the_runs_own_unless_one_is_given(tmp_path, monkeypatch, giv
         started.append(options.seed)
         return 0
 
-    monkeypatch.setattr("actorlearner.local.run_local", run_local)
+    monkeypatch.setattr("actorlearner.launcher.local.run_local", run_local)
     flags = [] if given is None else [f"--seed={given}"]
     assert cli.main(["train", "dqn_cartpole", f"--root_dir={tmp_path}", *flags]) == 0
     assert started == [seed]

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from actorlearner.local import find_free_port
 from actorlearner.runtime.lifecycle import ExitCode, RoleError
+from actorlearner.runtime.ports import find_free_port
 from actorlearner.runtime.tls import tunnel as tls_tunnel
 from actorlearner.runtime.tls.certificates import CA, CERTIFICATE, KEY, speaks_tls
 from actorlearner.runtime.tls.relay import OWN_LOOPBACK_ADDRESS

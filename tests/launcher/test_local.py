@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 
 import actorlearner
-from actorlearner import local
+from actorlearner.launcher import local
+from actorlearner.runtime.ports import find_free_ports
 
 DEADLINE_SECS = 10.0  # of every wait; a test that holds does not come near it
 SOURCE_ROOT = Path(actorlearner.__file__).parent.parent
@@ -73,10 +74,11 @@ wait_for(lambda: False)
 
 LAUNCH = """
 import json, pathlib, signal, sys
-from actorlearner import local
+from actorlearner.launcher import local
+from actorlearner.launcher.restarts import Timing
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may be ignoring it, as under nohup
 options = json.loads(sys.argv[1])
-timing = local.Timing(**options.pop("timing"))
+timing = Timing(**options.pop("timing"))
 options["root_dir"] = pathlib.Path(options["root_dir"])
 sys.exit(local.run_local(local.LocalOptions(timing=timing, **{
     k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})))
@@ -219,7 +221,7 @@ def launch(tmp_path):
 def test_launcher_starts_without_the_heavy_imports():
     """TensorFlow alone takes longer to import than the roles may take to be started."""
     heavy = ("tensorflow", "reverb", "tf_agents", "gin", "numpy")
-    program = f"import sys, actorlearner.local; print([name for name in {heavy} if name in sys.modules])"
+    program = f"import sys, actorlearner.launcher.local; print([name for name in {heavy} if name in sys.modules])"
     environment = {**os.environ, "PYTHONPATH": str(SOURCE_ROOT)}
     assert subprocess.check_output([sys.executable, "-c", program], env=environment, text=True).strip() == "[]"
 
@@ -258,7 +260,7 @@ def test_of_several_replay_servers_each_listens_on_its_own_port_and_the_first_ha
     second = local.role_command(options, "replay-server", task=1, ports=[1, 2])
     assert {"--replay_address=127.0.0.1:1,127.0.0.1:2", "--task=1", "--port=2"} < set(second)
     assert "--variables_address=127.0.0.1:1" in second
-    assert len(set(local.find_free_ports(20))) == 20
+    assert len(set(find_free_ports(20))) == 20
 
 
 def test_all_but_the_replay_server_go_through_the_proxy_in_front_of_it():
@@ -271,18 +273,6 @@ def test_all_but_the_replay_server_go_through_the_proxy_in_front_of_it():
     assert {"--replay_address=127.0.0.1:1", "--variables_address=127.0.0.1:1", "--port=1"} < set(server)
     with pytest.raises(ValueError, match="via is 127.0.0.1:9, a proxy in front of one replay server"):
         dataclasses.replace(options, num_replay_servers=2)
-
-
-def test_only_the_learner_sees_the_gpus():
-    """TensorFlow takes all of a GPU's memory in every process that sees it."""
-    environ = {"CUDA_VISIBLE_DEVICES": "0,1", "TF_CPP_MIN_LOG_LEVEL": "0"}
-    learner = local.role_environment("learner", environ)
-    assert learner["CUDA_VISIBLE_DEVICES"] == "0,1"
-    assert learner["TF_CPP_MIN_LOG_LEVEL"] == "0"
-    for kind in ("replay-server", "eval-actor", "collect-actor"):
-        environment = local.role_environment(kind, environ)
-        assert environment["CUDA_VISIBLE_DEVICES"] == "-1"
-        assert environment["SDL_VIDEODRIVER"] == "dummy"
 
 
 @pytest.mark.parametrize("counts", [{"num_collect_actors": 0}, {"num_eval_actors": -1}, {"num_replay_servers": 0}])
@@ -478,28 +468,6 @@ def test_a_role_that_hangs_is_started_again_and_its_stacks_are_pointed_to(launch
     assert "most recent call first" not in launch.stdout
     launch.process.terminate()
     assert launch.finish() == 143
-
-
-def test_waits_double_up_to_a_limit_and_start_anew_after_a_long_life():
-    restarts = local.Restarts(local.Timing())
-    assert [restarts.secs_until_next(40) for _ in range(7)] == [1, 2, 4, 8, 16, 30, 30]
-    assert restarts.secs_until_next(60) == 1
-    assert restarts.secs_until_next(40) == 2
-
-
-def test_five_short_lives_in_a_row_are_the_last():
-    restarts = local.Restarts(local.Timing())
-    assert [restarts.secs_until_next(29) for _ in range(4)] == [1, 2, 4, 8]
-    assert restarts.secs_until_next(31) == 16, "a longer life between them"
-    assert None not in [restarts.secs_until_next(29) for _ in range(4)]
-    assert restarts.secs_until_next(29) is None
-
-
-def test_who_is_killed_again_and_again_is_started_again_at_once():
-    """Somebody else's SIGKILL is no defect of the role; to give it up, or wait half a minute, would be one of ours."""
-    restarts = local.Restarts(local.Timing())
-    assert [restarts.secs_until_next(5, was_killed=True) for _ in range(24)] == [1] * 24
-    assert restarts.secs_until_next(5, was_killed=True) is None, "unless the kernel kills it for its memory, for ever"
 
 
 @pytest.mark.parametrize("role, num_lives", [("eval-actor", 2), ("replay-server", 2), ("collect-actor", 1)])
@@ -725,86 +693,3 @@ def test_a_reader_that_goes_away_does_not_end_training(launch):
     assert launch.finish() == 0
     assert launch.stderr == ""
     assert "again" in launch.log("learner-0")
-
-
-# --- The words --------------------------------------------------------------------------------------------------------
-
-FULL_STATUS = {
-    "phase": "training",
-    "train_step": 41_000,
-    "num_iterations": 100_000,
-    "train_steps_per_sec": 193.2,
-    "environment_steps": 51_000,
-    "environment_steps_per_sec": 4.25,
-    "last_evaluation": {"train_step": 40_000, "average_return": 1234.56, "average_episode_length": 500.0},
-    "seconds_left": 303.4,
-    "waiting_for": None,
-    "time": 1000.0,
-}
-
-
-def test_status_line_has_every_figure():
-    status = local.parse_status(json.dumps(FULL_STATUS))
-    assert local.describe_status(status) == (
-        "training: 41,000 of 100,000 train steps (41%), 193/s; 51,000 environment steps, 4.2/s; "
-        "last evaluation 1,234.6 at 40,000; 5 min 03 s left"
-    )
-    assert local.describe_status(status, age_secs=12.0).endswith("; no news for 12 s")
-
-
-def test_status_line_says_what_is_waited_for():
-    waiting = {**FULL_STATUS, "phase": "waiting", "waiting_for": "1,000 transitions in replay"}
-    line = local.describe_status(local.parse_status(json.dumps(waiting)))
-    assert line.startswith("waiting for 1,000 transitions in replay: 41,000 of")
-    assert local.describe_status(None) == "starting: waiting for the learner"
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"phase": 3}'])
-def test_what_is_no_status_is_none(text):
-    assert local.parse_status(text) is None
-
-
-@pytest.mark.parametrize("value", ["NaN", "Infinity", "null", '"fast"', "true", "[1]"])
-def test_unusable_figures_are_left_out(value):
-    """A loss that diverged or a rate not yet known must not take the launcher down."""
-    fields = ("train_steps_per_sec", "environment_steps_per_sec", "seconds_left", "train_step", "last_evaluation")
-    text = '{"phase": "training", ' + ", ".join(f'"{field}": {value}' for field in fields) + "}"
-    assert local.describe_status(local.parse_status(text)) == "training: 0 train steps; 0 environment steps"
-
-
-def test_status_of_an_earlier_run_in_the_same_directory_is_not_ours(tmp_path):
-    """It may say that training is over, and the actors would not be started again."""
-    path = tmp_path / "status.json"
-    assert local.read_status(path, written_after=0.0) is None
-    path.write_text(json.dumps(FULL_STATUS))
-    assert local.read_status(path, written_after=1001.0) is None
-    assert local.read_status(path, written_after=999.0) is not None
-
-
-@pytest.mark.parametrize(
-    ("secs", "words"), [(-1, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (303, "5 min 03 s"), (11_100, "3 h 05 min")]
-)
-def test_durations_read_well(secs, words):
-    assert local.describe_secs(secs) == words
-
-
-@pytest.mark.parametrize(
-    ("returncode", "words"),
-    [
-        (0, "ended"),
-        (1, "crashed with exit code 1"),
-        (143, "was stopped by SIGTERM"),
-        (-9, "was killed by SIGKILL"),
-        (-11, "was killed by SIGSEGV"),
-        (65, "ended with exit code 65: the data does not fit the experiment"),
-    ],
-)
-def test_exit_codes_are_put_into_words(returncode, words):
-    assert local.describe_exit(returncode) == words
-
-
-def test_summary_without_a_delivered_policy_says_nothing(tmp_path):
-    path = tmp_path / "summary.json"
-    assert local.describe_delivered(path) is None
-    path.write_text('{"delivered": null}')
-    assert local.describe_delivered(path) is None

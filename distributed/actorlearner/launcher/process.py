@@ -1,0 +1,175 @@
+"""A role's process: started so that it never outlives the launcher, its output read, its end noticed."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import ctypes  # noqa: F401  the first program a role's process runs needs it: fail here, not there
+import io
+import math
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from actorlearner.runtime import durable_files
+
+NUM_LAST_LINES = 15
+
+_HUNG_LINE = re.compile(r"^Timeout \(\d+:\d\d:\d\d")  # Python's fault handler's, before it ends the process
+ROLE_LOG_LINE = re.compile(r"^[DIWEF] \d\d:\d\d:\d\d ")
+
+# A role's process first runs this, with the launcher's process id and the role's command line: it asks the kernel to be
+# killed when the launcher dies, and becomes the role. Doing so between fork and exec would not be safe with threads.
+_BECOME_ROLE = """
+import ctypes, os, signal, sys
+PR_SET_PDEATHSIG = 1
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+if os.getppid() == int(sys.argv[1]):
+    os.execvp(sys.argv[2], sys.argv[2:])
+"""
+
+# The guard kills what roles have started in their turn (ffmpeg, environments in processes): it is told every process
+# group that begins (+) or ends (-), and kills those left when its standard input closes, however the launcher died.
+# Then it removes the folder that all of them have for temporary files: TensorFlow leaves some in it at every kill.
+_GUARD = """
+import os, shutil, signal, sys
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
+groups = set()
+for line in sys.stdin:
+    (groups.add if line[0] == "+" else groups.discard)(int(line[1:]))
+for group in groups:
+    try:
+        os.killpg(group, signal.SIGKILL)
+    except OSError:
+        pass
+shutil.rmtree(sys.argv[1], ignore_errors=True)
+"""
+
+_BARE_PYTHON = (sys.executable, "-I", "-S", "-c")
+
+
+class Guard:
+    """Kills the process groups it was told about, and removes their temporary files, when the launcher is no more."""
+
+    def __init__(self) -> None:
+        self.temporary_folder = tempfile.mkdtemp(prefix="actorlearner-")
+        self._process = subprocess.Popen(
+            [*_BARE_PYTHON, _GUARD, self.temporary_folder],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def begins(self, group: int) -> None:
+        self._tell(f"+{group}\n")
+
+    def ended(self, group: int) -> None:
+        self._tell(f"-{group}\n")
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        self._process.wait()
+
+    def _tell(self, line: str) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):  # somebody killed the guard: the kernel still ends the roles themselves
+            self._process.stdin.write(line.encode())
+            self._process.stdin.flush()
+
+
+class RoleProcess:
+    """One life of a role. A thread moves its output to the log file, and the lines worth showing to `shown_lines`."""
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        log_path: Path,
+        shown_lines: queue.SimpleQueue[tuple[str, str]],
+        guard: Guard,
+    ):
+        self.started_at = time.monotonic()
+        self.last_lines: collections.deque[str] = collections.deque(maxlen=NUM_LAST_LINES)
+        self.errors: list[str] = []  # lines `error: ...` and what is indented below them; shown when the role ends
+        self.errors_since = math.inf
+        self.hung = False
+        self._name = name
+        self._log_path = log_path
+        self._shown_lines = shown_lines
+        self._guard = guard
+        self._popen = subprocess.Popen(
+            [*_BARE_PYTHON, _BECOME_ROLE, str(os.getpid()), *command],
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        guard.begins(self._popen.pid)
+        self._reader = threading.Thread(target=self._read, args=(list(command),), name=f"{name} output", daemon=True)
+        self._reader.start()
+
+    def has_exited(self) -> bool:
+        """Looks without reaping: until `reap`, the process id and group are this role's and nobody else's."""
+        return os.waitid(os.P_PID, self._popen.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    def terminate(self) -> None:
+        """Asks the role to stop; what it has started in its turn is the role's to stop, or `reap`'s."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._popen.pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._popen.pid, signal.SIGKILL)
+
+    def reap(self) -> int:
+        """Kills what is left of the group and returns the role's exit code; its whole output has then been read."""
+        self.kill()
+        returncode = self._popen.wait()
+        self._guard.ended(self._popen.pid)
+        self._reader.join(timeout=2.0)
+        return returncode
+
+    def _read(self, command: list[str]) -> None:
+        assert self._popen.stdout is not None
+        with contextlib.ExitStack() as stack:
+            log: io.FileIO | None = None
+            with contextlib.suppress(OSError):  # a full disk must not block the role on its own output
+                durable_files.end_last_line(self._log_path)
+                log = stack.enter_context(open(self._log_path, "ab", buffering=0))
+            stack.enter_context(self._popen.stdout)
+
+            def keep(line: bytes) -> None:
+                if log is not None:
+                    with contextlib.suppress(OSError):
+                        log.write(line)
+
+            started = time.strftime("%Y-%m-%d %H:%M:%S")
+            keep(f"--- {started} process {self._popen.pid}: {' '.join(command)}\n".encode(errors="replace"))
+            in_error = False
+            for raw in iter(lambda: self._popen.stdout.readline(1 << 16), b""):  # type: ignore[union-attr]
+                keep(raw)
+                line = raw.decode("utf-8", errors="replace").rstrip()
+                if not line:
+                    continue
+                self.last_lines.append(line)
+                in_error = line.startswith("error: ") or (in_error and line[0] in " \t")
+                if in_error:
+                    self.errors.append(line)
+                    self.errors_since = min(self.errors_since, time.monotonic())
+                elif ROLE_LOG_LINE.match(line):
+                    self._shown_lines.put((self._name, line))
+                self.hung |= bool(_HUNG_LINE.match(line))

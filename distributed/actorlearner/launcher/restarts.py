@@ -1,0 +1,92 @@
+"""When to start a dead role again, and when to give it up."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import signal
+
+UNREACHABLE = 69
+CANNOT_CREATE = 73
+FINAL_CODES = {
+    64: "its settings are wrong",
+    65: "the data does not fit the experiment",
+    CANNOT_CREATE: "it cannot write the run directory",
+    75: "another learner is on this run",
+}
+STOPPED_CODES = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+KILLED_CODES = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, *STOPPED_CODES)
+GAVE_UP = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """How patient the launcher is, in seconds. The defaults are for people; tests shorten them."""
+
+    poll_secs: float = 0.1
+    first_restart_secs: float = 1.0  # doubles with every death ...
+    longest_restart_secs: float = 30.0  # ... up to here ...
+    forgiven_after_secs: float = 60.0  # ... and starts anew after a life this long
+    short_life_secs: float = 30.0
+    num_short_lives: int = 5  # in a row; then the role is given up
+    num_kills: int = 25  # in a row, each in a short life; then too
+    end_by_themselves_secs: float = 15.0  # actors, once the learner has ended
+    stop_actors_secs: float = 4.0  # from SIGTERM to SIGKILL
+    stop_learner_secs: float = 8.0  # it saves a checkpoint
+    stop_secs: float = 19.0  # all roles; replay servers have what the others left of it: a large replay takes its time
+    second_signal_secs: float = 0.5  # signals closer together are one: `timeout` and shells deliver theirs twice
+    old_error_secs: float = 10.0  # an error of a role that does not exit is shown after this
+    old_status_secs: float = 10.0
+    live_interval_secs: float = 1.0
+    plain_interval_secs: float = 10.0
+
+
+DEFAULT_TIMING = Timing()
+
+
+class Restarts:
+    """Says how long to wait before a dead role's next start, or to give it up.
+
+    The wait doubles with every death and starts anew after a long life. A run of short lives ends in giving up.
+    """
+
+    def __init__(self, timing: Timing):
+        self._timing = timing
+        self._next_secs = timing.first_restart_secs
+        self._num_short_lives = 0
+        self._num_kills = 0
+
+    def secs_until_next(self, lived_secs: float, was_killed: bool = False) -> float | None:
+        """Returns the wait in seconds after a life of `lived_secs`, or None to give up. Call once per death.
+
+        Who is killed from outside (`was_killed`: SIGKILL, SIGTERM) did nothing wrong: it waits less, and is given up
+        much later, in case it is the kernel that kills it for its memory.
+        """
+        timing = self._timing
+        if was_killed:
+            self._num_kills = self._num_kills + 1 if lived_secs < timing.short_life_secs else 0
+            return None if self._num_kills >= timing.num_kills else timing.first_restart_secs
+        self._num_short_lives = self._num_short_lives + 1 if lived_secs < timing.short_life_secs else 0
+        if self._num_short_lives >= timing.num_short_lives:
+            return None
+        if lived_secs >= timing.forgiven_after_secs:
+            self._next_secs = timing.first_restart_secs
+        secs = self._next_secs
+        self._next_secs = min(2 * secs, timing.longest_restart_secs)
+        return secs
+
+
+def describe_exit(returncode: int) -> str:
+    """Returns what to say after the role's name: `crashed with exit code 1`, `was killed by SIGKILL`."""
+    if returncode == 0:
+        return "ended"
+    if returncode in FINAL_CODES:
+        return f"ended with exit code {returncode}: {FINAL_CODES[returncode]}"
+    if returncode == UNREACHABLE:
+        return f"ended with exit code {returncode}: a peer was out of reach or its port taken"
+    if returncode in STOPPED_CODES:
+        return f"was stopped by {signal.Signals(returncode - 128).name}"
+    if returncode < 0:
+        with contextlib.suppress(ValueError):
+            return f"was killed by {signal.Signals(-returncode).name}"
+    return f"crashed with exit code {returncode}"
