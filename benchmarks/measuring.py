@@ -11,7 +11,6 @@ This file is read by both ends, and by Pythons that have nothing installed: it i
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import json
 import os
@@ -41,7 +40,6 @@ NO_GPU = {"CUDA_VISIBLE_DEVICES": "-1"}
 
 Figures = dict[str, Any]
 
-_LIBC = ctypes.CDLL(None)  # loaded here: little is safe between fork and exec
 
 
 class SideFailed(Exception):
@@ -97,6 +95,8 @@ class Side:
           python: Interpreter that runs it.
           environment: Variables on top of this process's own.
         """
+        from actorlearner.runtime.processes import die_with_parent  # here: peers' interpreters have no actorlearner
+
         self.name = name
         settings.folder.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=settings.folder))
@@ -211,11 +211,6 @@ def find_family(pid: int) -> list[int]:
     for member in family:
         family += children.get(member, [])
     return family
-
-
-def die_with_parent() -> None:
-    """For `preexec_fn`: the kernel kills this process when its parent is no more, however that ended."""
-    _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 # --- the program's end -----------------------------------------------------------------------------------------------

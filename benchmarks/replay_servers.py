@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measuring import Figures, Measure, Settings, Side, alternate, die_with_parent, run_program
+from actorlearner.runtime.processes import die_with_parent
+from benchmarks.measuring import Figures, Measure, Settings, Side, alternate, run_program
 from benchmarks.results import Row
 
 NUM_SERVERS = (1, 2, 4)

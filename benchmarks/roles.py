@@ -17,10 +17,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actorlearner.launcher import local
-from actorlearner.launcher.command import role_environment
+from actorlearner.launcher.command import REPLAY_SERVER, role_command, role_environment
 from actorlearner.runtime.ports import find_free_port
-from benchmarks.measuring import Figures, die_with_parent
+from actorlearner.runtime.processes import die_with_parent
+from benchmarks.measuring import Figures
 
 if TYPE_CHECKING:
     from actorlearner.experiment import Experiment
@@ -78,11 +78,18 @@ class Roles:
 
     def start(self, kind: str, task: int = 0) -> None:
         """Starts one role, as `actorlearner train` does; what it says goes to stderr."""
-        options = local.LocalOptions(
-            experiment=self.experiment, root_dir=self.root_dir, seed=1, gin_bindings=self.bindings
-        )
+        flags = (f"--port={self.port}", "--local_only") if kind == REPLAY_SERVER else ()
         self.processes[f"{kind} {task}"] = subprocess.Popen(
-            local.role_command(options, kind, task, [self.port]),
+            role_command(
+                kind,
+                self.experiment,
+                replay_addresses=[self.address],
+                root_dir=self.root_dir,
+                task=task,
+                seed=1,
+                gin_bindings=self.bindings,
+                flags=flags,
+            ),
             env=role_environment(kind, os.environ),
             stdin=subprocess.DEVNULL,
             stdout=sys.stderr,

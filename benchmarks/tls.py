@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from actorlearner.runtime.processes import die_with_parent
 from benchmarks.measuring import (
     Figures,
     Measure,
@@ -27,7 +28,6 @@ from benchmarks.measuring import (
     Side,
     alternate,
     count_per_sec,
-    die_with_parent,
     run_program,
 )
 from benchmarks.results import Row

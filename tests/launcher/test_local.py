@@ -251,13 +251,13 @@ def test_every_role_gets_its_own_flags_and_no_other():
         ("eval-actor", []),
         ("collect-actor", []),
     ):
-        assert local.role_command(options, kind, task=0, ports=[4321]) == ["actorlearner", kind, *common, *own]
-    assert "--seed=" not in " ".join(local.role_command(dataclasses.replace(options, seed=None), "learner", 0, [1]))
+        assert local.make_command(options, kind, task=0, ports=[4321]) == ["actorlearner", kind, *common, *own]
+    assert "--seed=" not in " ".join(local.make_command(dataclasses.replace(options, seed=None), "learner", 0, [1]))
 
 
 def test_of_several_replay_servers_each_listens_on_its_own_port_and_the_first_has_the_variables():
     options = local.LocalOptions("dqn_cartpole", Path("runs/x"), command=("actorlearner",))
-    second = local.role_command(options, "replay-server", task=1, ports=[1, 2])
+    second = local.make_command(options, "replay-server", task=1, ports=[1, 2])
     assert {"--replay_address=127.0.0.1:1,127.0.0.1:2", "--task=1", "--port=2"} < set(second)
     assert "--variables_address=127.0.0.1:1" in second
     assert len(set(find_free_ports(20))) == 20
@@ -267,9 +267,9 @@ def test_all_but_the_replay_server_go_through_the_proxy_in_front_of_it():
     """A role that goes round it never feels what happens there."""
     options = local.LocalOptions("dqn_cartpole", Path("runs/x"), via="127.0.0.1:9", command=("actorlearner",))
     for kind in ("learner", "eval-actor", "collect-actor"):
-        command = local.role_command(options, kind, task=0, ports=[1])
+        command = local.make_command(options, kind, task=0, ports=[1])
         assert {"--replay_address=127.0.0.1:9", "--variables_address=127.0.0.1:9"} < set(command)
-    server = local.role_command(options, "replay-server", task=0, ports=[1])
+    server = local.make_command(options, "replay-server", task=0, ports=[1])
     assert {"--replay_address=127.0.0.1:1", "--variables_address=127.0.0.1:1", "--port=1"} < set(server)
     with pytest.raises(ValueError, match="via is 127.0.0.1:9, a proxy in front of one replay server"):
         dataclasses.replace(options, num_replay_servers=2)

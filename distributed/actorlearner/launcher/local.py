@@ -32,15 +32,21 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from actorlearner.launcher.command import ACTORS, COLLECT_ACTOR, EVAL_ACTOR, LEARNER, REPLAY_SERVER, role_environment
+from actorlearner.launcher.command import (
+    ACTORS,
+    COLLECT_ACTOR,
+    EVAL_ACTOR,
+    LEARNER,
+    PROGRAM,
+    REPLAY_SERVER,
+    role_command,
+    role_environment,
+)
 from actorlearner.launcher.process import ROLE_LOG_LINE, Guard, RoleProcess
 from actorlearner.launcher.restarts import (
-    CANNOT_CREATE,
-    FINAL_CODES,
     GAVE_UP,
     KILLED_CODES,
     STOPPED_CODES,
-    UNREACHABLE,
     Restarts,
     Timing,
     describe_exit,
@@ -54,6 +60,7 @@ from actorlearner.run.status import (
     has_ended,
     read_status,
 )
+from actorlearner.runtime.lifecycle import FINAL_CODES, ExitCode
 from actorlearner.runtime.ports import find_free_ports
 
 NUM_PORTS_TO_TRY = 3
@@ -88,7 +95,7 @@ class LocalOptions:
     learner_flags: tuple[str, ...] = ()
     role_flags: tuple[str, ...] = ()
     via: str = ""
-    command: tuple[str, ...] = (sys.executable, "-m", "actorlearner")
+    command: tuple[str, ...] = PROGRAM
     timing: Timing = Timing()
 
     def __post_init__(self) -> None:
@@ -105,33 +112,28 @@ class LocalOptions:
             )
 
 
-def role_command(options: LocalOptions, kind: str, task: int, ports: Sequence[int]) -> list[str]:
-    """Returns the command line of one role.
+def make_command(options: LocalOptions, kind: str, task: int, ports: Sequence[int]) -> list[str]:
+    """Returns the command line of one role of a local run.
 
     Each replay server listens on one of `ports`; the others find it there, or at `options.via`.
     """
-    addresses = [options.via] if options.via and kind != REPLAY_SERVER else [f"127.0.0.1:{port}" for port in ports]
-    command = [
-        *options.command,
+    flags = [*options.role_flags]
+    if kind == REPLAY_SERVER:
+        flags += [f"--port={ports[task]}", "--local_only"]
+    if kind == LEARNER:
+        flags += options.learner_flags
+    goes_by_proxy = options.via and kind != REPLAY_SERVER
+    return role_command(
         kind,
         options.experiment,
-        f"--replay_address={','.join(addresses)}",
-        f"--variables_address={addresses[0]}",
-        f"--task={task}",
-        f"--root_dir={options.root_dir}",
-    ]
-    if options.seed is not None:
-        command.append(f"--seed={options.seed}")
-    command += [f"--gin_bindings={binding}" for binding in options.gin_bindings]
-    command += options.role_flags
-    if kind == REPLAY_SERVER:
-        command += [f"--port={ports[task]}", "--local_only"]
-    if kind == LEARNER:
-        command += options.learner_flags
-    return command
-
-
-# --- Processes --------------------------------------------------------------------------------------------------------
+        replay_addresses=[options.via] if goes_by_proxy else [f"127.0.0.1:{port}" for port in ports],
+        root_dir=options.root_dir,
+        task=task,
+        seed=options.seed,
+        gin_bindings=options.gin_bindings,
+        flags=flags,
+        program=options.command,
+    )
 
 
 @dataclasses.dataclass
@@ -172,7 +174,7 @@ def run_local(options: LocalOptions) -> int:
             "name a directory that can be made and written",
             file=sys.stderr,
         )
-        return CANNOT_CREATE
+        return ExitCode.CANNOT_CREATE
     return _Launcher(options).run()
 
 
@@ -250,7 +252,7 @@ class _Launcher:
             return _Ending(returncode, message, is_failure=True)
         if returncode == 0 and self._is_done(role):
             return None
-        if returncode == UNREACHABLE and role in self._replay_servers and self._may_change_port(role, lived_secs):
+        if returncode == ExitCode.UNAVAILABLE and self._may_change_port(role, lived_secs):
             self._say(f"port {self._ports[role.task]} was taken; starting all roles on another")
             self._stop_in_order()
             self._start_all()
@@ -260,7 +262,7 @@ class _Launcher:
             self._terminal.show(role.name, line)
         if process.hung:
             self._say(f'{role.name} hung (see --hang_secs): from "Timeout" on its log says where each thread was')
-        elif returncode not in (0, UNREACHABLE, *STOPPED_CODES) and not process.errors:
+        elif returncode not in (0, ExitCode.UNAVAILABLE, *STOPPED_CODES) and not process.errors:
             for line in process.last_lines:
                 if not ROLE_LOG_LINE.match(line):  # those have been shown
                     self._terminal.show(role.name, line)
@@ -283,10 +285,10 @@ class _Launcher:
                 if other.process is None and other.restart_at is None:
                     self._start(other)
 
-    def _may_change_port(self, replay_server: _Role, lived_secs: float) -> bool:
-        """Whether nothing can depend on this port yet."""
-        is_new = replay_server.num_starts == 1 and lived_secs < self._timing.short_life_secs
-        return is_new and self._num_ports_tried < NUM_PORTS_TO_TRY
+    def _may_change_port(self, role: _Role, lived_secs: float) -> bool:
+        """Whether this is a replay server on whose port nothing can depend yet."""
+        is_new = role.num_starts == 1 and lived_secs < self._timing.short_life_secs
+        return role in self._replay_servers and is_new and self._num_ports_tried < NUM_PORTS_TO_TRY
 
     def _is_done(self, role: _Role) -> bool:
         """Whether the run can reach its end without this role: evaluations outlast the collecting."""
@@ -327,7 +329,7 @@ class _Launcher:
         role.num_starts += 1
         role.process = RoleProcess(
             role.name,
-            role_command(self._options, role.kind, role.task, self._ports),
+            make_command(self._options, role.kind, role.task, self._ports),
             {**role_environment(role.kind, os.environ), "TMPDIR": self._guard.temporary_folder},
             role.log_path,
             self._shown_lines,

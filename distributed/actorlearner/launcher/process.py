@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import ctypes  # noqa: F401  the first program a role's process runs needs it: fail here, not there
 import io
 import math
 import os
@@ -12,7 +11,6 @@ import queue
 import re
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -20,21 +18,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from actorlearner.runtime import durable_files
+from actorlearner.runtime.processes import BARE_PYTHON, command_tied_to_parent
 
 NUM_LAST_LINES = 15
 
 _HUNG_LINE = re.compile(r"^Timeout \(\d+:\d\d:\d\d")  # Python's fault handler's, before it ends the process
 ROLE_LOG_LINE = re.compile(r"^[DIWEF] \d\d:\d\d:\d\d ")
-
-# A role's process first runs this, with the launcher's process id and the role's command line: it asks the kernel to be
-# killed when the launcher dies, and becomes the role. Doing so between fork and exec would not be safe with threads.
-_BECOME_ROLE = """
-import ctypes, os, signal, sys
-PR_SET_PDEATHSIG = 1
-ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-if os.getppid() == int(sys.argv[1]):
-    os.execvp(sys.argv[2], sys.argv[2:])
-"""
 
 # The guard kills what roles have started in their turn (ffmpeg, environments in processes): it is told every process
 # group that begins (+) or ends (-), and kills those left when its standard input closes, however the launcher died.
@@ -54,8 +43,6 @@ for group in groups:
 shutil.rmtree(sys.argv[1], ignore_errors=True)
 """
 
-_BARE_PYTHON = (sys.executable, "-I", "-S", "-c")
-
 
 class Guard:
     """Kills the process groups it was told about, and removes their temporary files, when the launcher is no more."""
@@ -63,7 +50,7 @@ class Guard:
     def __init__(self) -> None:
         self.temporary_folder = tempfile.mkdtemp(prefix="actorlearner-")
         self._process = subprocess.Popen(
-            [*_BARE_PYTHON, _GUARD, self.temporary_folder],
+            [*BARE_PYTHON, _GUARD, self.temporary_folder],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -111,7 +98,7 @@ class RoleProcess:
         self._shown_lines = shown_lines
         self._guard = guard
         self._popen = subprocess.Popen(
-            [*_BARE_PYTHON, _BECOME_ROLE, str(os.getpid()), *command],
+            command_tied_to_parent(command),
             env=dict(environment),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

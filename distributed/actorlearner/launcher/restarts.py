@@ -6,17 +6,11 @@ import contextlib
 import dataclasses
 import signal
 
-UNREACHABLE = 69
-CANNOT_CREATE = 73
-FINAL_CODES = {
-    64: "its settings are wrong",
-    65: "the data does not fit the experiment",
-    CANNOT_CREATE: "it cannot write the run directory",
-    75: "another learner is on this run",
-}
-STOPPED_CODES = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+from actorlearner.runtime.lifecycle import FINAL_CODES, ExitCode
+
+STOPPED_CODES = (ExitCode.INTERRUPTED, ExitCode.TERMINATED)
 KILLED_CODES = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, *STOPPED_CODES)
-GAVE_UP = 1
+GAVE_UP = ExitCode.CRASH
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +76,7 @@ def describe_exit(returncode: int) -> str:
         return "ended"
     if returncode in FINAL_CODES:
         return f"ended with exit code {returncode}: {FINAL_CODES[returncode]}"
-    if returncode == UNREACHABLE:
+    if returncode == ExitCode.UNAVAILABLE:
         return f"ended with exit code {returncode}: a peer was out of reach or its port taken"
     if returncode in STOPPED_CODES:
         return f"was stopped by {signal.Signals(returncode - 128).name}"

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn, Optional, TypeVar
 
@@ -47,8 +47,13 @@ class ExitCode(enum.IntEnum):
     TERMINATED = 143  # stopped by SIGTERM
 
 
-FINAL_CODES = frozenset({ExitCode.USAGE, ExitCode.DATA, ExitCode.CANNOT_CREATE, ExitCode.OCCUPIED})
-"""To start again what ended with one of these cannot help."""
+FINAL_CODES: Mapping[int, str] = {
+    ExitCode.USAGE: "its settings are wrong",
+    ExitCode.DATA: "the data does not fit the experiment",
+    ExitCode.CANNOT_CREATE: "it cannot write the run directory",
+    ExitCode.OCCUPIED: "another learner is on this run",
+}
+"""A restart does not help what ended with one of these; and why, in words."""
 
 
 class RoleError(Exception):

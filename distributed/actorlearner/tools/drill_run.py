@@ -6,19 +6,19 @@ Imports nothing heavy.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import re
 import signal
 import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
+from actorlearner.launcher.command import train_command
+from actorlearner.runtime.processes import die_with_parent
 from actorlearner.tools.tcp_wire import Wire
 
 ROLES = ("learner-0", "replay-server-0", "collect-actor-0", "eval-actor-0")
@@ -36,14 +36,6 @@ BINDINGS = (
     "collect_actor.report_interval_secs = 0.5",
     "replay_server.linger_secs = 3.0",
 )
-
-_PRCTL = ctypes.CDLL(None).prctl  # looked up here: little is safe between fork and exec
-
-
-def die_with_parent() -> None:
-    """For `preexec_fn`: however the drill ends, its launcher ends too, and what that started."""
-    _PRCTL(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
 
 class Hang(Exception):
     """Something that had to happen did not, within `PATIENCE_SECS`."""
@@ -79,13 +71,13 @@ class Run:
         """
         bindings = [*(BINDINGS if experiment else self._bindings), f"train.num_iterations = {num_iterations}"]
         bindings += bindings_of_this_start
-        command = [
-            *(sys.executable, "-m", "actorlearner", "train", experiment or self.experiment),
-            *(f"--root_dir={self.root_dir}", f"--seed={self._seed}", "--num_video_episodes=0"),
-            *(f"--gin_bindings={binding}" for binding in bindings),
-        ]
-        if self.wire:
-            command.append(f"--via={self.wire.address}")
+        command = train_command(
+            experiment or self.experiment,
+            root_dir=self.root_dir,
+            seed=self._seed,
+            gin_bindings=bindings,
+            flags=["--num_video_episodes=0", *([f"--via={self.wire.address}"] if self.wire else [])],
+        )
         environment = {**os.environ, "ACTORLEARNER_DRILL": self.mark, "TMPDIR": str(self.temporary)}
         with open(self._output_path, "ab") as output:
             self.launcher = subprocess.Popen(

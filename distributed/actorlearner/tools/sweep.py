@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from actorlearner.run.directory import RunDirectory
+from actorlearner.runtime.lifecycle import ExitCode
 from actorlearner.tools.sweep_grid import (
     AnotherSweep,
     Grid,
@@ -30,7 +31,6 @@ from actorlearner.tools.sweep_grid import (
 )
 from actorlearner.tools.sweep_run import Sweep, count_cores
 
-USAGE, DATA, CANNOT_CREATE, OCCUPIED = 64, 65, 73, 75  # as in runtime/lifecycle.py
 _TRIAL_BYTES = 3 * 2**30
 
 
@@ -97,10 +97,10 @@ def run(arguments: argparse.Namespace, train: argparse.Namespace) -> int:
     try:
         steps = [int(word) for word in arguments.at.split(",") if word.strip()]
     except ValueError:
-        return _refuse(f"--at={arguments.at}: expected steps with commas between, such as 50000,100000", USAGE)
+        return _refuse(f"--at={arguments.at}: expected steps with commas between, such as 50000,100000", ExitCode.USAGE)
     if arguments.report:
         if arguments.experiment:
-            return _refuse("EXPERIMENT and --report: expected one of them, the other left out", USAGE)
+            return _refuse("EXPERIMENT and --report: expected one of them, the other left out", ExitCode.USAGE)
         from actorlearner.tools.sweep_report import report_sweep
 
         return report_sweep(arguments.report, arguments.clock, steps)
@@ -115,9 +115,9 @@ def run(arguments: argparse.Namespace, train: argparse.Namespace) -> int:
         settings = find_settings(grid)
         _require_same(root, describe_changes(held.get("settings", {}), settings))
     except AnotherSweep as error:
-        return _refuse(str(error), DATA)
+        return _refuse(str(error), ExitCode.DATA)
     except ValueError as error:
-        return _refuse(str(error), USAGE)
+        return _refuse(str(error), ExitCode.USAGE)
     sweep = Sweep(
         root,
         grid,
@@ -137,9 +137,11 @@ def run(arguments: argparse.Namespace, train: argparse.Namespace) -> int:
         lock = open(root / ".sweep.lock", "w")  # noqa: SIM115  (held until the process ends)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return _refuse(f"another sweep is at work in --root_dir={root}. Stop it, or give another directory.", OCCUPIED)
+        message = f"another sweep is at work in --root_dir={root}. Stop it, or give another directory."
+        return _refuse(message, ExitCode.OCCUPIED)
     except OSError as error:
-        return _refuse(f"--root_dir={root} cannot be written: {error.strerror} ({error.filename})", CANNOT_CREATE)
+        message = f"--root_dir={root} cannot be written: {error.strerror} ({error.filename})"
+        return _refuse(message, ExitCode.CANNOT_CREATE)
     with lock:
         return sweep.run()
 

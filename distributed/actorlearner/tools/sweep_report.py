@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, Union
 
 from actorlearner.run.directory import RunDirectory
+from actorlearner.runtime.lifecycle import ExitCode
 from actorlearner.tools import sweep_statistics as statistics
 from actorlearner.tools.sweep_grid import AnotherSweep, Grid, read_asked
 from actorlearner.tools.sweep_trials import Trial
@@ -17,7 +18,6 @@ from actorlearner.tools.sweep_trials import Trial
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-USAGE = 64  # as in runtime/lifecycle.py
 CLOCKS = {"environment_steps": "environment steps", "train_step": "train steps"}
 DEFAULT_CLOCK = "environment_steps"
 _FEW = 5
@@ -37,7 +37,7 @@ def report_sweep(root: Path, clock: Optional[str] = None, steps: Sequence[int] =
         grid = read_asked(root, held)
     except AnotherSweep as error:
         print(f"error: {error}", file=sys.stderr)
-        return USAGE
+        return ExitCode.USAGE
     clock, steps = clock or held.get("clock", DEFAULT_CLOCK), steps or held.get("at", [])
     failures = held.get("failures", {})
     runs: dict[str, dict[int, Any]] = {}

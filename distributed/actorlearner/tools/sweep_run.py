@@ -9,19 +9,18 @@ import contextlib
 import os
 import shlex
 import signal
-import sys
 import time
 import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, Optional
 
+from actorlearner.launcher.command import train_command
 from actorlearner.run.directory import RunDirectory
+from actorlearner.runtime.lifecycle import ExitCode
 from actorlearner.tools.sweep_grid import Grid
 from actorlearner.tools.sweep_trials import STOP_SECS, RunningTrial, Trial, take_lock
 
-FAILED = 1  # the exit code, where a trial has
-_CANNOT_CREATE, _OCCUPIED = 73, 75  # as in runtime/lifecycle.py
 SAY_EVERY_SECS = 60.0
 RACE_SECS = 5.0
 POLL_SECS = 0.5
@@ -65,14 +64,13 @@ class Sweep:
 
     def command(self, trial: Trial) -> list[str]:
         (variant,) = (variant for variant in self._grid.variants if variant.name == trial.variant)
-        return [
-            *(sys.executable, "-m", "actorlearner", "train", self._grid.experiment),
-            f"--seed={trial.seed}",
-            f"--root_dir={trial.root_dir}",
-            "--num_video_episodes=0",
-            *(f"--gin_bindings={binding}" for binding in (*self._grid.gin_bindings, *variant.bindings)),
-            *self._grid.train_flags,
-        ]
+        return train_command(
+            self._grid.experiment,
+            root_dir=trial.root_dir,
+            seed=trial.seed,
+            gin_bindings=(*self._grid.gin_bindings, *variant.bindings),
+            flags=("--num_video_episodes=0", *self._grid.train_flags),
+        )
 
     def print_plan(self) -> None:
         num_ended = 0
@@ -106,7 +104,7 @@ class Sweep:
         if self._signals:
             self._say(f"stopped by {signal.Signals(self._signals[0]).name}; the same command goes on")
             return 128 + self._signals[0]
-        return FAILED if self._failures else code
+        return ExitCode.CRASH if self._failures else code
 
     def _run(self, running: list[RunningTrial]) -> None:
         """Runs what has not ended; returns when all is done, or when a signal has come."""
@@ -122,7 +120,7 @@ class Sweep:
                 try:
                     started = self._start(trial)
                 except OSError as error:
-                    self._note_failure(trial, _CANNOT_CREATE, str(error))
+                    self._note_failure(trial, ExitCode.CANNOT_CREATE, str(error))
                     continue
                 if started:
                     running.append(started)
@@ -157,7 +155,7 @@ class Sweep:
         lock: Optional[IO[str]] = take_lock(trial, self._say, lambda: bool(self._signals))
         if lock is None:
             if not self._signals:
-                self._note_failure(trial, _OCCUPIED, f"another training goes on in {trial.root_dir}")
+                self._note_failure(trial, ExitCode.OCCUPIED, f"another training goes on in {trial.root_dir}")
             return None
         if trial.has_ended():  # the one that was waited for came to its end
             lock.close()

@@ -13,28 +13,24 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Optional
 
 from actorlearner.run.directory import RunDirectory
+from actorlearner.runtime.processes import BARE_PYTHON, command_tied_to_parent
 
 STOP_SECS = 40.0  # a launcher that was told to stop takes 20 s at most, and its guard kills what is left
 _BEGINS = "--- "  # the line with which each launcher's output begins
 _MOST_LINE = 400  # letters of a failure's last line
 
-# A trial's process first runs this, with the sweep's process id, how nice to be, and the command: it asks the kernel to
-# be stopped when the sweep dies, and becomes the launcher.
+# A trial's process runs this first, with how nice to be and the command: it says what begins, and becomes the launcher.
 _BECOME_TRIAL = """
-import ctypes, os, shlex, signal, sys, time
-PR_SET_PDEATHSIG = 1
-ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-os.nice(int(sys.argv[2]))
-print("---", time.strftime("%Y-%m-%d %H:%M:%S"), f"process {os.getpid()}:", shlex.join(sys.argv[3:]), flush=True)
-if os.getppid() == int(sys.argv[1]):
-    os.execvp(sys.argv[3], sys.argv[3:])
+import os, shlex, sys, time
+os.nice(int(sys.argv[1]))
+print("---", time.strftime("%Y-%m-%d %H:%M:%S"), f"process {os.getpid()}:", shlex.join(sys.argv[2:]), flush=True)
+os.execvp(sys.argv[2], sys.argv[2:])
 """
 
 
@@ -117,7 +113,7 @@ class RunningTrial:
         self.goes_on = (trial.root_dir / "run.json").exists()
         with open(trial.output, "a") as output:
             self._popen = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", _BECOME_TRIAL, str(os.getpid()), str(nice), *command],
+                command_tied_to_parent([*BARE_PYTHON, _BECOME_TRIAL, str(nice), *command], signal.SIGTERM),
                 env=dict(environment),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
