@@ -53,29 +53,50 @@ class Lane:
         self.total, self.length = self.total + reward, self.length + 1
 
 
-def play(policy: Any, num_episodes: int, late_steps: int, seed: int) -> list[Lane]:
+class Policy:
+    """The action signature of a SavedModel, whose arguments TensorFlow names `arg_0_observation` or `0/observation`."""
+
+    def __init__(self, saved_model: Any):
+        self._act = saved_model.signatures["action"]
+        self._names = {key.replace("/", "_").split("_", 1)[1].removeprefix("0_"): key for key in self._inputs}
+
+    @property
+    def _inputs(self) -> dict[str, Any]:
+        return self._act.structured_input_signature[1]
+
+    @property
+    def num_past_steps(self) -> int:
+        """Returns how many steps before the present one are part of an observation; each has 28 + 8 numbers."""
+        return (self._inputs[self._names["observation"]].shape[1] - 28) // 36
+
+    def act(self, observations: Any) -> Any:
+        """Returns actions [B, 8] at observations [B, D]."""
+        import tensorflow as tf
+
+        size = len(observations)
+        values = {
+            "step_type": tf.ones(size, tf.int32),
+            "reward": tf.zeros(size),
+            "discount": tf.ones(size),
+            "observation": tf.constant(observations),
+        }
+        (actions,) = self._act(**{self._names[name]: value for name, value in values.items()}).values()
+        return actions.numpy()
+
+
+def play(policy: Policy, num_episodes: int, late_steps: int, seed: int) -> list[Lane]:
     """Returns finished episodes, played side by side with one call of the policy for all."""
     import gym
     import numpy as np
     import pybullet_envs  # noqa: F401  (registers it)
-    import tensorflow as tf
 
     random.seed(seed)  # the physics are drawn from the global generators
     np.random.seed(seed)
-    num_features = policy.signatures["action"].structured_input_signature[1]["0/observation"].shape[1]
-    num_past_steps = (num_features - 28) // 36
-    lanes = [Lane(gym.make("MinitaurBulletEnv-v0"), num_past_steps, late_steps) for _ in range(num_episodes)]
-    act = policy.signatures["action"]
+    environments = [gym.make("MinitaurBulletEnv-v0") for _ in range(num_episodes)]
+    lanes = [Lane(environment, policy.num_past_steps, late_steps) for environment in environments]
     while not all(lane.is_over for lane in lanes):
-        observations = np.stack([lane.observation() for lane in lanes])
-        batch = {
-            "0/step_type": tf.ones(num_episodes, tf.int32),
-            "0/reward": tf.zeros(num_episodes),
-            "0/discount": tf.ones(num_episodes),
-            "0/observation": tf.constant(observations),
-        }
-        (actions,) = act(**batch).values()
-        for lane, action in zip(lanes, actions.numpy()):
+        actions = policy.act(np.stack([lane.observation() for lane in lanes]))
+        for lane, action in zip(lanes, actions):
             lane.step(action)
     return lanes
 
@@ -89,10 +110,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None, help="of the physics; 0 by default")
     arguments = parser.parse_args()
 
+    # PyBullet prints lines of its own on standard output.
+    result_stream = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
     import tensorflow as tf
     import tensorflow_probability as tfp  # noqa: F401  (the SavedModel has types of it)
 
-    policy = tf.saved_model.load(str(arguments.run / "policies" / "greedy_policy"))
+    policy = Policy(tf.saved_model.load(str(arguments.run / "policies" / "greedy_policy")))
     lanes = play(policy, arguments.num_episodes, arguments.late_steps, arguments.seed or 0)
     returns = [lane.total for lane in lanes]
     found = {
@@ -108,7 +133,7 @@ def main() -> int:
     if "return_std" in delivered:
         half = 1.96 * delivered["return_std"] / math.sqrt(delivered["num_episodes"])
         found["interval_of_the_run"] = [delivered["average_return"] - half, delivered["average_return"] + half]
-    print(json.dumps(found))
+    print(json.dumps(found), file=result_stream, flush=True)
     low, high = found.get("interval_of_the_run", [-math.inf, math.inf])
     is_disturbed = arguments.late_steps > 0 or arguments.seed is not None
     return 0 if is_disturbed or low <= found["average_return"] <= high else 1
