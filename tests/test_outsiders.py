@@ -20,18 +20,22 @@ from actorlearner.runtime.messages import Unreachable, read_server_info
 from actorlearner.runtime.ports import find_free_ports
 from actorlearner.runtime.tls.tunnel import open_to_peer, open_to_peers
 from actorlearner.tools.certificates import make_certificates
-from actorlearner.tools.strangers import _plausible, hostile_rows, insert
-from actorlearner.variable_container import VARIABLES_TABLE
+from actorlearner.tools.strangers import _plausible, claim_the_end, hostile_rows, insert
+from actorlearner.variable_container import VARIABLES_TABLE, VERSION_TABLE, Belief, Phase, read_version
 
 WITHOUT_TLS, WITHOUT_A_CERTIFICATE, WITH_A_STOLEN_KEY = "without TLS", "with TLS", "with a stolen actor key"
 LISTED = "localhost:9"
 
 
 class Outsider:
-    """Somebody at the port, who may be let in, and the address of the server as its own roles see it."""
+    """Somebody at the port, who may be let in.
 
-    def __init__(self, address: str, inside: str, is_let_in: bool):
-        self.address, self.inside, self.is_let_in = address, inside, is_let_in
+    `inside` is the address on the server's own machine, `of_a_role` that of a role on another machine, by way of a
+    relay where there is one.
+    """
+
+    def __init__(self, address: str, inside: str, is_let_in: bool, of_a_role: str):
+        self.address, self.inside, self.is_let_in, self.of_a_role = address, inside, is_let_in, of_a_role
 
     def expect(self) -> contextlib.AbstractContextManager[object]:
         """What comes of something that only who is let in can do."""
@@ -51,18 +55,20 @@ def outsider(request, tmp_path_factory):
     inside = f"localhost:{reverb_port}"
     tunnels = []
     if request.param == WITHOUT_TLS:
-        yield Outsider(inside, inside, is_let_in=True)
+        yield Outsider(inside, inside, is_let_in=True, of_a_role=inside)
     else:
         certs = tmp_path_factory.mktemp("certs")
         make_certificates(certs, [])
         tunnels.append(open_to_peers(port, certs / "replay-server", reverb_port))
+        tunnels.append(open_to_peer(f"localhost:{port}", certs / "learner"))
+        of_a_role = tunnels[-1].address
         if request.param == WITHOUT_A_CERTIFICATE:
-            yield Outsider(f"localhost:{port}", inside, is_let_in=False)
+            yield Outsider(f"localhost:{port}", inside, is_let_in=False, of_a_role=of_a_role)
         else:
             stolen = tmp_path_factory.mktemp("stolen") / "key"
             shutil.copytree(certs / "collect-actor", stolen)
             tunnels.append(open_to_peer(f"localhost:{port}", stolen))
-            yield Outsider(tunnels[-1].address, inside, is_let_in=True)
+            yield Outsider(tunnels[-1].address, inside, is_let_in=True, of_a_role=of_a_role)
     for tunnel in tunnels:
         tunnel.close()
     server.stop()
@@ -97,6 +103,56 @@ def test_who_is_let_in_empties_the_replay(outsider):
         reverb.Client(outsider.address).reset(EXPERIENCE_TABLE)
     held = read_server_info(outsider.inside, 5)[EXPERIENCE_TABLE].current_size
     assert bool(held) is not outsider.is_let_in
+
+
+def test_who_is_let_in_fills_a_queue_of_the_roles_own(outsider):
+    """Results behind a full queue wait until the learner has taken the forged ones."""
+    table = read_server_info(outsider.inside, 5)[EvaluationResult.TABLE]
+    with outsider.expect():
+        row = _plausible(outsider.signature(EvaluationResult.TABLE), 1)
+        with reverb.Client(outsider.address).trajectory_writer(num_keep_alive_refs=1) as writer:
+            for _ in range(table.max_size - table.current_size):
+                writer.append(row)
+                writer.create_item(EvaluationResult.TABLE, 1.0, {name: writer.history[name][-1] for name in row})
+            writer.flush(timeout_ms=20_000)
+    held = read_server_info(outsider.inside, 5)[EvaluationResult.TABLE].current_size
+    assert held == (table.max_size if outsider.is_let_in else table.current_size)
+
+
+def test_who_is_let_in_ends_a_run_by_announcing_the_end_again_and_again(outsider):
+    """One announcement is not believed, since the learner's next heartbeat contradicts it; one after each heartbeat is."""
+    belief = Belief()
+    believed = []
+    for _ in range(2):
+        with outsider.expect():
+            outsider.signature(VERSION_TABLE)  # without an answer the row would wait for its time limit
+            claim_the_end(outsider.address)
+        version = read_version(outsider.inside)
+        believed.append(version is not None and version.phase == Phase.OVER and belief.holds(version))
+    assert believed == [False, outsider.is_let_in]
+
+
+def test_a_flood_of_refused_connections_keeps_nobody_out_for_good(outsider):
+    """With a key or without: the roles' own calls are slower beside it, and still answered within their deadline."""
+    host, port = outsider.address.rsplit(":", 1)
+    is_over = threading.Event()
+
+    def flood():
+        while not is_over.is_set():
+            with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=5) as connection:
+                connection.sendall(b"\x16\x03\x01 no handshake")
+                connection.recv(1)
+
+    floods = [threading.Thread(target=flood, daemon=True) for _ in range(8)]
+    for thread in floods:
+        thread.start()
+    try:
+        for _ in range(5):
+            assert read_server_info(outsider.of_a_role, timeout_secs=20)
+    finally:
+        is_over.set()
+        for thread in floods:
+            thread.join(timeout=10)
 
 
 def test_nobody_sends_the_roles_to_an_address_of_his_own(outsider, eventually, caplog):
