@@ -13,7 +13,7 @@ import reverb
 
 from actorlearner.evaluations.queue import EvaluationResult, take_evaluation_results
 from actorlearner.experiment import load_experiment
-from actorlearner.replay.durable_table import EXPERIENCE_TABLE
+from actorlearner.replay.chunks import EXPERIENCE_TABLE
 from actorlearner.replay.servers import JOINED_TABLE, MAX_SERVERS, ReplayServers
 from actorlearner.roles import replay_server
 from actorlearner.runtime.messages import Unreachable, read_server_info

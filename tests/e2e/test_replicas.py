@@ -20,7 +20,7 @@ import tensorflow as tf
 import tree
 from tf_agents.specs import tensor_spec
 from actorlearner.experiment import load_experiment
-from actorlearner.replay.uniform import ServerSampledSource
+from actorlearner.replay.server_sampled import ServerSampledSource
 from actorlearner.roles.learner import make_train_function
 from actorlearner.runtime.devices import make_strategy
 

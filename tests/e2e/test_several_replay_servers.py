@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from actorlearner.replay.resident import STREAM_TABLE
+from actorlearner.replay.chunks import STREAM_TABLE
 from actorlearner.runtime.messages import read_server_info
 from actorlearner.runtime.ports import find_free_ports
 from tests.documented_commands import documented

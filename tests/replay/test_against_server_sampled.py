@@ -10,7 +10,8 @@ from tf_agents.replay_buffers import reverb_replay_buffer, reverb_utils
 
 from actorlearner.replay.mirror import Mirror
 from actorlearner.replay.servers import ReplayServers
-from actorlearner.replay.uniform import REPLAY_TABLE, UniformReplay
+from actorlearner.replay.uniform import UniformReplay
+from actorlearner.replay.windows import REPLAY_TABLE
 from tests.replay.episodes import as_chunk, episode, sample
 
 EPISODES = ((0, 3), (100, 40), (200, 7))  # first observation, environment steps: 50 two-step windows

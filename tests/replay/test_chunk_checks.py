@@ -10,8 +10,8 @@ import reverb
 import tensorflow as tf
 
 from actorlearner.replay.chunk_checks import ChunkCheck
-from actorlearner.replay.durable_table import EXPERIENCE_TABLE
-from actorlearner.replay.resident import STREAM_TABLE, ResidentReplay
+from actorlearner.replay.chunks import EXPERIENCE_TABLE, STREAM_TABLE
+from actorlearner.replay.resident import ResidentReplay
 from actorlearner.replay.servers import ReplayServers
 from actorlearner.tools.strangers import hostile_chunks, insert
 from tests.replay.episodes import as_chunk, columns, episode, flush, sample

@@ -22,10 +22,12 @@ import tensorflow as tf
 from tf_agents.replay_buffers import reverb_replay_buffer, reverb_utils
 from tf_agents.specs import tensor_spec
 
-from actorlearner.replay import durable_table, resident
-from actorlearner.replay.durable_table import EXPERIENCE_TABLE, ChunkWriter, Losses, read_chunks
+from actorlearner.replay import durable_table, giving_back, resident, resident_source
+from actorlearner.replay.chunks import EXPERIENCE_TABLE, STREAM_TABLE
+from actorlearner.replay.durable_table import read_chunks
+from actorlearner.replay.giving_back import ChunkWriter, Losses
 from actorlearner.replay.mirror import Mirror, find_starts
-from actorlearner.replay.resident import STREAM_TABLE, ResidentReplay
+from actorlearner.replay.resident import ResidentReplay
 from actorlearner.replay.servers import ReplayServers
 from actorlearner.runtime.lifecycle import RoleError, Stopped
 from actorlearner.runtime.messages import Unreachable
@@ -226,10 +228,10 @@ def test_what_came_after_the_checkpoint_is_an_insert_too(replay, address, spec, 
     second.close()
 
 
-@pytest.mark.parametrize("max_known", [resident.MAX_KNOWN_CHUNKS, 8])  # 8: as of a replay of millions
+@pytest.mark.parametrize("max_known", [resident_source.MAX_KNOWN_CHUNKS, 8])  # 8: as of a replay of millions
 def test_what_a_server_that_had_died_brings_back_is_counted_once(serve, spec, eventually, monkeypatch, max_known):
     """Chunks from before the many it lost look new to a restarted learner, which then trains without actors."""
-    monkeypatch.setattr(resident, "MAX_KNOWN_CHUNKS", max_known)
+    monkeypatch.setattr(resident_source, "MAX_KNOWN_CHUNKS", max_known)
     replay = ResidentReplay(replay_buffer_capacity=28, chunk_length=8, stream_length=4)  # 8 chunks on a server
     addresses = [f"localhost:{serve(replay.make_tables(spec, sample())).port}" for _ in range(2)]
     plan = {"samples_per_insert": 1.0, "num_updates_per_call": 1_000}
@@ -286,7 +288,7 @@ def test_of_a_durable_table_that_overflows_exactly_the_newest_come_back(serve, s
 
 def test_a_server_that_lost_chunks_is_given_back_what_the_learner_got(serve, spec, eventually, monkeypatch):
     """A learner that dies after its server would come back with what that had saved, at worst with next to nothing."""
-    monkeypatch.setattr(resident, "LOOK_FOR_LOSSES_SECS", 0.0)
+    monkeypatch.setattr(resident_source, "LOOK_FOR_LOSSES_SECS", 0.0)
     replay = ResidentReplay(replay_buffer_capacity=64, chunk_length=16, stream_length=4)
     plan = {"num_steps": 3, "num_environments": 2, "samples_per_insert": 1.0, "num_updates_per_call": 1_000}
     address = f"localhost:{serve(replay.make_tables(spec, sample(**plan))).port}"
@@ -323,7 +325,7 @@ def test_a_server_that_lost_chunks_is_given_back_what_the_learner_got(serve, spe
 
 def test_a_server_is_given_back_what_it_lost_while_actors_are_held_back(serve, spec, eventually, monkeypatch):
     """With actors faster than the learner a chunk always waits its turn; losses behind it would last for minutes."""
-    monkeypatch.setattr(resident, "LOOK_FOR_LOSSES_SECS", 0.0)
+    monkeypatch.setattr(resident_source, "LOOK_FOR_LOSSES_SECS", 0.0)
     replay = ResidentReplay(replay_buffer_capacity=1_000, chunk_length=8, stream_length=4)
     address = f"localhost:{serve(replay.make_tables(spec, sample())).port}"
     source = make_source(replay, address, spec)
@@ -343,7 +345,7 @@ def test_a_server_is_given_back_what_it_lost_while_actors_are_held_back(serve, s
 
 def test_what_cannot_be_given_back_is_said_and_tried_again(replay, address, spec, eventually, monkeypatch, caplog):
     """Silence would leave the next learner without its replay, and its user without a reason."""
-    monkeypatch.setattr(resident, "LOOK_FOR_LOSSES_SECS", 0.0)
+    monkeypatch.setattr(resident_source, "LOOK_FOR_LOSSES_SECS", 0.0)
     source = make_source(replay, address, spec, num_updates_per_call=1_000)
     source.restore({})
     sink = replay.make_sink(ReplayServers([address]), sample())
@@ -357,7 +359,7 @@ def test_what_cannot_be_given_back_is_said_and_tried_again(replay, address, spec
             raise failures.pop()
         return read_chunks(*arguments, **settings)
 
-    monkeypatch.setattr(resident, "read_chunks", fail_once)
+    monkeypatch.setattr(resident_source, "read_chunks", fail_once)
     reverb.Client(address).reset(EXPERIENCE_TABLE)
     eventually(lambda: "nothing came for a while. Trying again in 1 s" in caplog.text)
     eventually(lambda: len(read_chunks(address, silent_secs=10)) == sink.num_chunks)
@@ -503,7 +505,7 @@ def test_a_server_that_is_restarted_while_its_table_is_read_is_read_again_and_wh
 
 def test_a_learner_keeps_what_it_read_of_a_server_that_was_restarted_while_it_was_filled(served, spec, monkeypatch):
     """It may be the only copy: the next server holds its last checkpoint, and the learner before this one is dead."""
-    monkeypatch.setattr(resident, "RESTORE_SILENT_SECS", 30)
+    monkeypatch.setattr(resident_source, "RESTORE_SILENT_SECS", 30)
     address, restart = served
     source = make_source(ResidentReplay(replay_buffer_capacity=2_000, chunk_length=2), address, spec)
     with pytest.raises(Unreachable, match="was restarted while 'experience' was read"):
@@ -548,7 +550,7 @@ def test_a_server_that_dies_again_is_looked_through_as_often_as_the_first_time(s
     server = serve(replay.make_tables(spec, sample()))
     losses = Losses(f"localhost:{server.port}")
     assert not losses.may_be()
-    for num_passes in (durable_table.MAX_PASSES - 1, durable_table.MAX_PASSES):
+    for num_passes in (giving_back.MAX_PASSES - 1, giving_back.MAX_PASSES):
         time.sleep(2.0)  # its life
         server.stop()
         server = serve(replay.make_tables(spec, sample()), port=server.port)
@@ -563,7 +565,7 @@ def test_what_was_given_to_a_server_that_died_meanwhile_is_given_again(
 ):
     """A learner that says too early that all was given back may be killed with the only copy."""
     monkeypatch.setattr(durable_table, "CLOCK_SLACK_SECS", 0.5)
-    monkeypatch.setattr(resident, "LOOK_FOR_LOSSES_SECS", 0.0)
+    monkeypatch.setattr(resident_source, "LOOK_FOR_LOSSES_SECS", 0.0)
     caplog.set_level(logging.INFO)
     servers = [serve(replay.make_tables(spec, sample()))]
     port = servers[0].port

@@ -12,8 +12,8 @@ import reverb
 import tensorflow as tf
 
 from actorlearner.replay import servers as servers_module
-from actorlearner.replay.durable_table import EXPERIENCE_TABLE
-from actorlearner.replay.resident import STREAM_TABLE, ResidentReplay
+from actorlearner.replay.chunks import EXPERIENCE_TABLE, STREAM_TABLE
+from actorlearner.replay.resident import ResidentReplay
 from actorlearner.replay.servers import Announcement, ReplayServers, make_tables, refuse_several
 from actorlearner.replay.uniform import UniformReplay
 from actorlearner.runtime.lifecycle import ExitCode, RoleError, Stop

@@ -12,7 +12,8 @@ import tree
 
 from actorlearner.replay.base import MeetsStrangers
 from actorlearner.replay.servers import ReplayServers
-from actorlearner.replay.uniform import REPLAY_TABLE, UniformReplay
+from actorlearner.replay.uniform import UniformReplay
+from actorlearner.replay.windows import REPLAY_TABLE
 from tests.replay.episodes import RANDOM, columns, episode, flush, sample
 
 NUM_ENVIRONMENTS = 3

@@ -14,7 +14,7 @@ from actorlearner.cluster import Cluster
 from actorlearner.experiment import load_experiment
 from actorlearner.replay.chunk_checks import ChunkCheck
 from actorlearner.replay.mirror import Mirror
-from actorlearner.replay.resident import ResidentSource
+from actorlearner.replay.resident_source import ResidentSource
 from actorlearner.replay.servers import ReplayServers
 from actorlearner.roles.learner import (
     UNKNOWN_STEPS,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Optional, Protocol, runtime_checkable
 
 import numpy as np
@@ -12,8 +12,6 @@ import reverb
 import tensorflow as tf
 
 from actorlearner.replay.moments import Moments
-from actorlearner.runtime.lifecycle import ExitCode, RoleError
-from actorlearner.runtime.messages import Unreachable, check_signature, read_server_info
 
 if TYPE_CHECKING:
     from actorlearner.replay.servers import ReplayServers
@@ -218,70 +216,3 @@ class Replay(Protocol):
           RoleError: It does not fit into the memory there is (USAGE).
         """
         ...
-
-
-def check_tables(address: str, tables: Mapping[str, Any], signatures: Mapping[str, Any]) -> None:
-    """Returns when a replay server's tables hold what `signatures` says.
-
-    Args:
-      address: The server's.
-      tables: Reverb's `TableInfo` by table name.
-      signatures: Of the tables this experiment needs.
-
-    Raises:
-      RoleError: It has no such tables, or they hold something else (DATA).
-    """
-    for name, signature in signatures.items():
-        if name not in tables:
-            raise RoleError(
-                f"the Reverb server at {address} has no table '{name}' but {', '.join(sorted(tables)) or 'none'}: it "
-                "is not this experiment's replay server, or serves another replay. Mend --replay_address, or start it "
-                "with the same experiment and --gin_bindings.",
-                ExitCode.DATA,
-            )
-        check_signature(f"table '{name}'", address, tables[name].signature, signature)
-
-
-def describe_tables(address: str, names: Iterable[str]) -> str:
-    """Returns how some of a server's tables stand, in words; blocks at most about a second."""
-    try:
-        tables = read_server_info(address, timeout_secs=1)
-    except Unreachable as error:
-        return str(error)
-    return "; ".join(f"table '{name}': {describe_table(tables[name])}" for name in names if name in tables)
-
-
-def describe_table(table: Any) -> str:
-    """Returns the account of a table's rate limiter in words, given Reverb's `TableInfo`."""
-    limiter = table.rate_limiter_info
-    inserts, samples = limiter.insert_stats.completed, limiter.sample_stats.completed
-    return describe_account(
-        table.current_size,
-        inserts,
-        samples,
-        needed=limiter.min_size_to_sample,
-        ahead=inserts * limiter.samples_per_insert - samples,
-        least=limiter.min_diff + 1,
-        most=limiter.max_diff - limiter.samples_per_insert,
-    )
-
-
-def describe_account(
-    size: int, inserts: int, samples: int, *, needed: int, ahead: float, least: float, most: float
-) -> str:
-    """Returns a replay's account in words.
-
-    Args:
-      size: Windows held now.
-      inserts, samples: Windows ever inserted and sampled.
-      needed: Windows held before training begins.
-      ahead: `inserts * samples_per_insert - samples`, kept between `least` and `most`.
-    """
-    if inserts < needed:
-        return f"{inserts:,} of {needed:,} steps collected"
-    counts = f"{size:,} held, {inserts:,} inserted, {samples:,} sampled"
-    if ahead >= most:
-        return f"{counts}; actors are as far ahead as samples per insert allow"
-    if ahead <= least:
-        return f"{counts}; the learner is as far ahead as samples per insert allow"
-    return counts

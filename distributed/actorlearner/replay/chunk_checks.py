@@ -1,4 +1,4 @@
-"""Whether an item of a replay's table can be one that this experiment's actors wrote. What a chunk is: `resident.py`.
+"""Whether an item of a replay's table can be one that this experiment's actors wrote. What a chunk is: `chunks.py`.
 
 An item of the right types may still end the run. A NaN, or a reward that overflows in the loss, reaches the weights; an
 action that does not exist ends the compiled call. The server keeps the item, so each resume would end too.

@@ -20,7 +20,8 @@ import numpy as np
 import reverb
 import tensorflow as tf
 
-from actorlearner.replay.base import Replay, check_tables
+from actorlearner.replay.base import Replay
+from actorlearner.replay.tables import check_tables
 from actorlearner.runtime import messages
 from actorlearner.runtime.lifecycle import ExitCode, RoleError, Stop, wait_until
 from actorlearner.runtime.messages import BoardReader, Misfit, Unreachable, await_server, read_server_info, read_table

@@ -23,8 +23,9 @@ from actorlearner import variable_container
 from actorlearner.cluster import Cluster
 from actorlearner.environments.checks import UnfitData
 from actorlearner.experiment import Experiment
-from actorlearner.replay.base import RANDOM_POLICY, Sampling, describe_tables
+from actorlearner.replay.base import RANDOM_POLICY, Sampling
 from actorlearner.replay.servers import ReplayServers, refuse_several
+from actorlearner.replay.tables import describe_tables
 from actorlearner.reports import CollectReport, NewestReport
 from actorlearner.run.directory import RunDirectory
 from actorlearner.runtime.configuration import PositiveFloat

@@ -28,8 +28,8 @@ from actorlearner.cluster import Cluster
 from actorlearner.evaluations.ledger import EvaluationLedger
 from actorlearner.evaluations.queue import EvaluationRequests, Purpose
 from actorlearner.experiment import Experiment
-from actorlearner.replay import persistence
 from actorlearner.replay.base import BatchSource, MeetsStrangers
+from actorlearner.replay.checkpoint_requests import CheckpointRequests
 from actorlearner.replay.servers import ReplayServers, refuse_several
 from actorlearner.run.directory import RunDirectory
 from actorlearner.run.missing_policies import make_up_missing
@@ -145,7 +145,7 @@ def run_learner(
     publisher = Publisher(
         cluster.variables_address, learner, first_version=counts.get("version", 0), published=published
     )
-    replay_checkpoints = persistence.Requests(servers, learner)
+    replay_checkpoints = CheckpointRequests(servers, learner)
     ledger = EvaluationLedger(
         EvaluationRequests(cluster.variables_address),
         directory.evaluated,
@@ -455,7 +455,7 @@ class TrainingLoop:
         ledger: EvaluationLedger,
         record: RunRecord,
         checkpoints: Checkpoints,
-        replay_checkpoints: persistence.Requests,
+        replay_checkpoints: CheckpointRequests,
         export: PolicyExport,
     ):
         self._schedule = experiment.schedule

@@ -27,10 +27,11 @@ from tf_agents.specs import tensor_spec
 from actorlearner import reports, variable_container
 from actorlearner.evaluations import queue
 from actorlearner.experiment import Experiment
-from actorlearner.replay import persistence, servers
-from actorlearner.replay.base import check_tables
-from actorlearner.replay.persistence import DUE_TABLE, Answers, Due, TableCheckpoints, read_due
+from actorlearner.replay import checkpoint_requests, servers
+from actorlearner.replay.checkpoint_requests import DUE_TABLE, Answers, Due, read_due
+from actorlearner.replay.checkpoints import TableCheckpoints
 from actorlearner.replay.servers import Announcement
+from actorlearner.replay.tables import check_tables
 from actorlearner.run.directory import RunDirectory
 from actorlearner.runtime.configuration import NonNegativeFloat
 from actorlearner.runtime.health import beat, beat_meanwhile
@@ -251,7 +252,7 @@ def _make_tables(experiment: Experiment, may_join: Sequence[str] = ()) -> tuple[
         raise RoleError(str(error), ExitCode.USAGE) from error
     variables = agent.collect_policy.variables()
     other_tables = [*variable_container.make_tables(variables), *queue.make_tables(variables)]
-    other_tables += [*reports.make_tables(), *persistence.make_tables(), *servers.make_tables(may_join)]
+    other_tables += [*reports.make_tables(), *checkpoint_requests.make_tables(), *servers.make_tables(may_join)]
     return replay_tables, other_tables
 
 

@@ -15,10 +15,9 @@ import numpy as np
 import reverb
 import tree
 
-from actorlearner.replay.durable_table import EXPERIENCE_TABLE
-from actorlearner.replay.resident import STREAM_TABLE
+from actorlearner.replay.chunks import EXPERIENCE_TABLE, STREAM_TABLE
 from actorlearner.replay.servers import JOINED_TABLE
-from actorlearner.replay.uniform import REPLAY_TABLE
+from actorlearner.replay.windows import REPLAY_TABLE
 from actorlearner.reports import LAST_WORDS_TABLE
 from actorlearner.runtime.messages import read_server_info
 from actorlearner.runtime.tls.tunnel import reach

@@ -12,9 +12,7 @@ import pytest
 import reverb
 import tensorflow as tf
 
-from actorlearner.replay import persistence
-from actorlearner.replay.persistence import MAX_TO_KEEP, Requests, TableCheckpoints
-from actorlearner.replay.servers import ReplayServers
+from actorlearner.replay.checkpoints import MAX_TO_KEEP, TableCheckpoints
 from actorlearner.runtime import messages
 from actorlearner.runtime.lifecycle import ExitCode, RoleError
 from tests.power_cut import lay_out, watch
@@ -189,21 +187,6 @@ def test_a_second_replay_server_is_kept_out_of_the_folder(start, tmp_path):
     assert raised.value.exit_code == ExitCode.OCCUPIED
 
 
-def test_the_learner_hears_when_the_replay_is_saved(serve):
-    """A pair of which one half is missing is no checkpoint; the learner must be able to say so."""
-    address = f"localhost:{serve(persistence.make_tables()).port}"
-    requests = Requests(ReplayServers([address]), learner=5)
-    requests.ask(100)
-    assert not requests.wait(secs=0.1)
-    due = None
-    while due is None:
-        due = persistence.read_due(address)
-    assert (due.train_step, due.learner) == (100, 5)
-    persistence.Answers(address).send(due, is_saved=True)
-    assert requests.wait(secs=30)
-    requests.close()
-
-
 def test_the_ratio_of_a_server_that_samples_goes_on_where_it_was(serve, tmp_path):
     """A limiter restored with another account blocks one side for ever (reverb#64), or lets it run ahead."""
     lives = []
@@ -237,15 +220,3 @@ def test_the_ratio_of_a_server_that_samples_goes_on_where_it_was(serve, tmp_path
     insert(client, 4)
     assert len(list(client.sample("kept", num_samples=4, emit_timesteps=False))) == 4
     lives.pop().stop()
-
-
-def test_a_strangers_request_neither_stops_the_server_nor_hides_the_learners(serve):
-    """One row made each look raise until the next request: the server noticed no end, and saved nothing at it."""
-    address = f"localhost:{serve(persistence.make_tables()).port}"
-    row = {"train_step": -5, "learner": 1, "number": 1, "is_saved": 0}
-    sender = messages.Sender(address)
-    sender.put(persistence.DUE_TABLE, {name: np.int64(value) for name, value in row.items()}, 30)
-    assert persistence.read_due(address) is None
-    row["train_step"] = 5
-    sender.put(persistence.DUE_TABLE, {name: np.int64(value) for name, value in row.items()}, 30)
-    assert persistence.read_due(address) == persistence.Due(5, 1, 1)

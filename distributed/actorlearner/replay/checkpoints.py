@@ -1,7 +1,4 @@
-"""What makes the replay outlive its server: checkpoints of its tables, under the learner's train step.
-
-learner --asks--> [checkpoint_due] --> replay server --writes--> <root_dir>/checkpoints/replay
-learner <--done-- [checkpoint_done] <--/
+"""Checkpoints of a replay server's tables, in a folder of its own.
 
 Reverb saves every table, keeps one checkpoint and deletes whatever else is in its folder. So it writes into a folder of
 its own, from which each finished checkpoint is moved away, without the rows that matter to living processes only.
@@ -11,216 +8,34 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import dataclasses
 import fcntl
 import json
 import logging
 import math
 import re
 import shutil
-import threading
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Optional
 
-import numpy as np
 import reverb
 import tensorflow as tf
 from reverb.cc import schema_pb2
 from reverb.cc.checkpointing import checkpoint_pb2
 
-from actorlearner.replay.servers import ReplayServers
 from actorlearner.runtime import durable_files, messages
 from actorlearner.runtime.lifecycle import ExitCode, RoleError
-from actorlearner.runtime.messages import Misfit, Unreachable
-
-DUE_TABLE = "checkpoint_due"
-DONE_TABLE = "checkpoint_done"
 
 MAX_TO_KEEP = 2
 """The replay server's newest checkpoints kept; where these are young `find_superfluous` keeps up to two more."""
 
-_INT64 = tf.TensorSpec((), tf.int64)
-_SIGNATURE = {"train_step": _INT64, "learner": _INT64, "number": _INT64, "is_saved": _INT64}
 _NAME = re.compile(r"(\d+)-(\d+)$")
 _ABOUT = "about.json"  # written last
 
 
-def make_tables() -> list[reverb.Table]:
-    """Returns the boards on which the learner asks for a checkpoint and the server answers."""
-    return [messages.make_board(name, _SIGNATURE) for name in (DUE_TABLE, DONE_TABLE)]
-
-
-@dataclasses.dataclass(frozen=True)
-class Due:
-    """A checkpoint asked for: the learner's train step, which learner, and which of its requests."""
-
-    train_step: int
-    learner: int
-    number: int
-
-
-def read_due(address: str, timeout_secs: float = 5.0) -> Optional[Due]:
-    """Returns the last request, or None when there was none, or only a stranger's. Blocks as `messages.read`.
-
-    Raises:
-      Unreachable: The server does not answer within the deadline.
-    """
-    try:
-        row = messages.read(address, DUE_TABLE, _SIGNATURE, timeout_secs=timeout_secs)
-    except Misfit:  # the learner asks again; until then the server must go on, and at the end save
-        return None
-    return row and Due(int(row["train_step"]), int(row["learner"]), int(row["number"]))
-
-
-def _row(due: Due, is_saved: bool = False) -> dict[str, np.int64]:
-    row = {**dataclasses.asdict(due), "is_saved": is_saved}
-    return {name: np.int64(value) for name, value in row.items()}
-
-
-class Answers:
-    """The server's side of the boards; used from one thread."""
-
-    def __init__(self, address: str):
-        self._sender = messages.Sender(address)
-
-    def send(self, due: Due, is_saved: bool) -> None:
-        """Says that a checkpoint is whole, or could not be made. Raises `Unreachable`."""
-        self._sender.put(DONE_TABLE, _row(due, is_saved), timeout_secs=2.0)
-
-
-class Requests:
-    """The learner's side: asks every replay server for a checkpoint; those that are away have their last one."""
-
-    def __init__(self, servers: ReplayServers, learner: int, *, patience_secs: float = 120.0):
-        """Args:
-        servers: Whom to ask.
-        learner: A number no other learner has.
-        patience_secs: A request without an answer is given up, with a warning, after this time.
-        """
-        self._servers = servers
-        self._by_address: dict[str, _Requests] = {}
-
-        def add(address: str) -> None:
-            where = f" at {address}" if len(servers.all()) > 1 else ""
-            self._by_address[address] = _Requests(address, learner, patience_secs, where)
-
-        servers.for_each(add)
-
-    def ask(self, train_step: int) -> None:
-        """Asks for a checkpoint beside the learner's own of this train step; never blocks."""
-        for requests in tuple(self._by_address.values()):
-            requests.ask(train_step)
-
-    def wait(self, secs: float) -> bool:
-        """Returns whether each server that is there has answered the last request; blocks at most `secs` seconds."""
-        deadline = time.monotonic() + secs
-        away = self._servers.away()
-        return all(
-            requests.wait(deadline - time.monotonic())
-            for address, requests in tuple(self._by_address.items())
-            if address not in away
-        )
-
-    def close(self) -> None:
-        """Stops asking; never blocks."""
-        for requests in tuple(self._by_address.values()):
-            requests.close()
-
-
-class _Requests:
-    """Asks one server, and says when its checkpoint is whole, from a thread of its own."""
-
-    def __init__(self, address: str, learner: int, patience_secs: float, where: str):
-        self._address = address
-        self._where = where
-        self._learner = learner
-        self._patience_secs = patience_secs
-        self._sender = messages.Sender(address)
-        self._news = threading.Condition()
-        self._wanted: Optional[Due] = None
-        self._answered = 0
-        self._number = 0
-        self._closing = False
-        self._has_warned = False
-        self._thread = threading.Thread(target=self._work, name="replay checkpoints", daemon=True)
-        self._thread.start()
-
-    def ask(self, train_step: int) -> None:
-        with self._news:
-            self._number += 1
-            self._wanted = Due(train_step, self._learner, self._number)
-            self._news.notify_all()
-
-    def wait(self, secs: float) -> bool:
-        with self._news:
-            return self._news.wait_for(lambda: self._answered >= self._number, timeout=secs)
-
-    def close(self) -> None:
-        with self._news:
-            self._closing = True
-            self._news.notify_all()
-
-    def _work(self) -> None:
-        while True:
-            with self._news:
-                self._news.wait_for(lambda: self._closing or self._wanted is not None)
-                due, self._wanted = self._wanted, None
-                if self._closing and due is None:
-                    return
-            assert due is not None
-            try:
-                self._see_to(due)
-            except Exception:  # the next one may go better, and training goes on meanwhile
-                logging.exception("asking for a checkpoint of the replay failed")
-
-    def _see_to(self, due: Due) -> None:
-        deadline = time.monotonic() + self._patience_secs
-        is_asked = False
-        while time.monotonic() < deadline:
-            with self._news:
-                if self._wanted is not None:
-                    return  # a later one takes its place
-            try:
-                if not is_asked:
-                    self._sender.put(DUE_TABLE, _row(due), timeout_secs=5.0)
-                    is_asked = True
-                row = messages.read(self._address, DONE_TABLE, _SIGNATURE)
-                if row is not None and (int(row["learner"]), int(row["number"])) == (due.learner, due.number):
-                    with self._news:
-                        self._answered = due.number
-                        self._news.notify_all()
-                    if int(row["is_saved"]):
-                        logging.info("train step %d is saved: learner and replay%s", due.train_step, self._where)
-                    else:
-                        logging.log(
-                            logging.DEBUG if self._has_warned else logging.WARNING,
-                            "train step %d is saved without its replay, which the replay server%s could not write: its "
-                            "log says why. A resumed run goes on with the replay's last checkpoint, if there is one.",
-                            due.train_step,
-                            self._where,
-                        )
-                    self._has_warned = not int(row["is_saved"])
-                    return
-            except Unreachable as error:
-                logging.debug("%s", error)
-                is_asked = False  # a restarted server has not heard of it
-            with self._news:
-                self._news.wait_for(lambda: self._closing or self._wanted is not None, timeout=0.25)
-                if self._closing:
-                    return
-        logging.warning(
-            "the replay server at %s has not saved its tables for train step %d within %.0f s; trying again with the "
-            "next checkpoint",
-            self._address,
-            due.train_step,
-            self._patience_secs,
-        )
-
-
-def describe_tables(tables: Sequence[reverb.Table]) -> dict[str, dict[str, Any]]:
+def describe_settings(tables: Sequence[reverb.Table]) -> dict[str, dict[str, Any]]:
     """Returns what restoring a checkpoint would change without a word: sizes, selectors, limiters, signatures."""
     described = {}
     for table in tables:
@@ -256,7 +71,7 @@ class TableCheckpoints:
           RoleError: It cannot be written (CANNOT_CREATE), or another replay server holds it (OCCUPIED).
         """
         self.folder = folder
-        self._described = describe_tables(tables)
+        self._described = describe_settings(tables)
         self._writing = folder / "writing"
         self._lock: Optional[IO[str]] = None
         try:
