@@ -22,10 +22,10 @@ import tensorflow as tf
 from tf_agents.replay_buffers import reverb_replay_buffer, reverb_utils
 from tf_agents.specs import tensor_spec
 
-from actorlearner.replay import durable_table, giving_back, resident, resident_source
+from actorlearner.replay import account, durable_table, giving_back, resident, resident_source
 from actorlearner.replay.chunks import EXPERIENCE_TABLE, STREAM_TABLE
 from actorlearner.replay.durable_table import read_chunks
-from actorlearner.replay.giving_back import ChunkWriter, Losses
+from actorlearner.replay.giving_back import ChunkWriter, LossDetector
 from actorlearner.replay.mirror import Mirror, find_starts
 from actorlearner.replay.resident import ResidentReplay
 from actorlearner.replay.servers import ReplayServers
@@ -228,10 +228,10 @@ def test_what_came_after_the_checkpoint_is_an_insert_too(replay, address, spec, 
     second.close()
 
 
-@pytest.mark.parametrize("max_known", [resident_source.MAX_KNOWN_CHUNKS, 8])  # 8: as of a replay of millions
+@pytest.mark.parametrize("max_known", [account.MAX_KNOWN_CHUNKS, 8])  # 8: as of a replay of millions
 def test_what_a_server_that_had_died_brings_back_is_counted_once(serve, spec, eventually, monkeypatch, max_known):
     """Chunks from before the many it lost look new to a restarted learner, which then trains without actors."""
-    monkeypatch.setattr(resident_source, "MAX_KNOWN_CHUNKS", max_known)
+    monkeypatch.setattr(account, "MAX_KNOWN_CHUNKS", max_known)
     replay = ResidentReplay(replay_buffer_capacity=28, chunk_length=8, stream_length=4)  # 8 chunks on a server
     addresses = [f"localhost:{serve(replay.make_tables(spec, sample())).port}" for _ in range(2)]
     plan = {"samples_per_insert": 1.0, "num_updates_per_call": 1_000}
@@ -288,7 +288,7 @@ def test_of_a_durable_table_that_overflows_exactly_the_newest_come_back(serve, s
 
 def test_a_server_that_lost_chunks_is_given_back_what_the_learner_got(serve, spec, eventually, monkeypatch):
     """A learner that dies after its server would come back with what that had saved, at worst with next to nothing."""
-    monkeypatch.setattr(resident_source, "LOOK_FOR_LOSSES_SECS", 0.0)
+    monkeypatch.setattr(giving_back, "LOOK_FOR_LOSSES_SECS", 0.0)
     replay = ResidentReplay(replay_buffer_capacity=64, chunk_length=16, stream_length=4)
     plan = {"num_steps": 3, "num_environments": 2, "samples_per_insert": 1.0, "num_updates_per_call": 1_000}
     address = f"localhost:{serve(replay.make_tables(spec, sample(**plan))).port}"
@@ -325,7 +325,7 @@ def test_a_server_that_lost_chunks_is_given_back_what_the_learner_got(serve, spe
 
 def test_a_server_is_given_back_what_it_lost_while_actors_are_held_back(serve, spec, eventually, monkeypatch):
     """With actors faster than the learner a chunk always waits its turn; losses behind it would last for minutes."""
-    monkeypatch.setattr(resident_source, "LOOK_FOR_LOSSES_SECS", 0.0)
+    monkeypatch.setattr(giving_back, "LOOK_FOR_LOSSES_SECS", 0.0)
     replay = ResidentReplay(replay_buffer_capacity=1_000, chunk_length=8, stream_length=4)
     address = f"localhost:{serve(replay.make_tables(spec, sample())).port}"
     source = make_source(replay, address, spec)
@@ -335,17 +335,17 @@ def test_a_server_is_given_back_what_it_lost_while_actors_are_held_back(serve, s
     while not sink.is_blocked():  # nobody trains: some chunks are taken in, the queue is full
         sink.append(columns(next(steps)), RANDOM, np.array([False]))
         source.is_ready()
-    eventually(lambda: source._ahead() > source._error_buffer)
-    held = set(source._places)
+    eventually(lambda: source._account.are_actors_ahead())
+    held = set(source._giving_back._places)
     reverb.Client(address).reset(EXPERIENCE_TABLE)
     eventually(lambda: held <= read_chunks(address, silent_secs=10).keys())
-    assert source._ahead() > source._error_buffer
+    assert source._account.are_actors_ahead()
     source.close()
 
 
 def test_what_cannot_be_given_back_is_said_and_tried_again(replay, address, spec, eventually, monkeypatch, caplog):
     """Silence would leave the next learner without its replay, and its user without a reason."""
-    monkeypatch.setattr(resident_source, "LOOK_FOR_LOSSES_SECS", 0.0)
+    monkeypatch.setattr(giving_back, "LOOK_FOR_LOSSES_SECS", 0.0)
     source = make_source(replay, address, spec, num_updates_per_call=1_000)
     source.restore({})
     sink = replay.make_sink(ReplayServers([address]), sample())
@@ -359,7 +359,7 @@ def test_what_cannot_be_given_back_is_said_and_tried_again(replay, address, spec
             raise failures.pop()
         return read_chunks(*arguments, **settings)
 
-    monkeypatch.setattr(resident_source, "read_chunks", fail_once)
+    monkeypatch.setattr(giving_back, "read_chunks", fail_once)
     reverb.Client(address).reset(EXPERIENCE_TABLE)
     eventually(lambda: "nothing came for a while. Trying again in 1 s" in caplog.text)
     eventually(lambda: len(read_chunks(address, silent_secs=10)) == sink.num_chunks)
@@ -399,17 +399,17 @@ def test_a_server_that_began_anew_is_noticed_though_it_counts_more_inserts(serve
     monkeypatch.setattr(durable_table, "CLOCK_SLACK_SECS", 0.5)
     server = serve(replay.make_tables(spec, sample()))
     address = f"localhost:{server.port}"
-    losses = Losses(address)
-    assert not losses.may_be()
+    losses = LossDetector(address)
+    assert not losses.has_losses()
     time.sleep(2.0)  # its life
     server.stop()
     serve(replay.make_tables(spec, sample()), port=server.port)
     sink = replay.make_sink(ReplayServers([address]), sample())
     write(sink, episode(0, 28))
     flush(sink)
-    assert losses.may_be()
+    assert losses.has_losses()
     losses.note_pass(0)
-    assert not losses.may_be()
+    assert not losses.has_losses()
 
 
 SERVE_WHEN_TOLD = """
@@ -511,7 +511,7 @@ def test_a_learner_keeps_what_it_read_of_a_server_that_was_restarted_while_it_wa
     with pytest.raises(Unreachable, match="was restarted while 'experience' was read"):
         source.restore({}, restart)
     source.restore({})
-    kept, came = source._places.keys() & OLD, source._places.keys() & NEW
+    kept, came = source._giving_back._places.keys() & OLD, source._giving_back._places.keys() & NEW
     assert kept and came == NEW
     assert len(held_windows(source._mirrors[0], 40_000)) == source.account()["held"] == len(kept) + len(NEW)
     source.close()
@@ -548,16 +548,16 @@ def test_a_server_that_dies_again_is_looked_through_as_often_as_the_first_time(s
     """Passes over its earlier life would count for this one, and chunks be missing that came in late."""
     monkeypatch.setattr(durable_table, "CLOCK_SLACK_SECS", 0.5)
     server = serve(replay.make_tables(spec, sample()))
-    losses = Losses(f"localhost:{server.port}")
-    assert not losses.may_be()
+    losses = LossDetector(f"localhost:{server.port}")
+    assert not losses.has_losses()
     for num_passes in (giving_back.MAX_PASSES - 1, giving_back.MAX_PASSES):
         time.sleep(2.0)  # its life
         server.stop()
         server = serve(replay.make_tables(spec, sample()), port=server.port)
         for _ in range(num_passes):
-            assert losses.may_be()
+            assert losses.has_losses()
             losses.note_pass(1)
-    assert not losses.may_be()
+    assert not losses.has_losses()
 
 
 def test_what_was_given_to_a_server_that_died_meanwhile_is_given_again(
@@ -565,7 +565,7 @@ def test_what_was_given_to_a_server_that_died_meanwhile_is_given_again(
 ):
     """A learner that says too early that all was given back may be killed with the only copy."""
     monkeypatch.setattr(durable_table, "CLOCK_SLACK_SECS", 0.5)
-    monkeypatch.setattr(resident_source, "LOOK_FOR_LOSSES_SECS", 0.0)
+    monkeypatch.setattr(giving_back, "LOOK_FOR_LOSSES_SECS", 0.0)
     caplog.set_level(logging.INFO)
     servers = [serve(replay.make_tables(spec, sample()))]
     port = servers[0].port
@@ -577,7 +577,7 @@ def test_what_was_given_to_a_server_that_died_meanwhile_is_given_again(
     sent = read_chunks(address, silent_secs=10)
     for number in sorted(sent):  # nobody else reads: Reverb dies when a server in the readers' own process stops
         source._stage(sent[number], address, make_room=source._ingest)
-    give_back = source._give_back
+    give_back = source._giving_back._give_back
 
     def give_back_and_die(address):
         num_given = give_back(address)
@@ -587,10 +587,11 @@ def test_what_was_given_to_a_server_that_died_meanwhile_is_given_again(
             servers.append(serve(replay.make_tables(spec, sample()), port=port))
         return num_given
 
-    monkeypatch.setattr(source, "_give_back", give_back_and_die)
-    assert not source._losses_at(address).may_be()
+    monkeypatch.setattr(source._giving_back, "_give_back", give_back_and_die)
+    assert not source._giving_back.losses_at(address).has_losses()
     reverb.Client(address).reset(EXPERIENCE_TABLE)
-    looking = threading.Thread(target=source._look_after, args=(address,), name="ingest losses", daemon=True)
+    look_after = source._giving_back.look_after
+    looking = threading.Thread(target=look_after, args=(address,), name="ingest losses", daemon=True)
     looking.start()
     # It says that the server was restarted meanwhile, or on a busy machine that it is not back within 5 s.
     eventually(lambda: "Trying again in 1 s" in caplog.text)

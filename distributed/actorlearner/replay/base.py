@@ -84,8 +84,10 @@ class BatchSource(Protocol):
     num_chunks: int
     """How many chunks were taken in; 0 for ever where there are none."""
 
-    num_given_back: int
-    """How many chunks were sent to replay servers that had lost them; 0 for ever where none are."""
+    @property
+    def num_given_back(self) -> int:
+        """How many chunks were sent to replay servers that had lost them; 0 for ever where none are."""
+        ...
 
     can_fuse: bool
     """Whether XLA can compile `draw` and `unpack` together with the update."""

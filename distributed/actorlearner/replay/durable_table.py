@@ -29,7 +29,7 @@ CLOCK_SLACK_SECS = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Life:
+class ServerIncarnation:
     """One process's life as a replay server, as far as it tells."""
 
     began_after: float  # both in seconds of this machine's monotonic clock
@@ -37,7 +37,7 @@ class Life:
     num_inserted: int  # items, so far
 
     @classmethod
-    def read(cls, address: str) -> tuple[Life, Any]:
+    def read(cls, address: str) -> tuple[ServerIncarnation, Any]:
         """Returns the life of the server that answers there, and its durable table's info.
 
         Blocks at most twice `ANSWER_SECS`.
@@ -57,7 +57,7 @@ class Life:
         life = cls(asked_at - age_secs, time.monotonic() - age_secs, table.rate_limiter_info.insert_stats.completed)
         return life, table
 
-    def has_ended(self, now: Life) -> bool:
+    def has_ended(self, now: ServerIncarnation) -> bool:
         """Returns whether `now`, read later, is another life: it began later, or counts fewer inserts."""
         return now.began_after > self.began_before + CLOCK_SLACK_SECS or now.num_inserted < self.num_inserted
 
@@ -96,7 +96,7 @@ def read_chunks(
     client = reverb.Client(reach(address))
     chunks: dict[int, Any] = {} if into is None else into
     keys: set[int] = set()
-    life, table = Life.read(address)
+    life, table = ServerIncarnation.read(address)
     # Drawing n of n with replacement takes about n ln n draws; the bound leaves room, and ends it though others write.
     # The client's own sampler is ten times as fast as a dataset here.
     num_draws, most_draws = 0, table.current_size * (np.log(max(1, table.current_size)) + 8)
@@ -114,7 +114,7 @@ def read_chunks(
             chunk = tree.unflatten_as(table.signature, sample.data)
             chunks.setdefault(int(chunk["chunk"]), chunk if has_data else None)
         num_draws += size
-        now, table = Life.read(address)
+        now, table = ServerIncarnation.read(address)
         if life.has_ended(now):  # Reverb's sampler goes on with the next one, unasked
             raise Unreachable(f"the server at {address} was restarted while '{EXPERIENCE_TABLE}' was read")
         if len(keys) >= size or num_draws >= most_draws:
