@@ -56,6 +56,17 @@ MAY_IMPORT = {
     "run.policies": {"agents.exported", "runtime"},
     "run.missing_policies": {"evaluations", "run", "runtime", "variable_container"},
     "run": {"runtime"},
+    # The learner's inside.
+    "training": {
+        "cluster",
+        "evaluations",
+        "experiment",
+        "replay",
+        "run",
+        "runtime",
+        "training",
+        "variable_container",
+    },
     "roles": {
         "cluster",
         "environments.batch",
@@ -66,6 +77,7 @@ MAY_IMPORT = {
         "reports",
         "run",
         "runtime",
+        "training",
         "variable_container",
     },
     "tools.tcp_wire": set(),

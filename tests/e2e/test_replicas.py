@@ -21,7 +21,7 @@ import tree
 from tf_agents.specs import tensor_spec
 from actorlearner.experiment import load_experiment
 from actorlearner.replay.server_sampled import ServerSampledSource
-from actorlearner.roles.learner import make_train_function
+from actorlearner.training.step import make_train_function
 from actorlearner.runtime.devices import make_strategy
 
 GLOBAL_BATCH = 8

@@ -1,0 +1,89 @@
+"""The end of a run: the evaluations due, the best policy, and the summary."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+
+import tensorflow as tf
+from tf_agents.agents import tf_agent
+
+from actorlearner.evaluations.ledger import EvaluationLedger
+from actorlearner.evaluations.queue import Purpose
+from actorlearner.experiment import Experiment
+from actorlearner.run.policies import PolicyExport
+from actorlearner.run.record import RunRecord
+from actorlearner.runtime.lifecycle import Stop, wait_until
+from actorlearner.variable_container import Snapshot
+
+
+def finish(
+    experiment: Experiment,
+    agent: tf_agent.TFAgent,
+    train_step: tf.Variable,
+    export: PolicyExport,
+    ledger: EvaluationLedger,
+    record: RunRecord,
+    stop: Stop,
+    patience_secs: float,
+) -> None:
+    """Chooses the best evaluated policy, has it evaluated once more, and saves it as the run's policy.
+
+    Raises:
+      Stopped: `stop` was set.
+      RoleError: A result did not come within `patience_secs` seconds after the one before (UNAVAILABLE).
+    """
+    if experiment.schedule.eval_interval:
+        record.note_phase("final evaluation")
+        while pending := ledger.pending():
+            _await_result(
+                functools.partial(_has_fewer_pending, ledger, len(pending)),
+                f"evaluations of {pending}",
+                record,
+                ledger,
+                stop,
+                patience_secs,
+            )
+        variables = agent.collect_policy.variables()
+        newest = Snapshot(-1, int(train_step.numpy()), [variable.numpy() for variable in variables])
+        best = ledger.best() or newest
+        if best is newest:
+            logging.warning("no evaluated policy's weights are there: the last train step's are handed over")
+        ledger.request(best, Purpose.DELIVERED)
+        _await_result(
+            lambda: ledger.delivered() is not None,
+            "the delivered policy's evaluation",
+            record,
+            ledger,
+            stop,
+            patience_secs,
+        )
+        best.assign_to(variables)
+        train_step.assign(best.train_step)
+    record.note_phase("reporting")
+    export.save_policies()
+    record.write_summary()
+
+
+def _has_fewer_pending(ledger: EvaluationLedger, num_pending: int) -> bool:
+    return len(ledger.pending()) < num_pending
+
+
+def _await_result(
+    poll: Callable[[], bool], what: str, record: RunRecord, ledger: EvaluationLedger, stop: Stop, patience_secs: float
+) -> None:
+    def poll_and_send() -> bool:
+        record.attendance.require_hope("eval-actor")
+        ledger.send_unsent()
+        return poll()
+
+    record.note_waiting(what)
+    wait_until(
+        poll_and_send,
+        lambda: f"eval actors: {what}",
+        stop=stop,
+        deadline_secs=patience_secs,
+        setting="learner.evaluation_patience_secs",
+    )
+    record.note_waiting(None)

@@ -1,0 +1,82 @@
+"""The learner's compiled loop: fused by XLA or not, it is the agent's own update."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from tf_agents.specs import tensor_spec
+
+from actorlearner.experiment import load_experiment
+from actorlearner.replay.chunk_checks import ChunkCheck
+from actorlearner.replay.mirror import Mirror
+from actorlearner.replay.resident_source import ResidentSource
+from actorlearner.replay.servers import ReplayServers
+from actorlearner.training.step import make_train_function
+
+NUM_UPDATES = 7
+
+
+def one_window(spec, num_steps):
+    """Returns a chunk with a single window: whatever the random numbers, every batch is the same."""
+    step = tf.nest.map_structure(lambda leaf: np.zeros((1, num_steps, *leaf.shape), leaf.dtype.as_numpy_dtype), spec)
+    observation = np.linspace(-1, 1, step.observation.size, dtype=np.float32).reshape(step.observation.shape)
+    step = step._replace(
+        step_type=np.ones((1, num_steps), np.int32),
+        next_step_type=np.ones((1, num_steps), np.int32),
+        observation=observation,
+        reward=np.full((1, num_steps), 100, np.float32),  # far from what it predicts: the error keeps its sign
+        discount=np.ones((1, num_steps), np.float32),
+    )
+    return {
+        "acted_at": np.full(num_steps, 0),
+        "ends_run": np.zeros((1, num_steps), bool),
+        "length": np.int64(num_steps),
+        "step": step,
+    }
+
+
+def train(jit_compile, initial=None):
+    """Returns the initial and the trained weights, and the last scalars, of some updates in one call."""
+    experiment = load_experiment("dqn_cartpole", ["train.batch_size = 8", "dqn.target_update_period = 3"])
+    strategy = tf.distribute.get_strategy()
+    agent, train_step = experiment.make_agent()
+    variables = agent.collect_policy.variables()
+    initial = initial or [variable.numpy() for variable in variables]
+    for target in (variables, agent._target_q_network.variables):
+        for variable, value in zip(target, initial):
+            variable.assign(value)
+    spec = tensor_spec.from_spec(agent.collect_data_spec)
+    mirror = Mirror(spec, agent.train_sequence_length, 10)
+    mirror.add(mirror.make_block(one_window(spec, agent.train_sequence_length)))
+    source = ResidentSource(
+        ReplayServers(["localhost:1"]),
+        [mirror],
+        batch_size=8,
+        initial_collect_steps=0,
+        samples_per_insert=1.0,
+        error_buffer=1.0,
+        check=ChunkCheck(spec, 100),
+    )
+    function = make_train_function(agent, train_step, source, strategy, jit_compile=jit_compile)
+    scalars = function(source.handle, tf.constant(NUM_UPDATES))
+    assert int(train_step) == NUM_UPDATES
+    return initial, [variable.numpy() for variable in variables], {name: float(s) for name, s in scalars.items()}
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_a_call_makes_its_updates_and_says_how_old_the_data_was(jit_compile):
+    """A loop that runs once, or a staleness that is always zero, would pass for a fast learner."""
+    initial, weights, scalars = train(jit_compile)
+    assert max(np.abs(now - was).max() for now, was in zip(weights, initial)) > 1e-3
+    assert np.isfinite(scalars["loss"])
+    assert scalars["staleness"] == NUM_UPDATES - 1
+
+
+def test_the_program_fused_by_xla_trains_as_the_plain_loop_does():
+    """The fast way on a GPU must be the same algorithm."""
+    initial, plain, scalars = train(jit_compile=False)
+    _, fused, fused_scalars = train(jit_compile=True, initial=initial)
+    for one, other in zip(plain, fused):
+        np.testing.assert_allclose(one, other, rtol=0, atol=2e-5)
+    assert fused_scalars["loss"] == pytest.approx(scalars["loss"], rel=1e-3)
