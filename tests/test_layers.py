@@ -34,7 +34,8 @@ MAY_IMPORT = {
     "agents.n_step": set(),
     "agents.optimizers": set(),
     "agents": {"agents.base", "agents.networks", "agents.normalized", "agents.n_step", "agents.optimizers"},
-    "environments.batch": {"environments.actions", "environments.checks", "runtime"},
+    "environments.base": {"environments.checks"},
+    "environments.batch": {"environments.actions", "environments.base", "environments.checks", "runtime"},
     "environments.actions": {"environments.checks"},
     "environments.checks": set(),
     "environments": {"environments"},
@@ -42,6 +43,7 @@ MAY_IMPORT = {
         "agents.base",
         "agents.acting",
         "environments.actions",
+        "environments.base",
         "environments.batch",
         "replay",
         "variable_container",
@@ -101,7 +103,7 @@ MAY_IMPORT = {
     "tools.sweep_race": {"tools.sweep_statistics"},
     "tools.sweep_statistics": set(),
     "tools.sweep_trials": {"run", "runtime"},
-    "tools": {"cluster", "experiment", "replay", "run", "runtime", "variable_container"},
+    "tools": {"cluster", "environments.base", "experiment", "replay", "run", "runtime", "variable_container"},
 }
 
 # Folders whose modules must not import one another.

@@ -13,7 +13,7 @@ import random
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Optional, Protocol
+from typing import Any, Optional
 
 import gin
 import numpy as np
@@ -27,6 +27,7 @@ from tf_agents.train.utils import spec_utils, train_utils
 from actorlearner.agents.acting import CompiledActing, RandomActing
 from actorlearner.agents.base import AgentFactory, check_action_bounds
 from actorlearner.environments.actions import correct_starts, from_zero
+from actorlearner.environments.base import EnvironmentFactory, PyLane
 from actorlearner.environments.batch import EnvironmentBatch
 from actorlearner.replay.base import Replay, Sampling
 from actorlearner.runtime.configuration import (
@@ -82,23 +83,6 @@ class Schedule:
     @property
     def samples_per_insert(self) -> float:
         return self.batch_size / self.collect_steps_per_iteration
-
-
-class EnvironmentFactory(Protocol):
-    """What the experiment needs of an environment suite; a suite need not know this class."""
-
-    @property
-    def env_name(self) -> str:
-        """Which environment it makes; a run directory belongs to one."""
-        ...
-
-    def make_environment(self, seed: int) -> py_environment.PyEnvironment:
-        """Returns a new environment; raises `ValueError` when there is none of that name."""
-        ...
-
-    def real_steps_per_second(self, environment: py_environment.PyEnvironment) -> float:
-        """Returns environment steps in one second of the task's own time."""
-        ...
 
 
 @gin.configurable("experiment", module="actorlearner", denylist=["name", "seed", "schedule"])
@@ -200,7 +184,8 @@ class Experiment:
     def make_environments(self, num_environments: int, *seed_path: Any) -> EnvironmentBatch:
         """Returns environments whose seeds derive from `seed_path`."""
         seeds = (self.derive_seed(*seed_path, number) for number in itertools.count())
-        return EnvironmentBatch(self.make_environment, num_environments, seeds)
+        make_lane = getattr(self.environment, "make_lane", PyLane)
+        return EnvironmentBatch(self.make_environment, num_environments, seeds, make_lane)
 
     def make_agent(self) -> tuple[tf_agent.TFAgent, tf.Variable]:
         """Returns the agent and its train step, initialised; call it under the learner's strategy scope.

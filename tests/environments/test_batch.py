@@ -10,8 +10,9 @@ from tf_agents.environments import random_py_environment
 from tf_agents.specs import array_spec
 from tf_agents.trajectories import StepType
 
-from actorlearner.environments.batch import MAX_CRASHES_WITHOUT_STEP, EnvironmentBatch, NotFinite, _GymLane
-from actorlearner.environments.gym import GymEnvironment
+from actorlearner.environments.batch import MAX_CRASHES_WITHOUT_STEP, EnvironmentBatch
+from actorlearner.environments.checks import NotFinite
+from actorlearner.environments.gym import GymEnvironment, GymLane
 
 TWO = np.zeros(2, np.int32)
 ONE = np.zeros(1, np.int32)
@@ -123,9 +124,9 @@ def test_a_good_step_makes_up_for_the_crashes_before():
 def test_a_batch_gives_what_the_environments_own_steps_give(env_name):
     """Stepping past TF-Agents' wrappers for speed must not lose a reset, a discount or a time limit."""
     factory = GymEnvironment(env_name, max_episode_steps=30)
-    batch = EnvironmentBatch(factory.make_environment, 2, itertools.count(7))
+    batch = EnvironmentBatch(factory.make_environment, 2, itertools.count(7), factory.make_lane)
     others = [factory.make_environment(seed) for seed in (7, 8)]
-    assert all(type(lane) is _GymLane for lane in batch._lanes)
+    assert all(type(lane) is GymLane for lane in batch._lanes)
     rng = np.random.RandomState(0)
     pairs = [(batch.reset(), [other.reset() for other in others])]
     last_discounts = set()

@@ -14,6 +14,7 @@ from tf_agents.environments import gym_wrapper, wrappers
 from actorlearner.environments.actions import correct_starts
 from actorlearner.environments.batch import EnvironmentBatch
 from actorlearner.environments.checks import NUM_FULL_CHECKS, UnfitData
+from actorlearner.environments.gym import make_lane
 
 ONE = np.zeros(1, np.int64)
 
@@ -61,7 +62,7 @@ def make(fast, space=BOX, **given):
         correct_starts(environment)
         return environment if fast else wrappers.PyEnvironmentBaseWrapper(environment)
 
-    return EnvironmentBatch(make_environment, 1, itertools.count())
+    return EnvironmentBatch(make_environment, 1, itertools.count(), make_lane)
 
 
 lanes = pytest.mark.parametrize("fast", [True, False], ids=["gym", "wrapped"])

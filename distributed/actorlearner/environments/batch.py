@@ -9,38 +9,23 @@ import functools
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Optional, Protocol
+from typing import Any, Optional
 
 import numpy as np
 import tree
-from tf_agents.environments import gym_wrapper, py_environment, wrappers
-from tf_agents.trajectories import StepType
+from tf_agents.environments import py_environment
 from tf_agents.trajectories import time_step as ts
 
 from actorlearner.environments.actions import offsets
-from actorlearner.environments.checks import (
-    BoundsCheck,
-    CheckedGym,
-    NotFinite,
-    UnfitData,
-    find_gym,
-    fit,
-    fit_flag,
-    fit_observation,
-    is_truncated,
-    unpack_step,
-)
+from actorlearner.environments.base import Answer, Lane, PyLane
+from actorlearner.environments.checks import BoundsCheck, NotFinite, UnfitData, fit, fit_observation
 from actorlearner.runtime.health import beat
 
 MAX_CRASHES_WITHOUT_STEP = 3
 
-_FIRST, _MID, _LAST = int(StepType.FIRST), int(StepType.MID), int(StepType.LAST)
 
 # Rewards that need no conversion.
 _FLOATS = frozenset({float, np.float32, np.float64})
-
-# What one environment answers: step type, reward, discount, observation.
-_Answer = tuple[int, Any, Any, Any]
 
 
 class EnvironmentBatch:
@@ -51,6 +36,7 @@ class EnvironmentBatch:
         make_environment: Callable[[int], py_environment.PyEnvironment],
         num_environments: int,
         seeds: Iterator[int],
+        make_lane: Callable[[py_environment.PyEnvironment, int], Lane] = PyLane,
     ):
         """Makes the environments.
 
@@ -58,14 +44,16 @@ class EnvironmentBatch:
           make_environment: Makes one environment from a seed.
           num_environments: How many.
           seeds: One for each environment, and for each fresh one after a crash.
+          make_lane: Returns how an environment is stepped, given its number in the batch.
         """
         self._make_environment = make_environment
         self._seeds = seeds
+        self._make_lane = make_lane
         environments = []
         for seed in itertools.islice(seeds, num_environments):
             environments.append(make_environment(seed))
             beat()  # each may take long, and so with the two below
-        self._lanes = [_make_lane(environment, index) for index, environment in enumerate(environments)]
+        self._lanes = [make_lane(environment, index) for index, environment in enumerate(environments)]
         self._crashes_in_a_row = [0] * num_environments
         self.num_crashes = 0
         self.crashed = np.zeros(num_environments, bool)
@@ -168,7 +156,7 @@ class EnvironmentBatch:
                 return UnfitData(f"environment {index} gave {where} = {value}, expected {least:g} to {most:g}")
         raise AssertionError("called when a leaf is implausible")
 
-    def _fill(self, index: int, answer: _Answer) -> None:
+    def _fill(self, index: int, answer: Answer) -> None:
         columns = self._current
         step_type, reward, discount, observation = answer
         if type(reward) not in _FLOATS:
@@ -191,7 +179,7 @@ class EnvironmentBatch:
             for column, leaf in zip(tree.flatten(columns.observation), tree.flatten(observation)):
                 column[index] = leaf
 
-    def _restart(self, index: int) -> _Answer:
+    def _restart(self, index: int) -> Answer:
         """Returns the first time step of a fresh environment in the place of the crashed one."""
         self.num_crashes += 1
         self._crashes_in_a_row[index] += 1
@@ -203,12 +191,12 @@ class EnvironmentBatch:
             self._lanes[index].close()
         except Exception:
             logging.warning("the crashed environment %d did not close", index)
-        self._lanes[index] = _make_lane(self._make_environment(next(self._seeds)), index)
+        self._lanes[index] = self._make_lane(self._make_environment(next(self._seeds)), index)
         self._bounds.begin(index)
         logging.warning("environment %d was replaced by a fresh one; %d crashes so far", index, self.num_crashes)
         return self._reset(index)
 
-    def _reset(self, index: int) -> _Answer:
+    def _reset(self, index: int) -> Answer:
         try:
             return self._lanes[index].reset()
         except UnfitData:
@@ -237,94 +225,3 @@ def _rows(actions: Any) -> Iterable[Any]:
         # A copy of the others: environments that clip or scale in place would change what is recorded of them.
         return actions.tolist() if actions.ndim == 1 and actions.dtype.kind == "i" else actions.copy()
     return [tree.unflatten_as(actions, row) for row in zip(*(np.array(column) for column in tree.flatten(actions)))]
-
-
-class _Lane(Protocol):
-    """One environment of the batch."""
-
-    def reset(self) -> _Answer: ...
-
-    def step(self, action: Any) -> _Answer: ...
-
-    def close(self) -> None: ...
-
-
-class _PyLane:
-    """Any of TF-Agents' environments."""
-
-    def __init__(self, environment: py_environment.PyEnvironment, index: int):
-        self._environment = environment
-        self._index = index
-        spec = environment.action_spec()
-        self._dtype = None if tree.is_nested(spec) else spec.dtype
-        self._gym = find_gym(environment)
-        if self._gym is not None:
-            self._gym._gym_env = CheckedGym(index, self._gym)
-
-    def reset(self) -> _Answer:
-        time_step = self._environment.reset()
-        if time_step.step_type != _FIRST:
-            raise UnfitData(f"environment {self._index}'s reset gave step_type = {time_step.step_type!r}, expected 0.")
-        return time_step.step_type, time_step.reward, time_step.discount, time_step.observation
-
-    def step(self, action: Any) -> _Answer:
-        action = action if self._dtype is None else np.asarray(action, self._dtype)
-        time_step = self._environment.step(action)
-        discount = time_step.discount
-        if self._gym is not None:
-            is_end_of_gym = self._gym.done and time_step.step_type == _LAST
-            if is_end_of_gym and is_truncated(self._gym.get_info()):
-                discount = self._gym._discount
-        return time_step.step_type, time_step.reward, discount, time_step.observation
-
-    def close(self) -> None:
-        self._environment.close()
-
-
-class _GymLane:
-    """A gym environment, stepped as TF-Agents' `GymWrapper` and `TimeLimit` step it, without their cost.
-
-    The wrappers take three quarters of a CartPole step: they convert and check what the batch's columns convert anyway.
-    """
-
-    def __init__(self, environment: Any, max_episode_steps: float, index: int):
-        self._environment = environment
-        self._index = index
-        self._max_episode_steps = max_episode_steps
-        self._num_steps = 0
-        self._is_over = True
-
-    def reset(self) -> _Answer:
-        observation = self._environment.reset()
-        self._num_steps, self._is_over = 0, False
-        return _FIRST, 0.0, 1.0, observation
-
-    def step(self, action: Any) -> _Answer:
-        if self._is_over:
-            return self.reset()
-        answer = self._environment.step(action)
-        try:
-            observation, reward, done, info = answer
-        except (TypeError, ValueError):
-            observation, reward, done, info = unpack_step(self._index, answer)
-        self._num_steps += 1
-        if done is not False and fit_flag(self._index, done):
-            self._is_over = True
-            return _LAST, reward, 1.0 if is_truncated(info) else 0.0, observation
-        if self._num_steps >= self._max_episode_steps:
-            self._is_over = True
-            return _LAST, reward, 1.0, observation
-        return _MID, reward, 1.0, observation
-
-    def close(self) -> None:
-        self._environment.close()
-
-
-def _make_lane(environment: py_environment.PyEnvironment, index: int) -> _Lane:
-    """Returns the fastest way to step `environment` that gives what its own `step` gives."""
-    duration, inner = float("inf"), environment
-    if type(inner) is wrappers.TimeLimit:
-        duration, inner = inner.duration, inner.wrapped_env()
-    if type(inner) is gym_wrapper.GymWrapper and inner._discount == 1.0 and inner._match_obs_space_dtype:
-        return _GymLane(inner.gym, duration, index)
-    return _PyLane(environment, index)

@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import os
 from collections.abc import Callable
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import annotated_types
 import gin
@@ -17,8 +17,10 @@ os.environ.setdefault("SDL_AUDIODRIVER", "dummy")
 os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
 
 import gym
-from tf_agents.environments import py_environment, suite_gym
+from tf_agents.environments import gym_wrapper, py_environment, suite_gym, wrappers
 
+from actorlearner.environments.base import FIRST, LAST, MID, Answer, Lane, PyLane
+from actorlearner.environments.checks import fit_flag, is_truncated, unpack_step
 from actorlearner.environments.gym_wrappers import LateActions, PastSteps
 
 
@@ -58,6 +60,10 @@ class GymEnvironment:
             environment = PastSteps(environment, self.num_past_steps)
         return environment
 
+    def make_lane(self, environment: py_environment.PyEnvironment, index: int) -> Lane:
+        """Returns the fastest way to step `environment` that gives what its own `step` gives."""
+        return make_lane(environment, index)
+
     def real_steps_per_second(self, environment: py_environment.PyEnvironment) -> float:
         """Returns environment steps per second of the task's own time."""
         metadata = getattr(environment, "metadata", None) or {}
@@ -83,3 +89,52 @@ def make_registered(
     environment = suite_gym.wrap_env(wrap(spec.make()), max_episode_steps=limit)
     environment.seed(seed % 2**31)
     return environment
+
+
+def make_lane(environment: py_environment.PyEnvironment, index: int) -> Lane:
+    """Returns the fastest way to step `environment` that gives what its own `step` gives."""
+    duration, inner = float("inf"), environment
+    if type(inner) is wrappers.TimeLimit:
+        duration, inner = inner.duration, inner.wrapped_env()
+    if type(inner) is gym_wrapper.GymWrapper and inner._discount == 1.0 and inner._match_obs_space_dtype:
+        return GymLane(inner.gym, duration, index)
+    return PyLane(environment, index)
+
+
+class GymLane:
+    """A gym environment, stepped as TF-Agents' `GymWrapper` and `TimeLimit` step it, without their cost.
+
+    The wrappers take three quarters of a CartPole step: they convert and check what the batch's columns convert anyway.
+    """
+
+    def __init__(self, environment: Any, max_episode_steps: float, index: int):
+        self._environment = environment
+        self._index = index
+        self._max_episode_steps = max_episode_steps
+        self._num_steps = 0
+        self._is_over = True
+
+    def reset(self) -> Answer:
+        observation = self._environment.reset()
+        self._num_steps, self._is_over = 0, False
+        return FIRST, 0.0, 1.0, observation
+
+    def step(self, action: Any) -> Answer:
+        if self._is_over:
+            return self.reset()
+        answer = self._environment.step(action)
+        try:
+            observation, reward, done, info = answer
+        except (TypeError, ValueError):
+            observation, reward, done, info = unpack_step(self._index, answer)
+        self._num_steps += 1
+        if done is not False and fit_flag(self._index, done):
+            self._is_over = True
+            return LAST, reward, 1.0 if is_truncated(info) else 0.0, observation
+        if self._num_steps >= self._max_episode_steps:
+            self._is_over = True
+            return LAST, reward, 1.0, observation
+        return MID, reward, 1.0, observation
+
+    def close(self) -> None:
+        self._environment.close()

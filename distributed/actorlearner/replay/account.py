@@ -21,9 +21,7 @@ MAX_KNOWN_CHUNKS = 100_000
 class Account:
     """Counts windows inserted and sampled, and the chunks that brought them. Whoever changes it holds a lock."""
 
-    def __init__(
-        self, *, batch_size: int, initial_collect_steps: int, samples_per_insert: float, error_buffer: float
-    ):
+    def __init__(self, *, batch_size: int, initial_collect_steps: int, samples_per_insert: float, error_buffer: float):
         """Args:
         batch_size: Windows in one update, over all replicas together.
         initial_collect_steps: Windows inserted before training begins.

@@ -11,7 +11,7 @@ import tree
 from tf_agents.environments import py_environment, wrappers
 from tf_agents.trajectories import time_step as ts
 
-from actorlearner.experiment import EnvironmentFactory
+from actorlearner.environments.base import EnvironmentFactory
 
 
 @gin.configurable("not_finite_environment", module="actorlearner")
