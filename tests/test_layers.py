@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "runtime": {"runtime"},
     "cluster": set(),
     "variable_container": {"runtime"},
+    "replay.pace": {"replay", "runtime", "variable_container"},
     "replay": {"replay", "runtime"},
     "agents.base": {"runtime"},
     "agents.acting": set(),

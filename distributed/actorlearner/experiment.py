@@ -30,6 +30,7 @@ from actorlearner.environments.actions import correct_starts, from_zero
 from actorlearner.environments.base import EnvironmentFactory, PyLane
 from actorlearner.environments.batch import EnvironmentBatch
 from actorlearner.replay.base import Replay, Sampling
+from actorlearner.replay.pace import Pace
 from actorlearner.runtime.configuration import (
     NonNegativeInt,
     PositiveFloat,
@@ -106,23 +107,32 @@ class Experiment:
 
     def __post_init__(self) -> None:
         self.replay.check(initial_collect_steps=self.schedule.initial_collect_steps)
-        if self.schedule.lock_step and not self.replay.can_lock_step:
-            raise ValueError(
-                "train.lock_step = True needs a replay whose samples can be repeated: "
-                "experiment.replay = @resident_replay()."
-            )
+        self.replay.pace(self.schedule.lock_step)  # raises where it cannot be as wished
+
+    @property
+    def pace(self) -> Pace:
+        """At whose speed collect actors and the learner go."""
+        return self.replay.pace(self.schedule.lock_step)
 
     def sampling(self, agent: tf_agent.TFAgent) -> Sampling:
-        """Returns what the schedule asks of the replay, with windows of the length that `agent` trains on."""
+        """Returns what the schedule asks of the replay, with windows as `agent` trains on them.
+
+        Raises:
+          RoleError: Neither agent nor replay says how long a window is (USAGE).
+        """
+        try:
+            window = self.replay.window(agent)
+        except ValueError as error:
+            raise RoleError(str(error), ExitCode.USAGE) from error
         return Sampling(
-            num_steps=agent.train_sequence_length,
-            windows_may_end_early=getattr(agent, "windows_may_end_early", False),
+            num_steps=window.num_steps,
+            windows_may_end_early=window.may_end_early,
             batch_size=self.schedule.batch_size,
             num_updates_per_call=self.schedule.num_updates_per_call,
             num_environments=self.schedule.num_environments,
-            initial_collect_steps=self.schedule.initial_collect_steps,
+            initial_collect_steps=self.replay.warm_up_steps(self.schedule.initial_collect_steps),
             samples_per_insert=self.schedule.samples_per_insert,
-            lock_step=self.schedule.lock_step,
+            pace=self.pace,
         )
 
     def derive_seed(self, *path: Any) -> int:
@@ -135,7 +145,7 @@ class Experiment:
         random.seed(seed)
         np.random.seed(seed)
         tf.random.set_seed(seed)
-        if self.schedule.lock_step:
+        if self.pace.is_repeatable:
             tf.config.experimental.enable_op_determinism()
 
     @functools.cached_property

@@ -652,7 +652,7 @@ def test_images_reach_the_batch_as_they_were_seen(serve, replay, spec, eventuall
     write(sink, steps)
     flush(sink)
     eventually(lambda: source.is_ready() and source.account()["held"] == 40)
-    batch, _ = source.unpack(*source.draw(source.handle))
+    batch = source.unpack(*source.draw(source.handle)).experience
     assert batch.observation.dtype == tf.uint8
     assert batch.observation.shape == (1_000, 2, 84, 84, 4)
     number_of = {image.tobytes(): number for number, image in enumerate(images)}
@@ -674,11 +674,15 @@ source = ResidentReplay(replay_buffer_capacity=1_000).make_source(ReplayServers(
 source.restore({})
 assert source.is_ready()
 
+def draw():
+    batch = source.unpack()
+    return batch.experience, batch.acted_at
+
 @tf.function
 def train(num_updates):  # as the learner's loop draws
-    parts = strategy.run(source.unpack)
+    parts = strategy.run(draw)
     for _ in tf.range(num_updates - 1):
-        parts = strategy.run(source.unpack)
+        parts = strategy.run(draw)
     return parts
 
 batches, _ = train(tf.constant(2))

@@ -8,6 +8,7 @@ import tensorflow as tf
 from tf_agents.specs import tensor_spec
 
 from actorlearner.experiment import load_experiment
+from actorlearner.replay.base import Batch, BatchSource
 from actorlearner.replay.chunk_checks import ChunkCheck
 from actorlearner.replay.mirror import Mirror
 from actorlearner.replay.resident_source import ResidentSource
@@ -80,3 +81,40 @@ def test_the_program_fused_by_xla_trains_as_the_plain_loop_does():
     for one, other in zip(plain, fused):
         np.testing.assert_allclose(one, other, rtol=0, atol=2e-5)
     assert fused_scalars["loss"] == pytest.approx(scalars["loss"], rel=1e-3)
+
+
+class WithWeights(BatchSource):
+    """The same batch again and again, with weights and keys; notes what the update says of it."""
+
+    def __init__(self, batch, weight):
+        self._batch = batch
+        self._weight = weight
+        self.errors = tf.Variable([0.0, 0.0])
+        self.seen = tf.Variable([0, 0])
+
+    def unpack(self, *parts):
+        return Batch(self._batch, tf.zeros([2], tf.int64), tf.fill([2], self._weight), tf.constant([3, 1]))
+
+    def after_update(self, batch, loss_info):
+        self.seen.assign(batch.keys)
+        self.errors.assign(loss_info.extra.td_error)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+def test_weights_reach_the_update_and_its_errors_reach_the_source(weight):
+    """A prioritized replay needs both, in the graph: a loop in Python would wait for each update."""
+    agent, train_step = load_experiment("dqn_cartpole", ["dqn.n_step_update = 1"]).make_agent()
+    spec = tensor_spec.add_outer_dims_nest(agent.collect_data_spec, (2, 2))
+    batch = tensor_spec.sample_spec_nest(spec, seed=1)
+    middle = tf.ones((2, 2), tf.int32)
+    observation = tf.clip_by_value(batch.observation, -1.0, 1.0)
+    batch = batch._replace(
+        observation=observation, step_type=middle, next_step_type=middle, reward=tf.fill((2, 2), 100.0)
+    )
+    source = WithWeights(batch._replace(discount=tf.ones((2, 2))), weight)
+    before = [variable.numpy() for variable in agent.collect_policy.variables()]
+    scalars = make_train_function(agent, train_step, source, tf.distribute.get_strategy())(None, tf.constant(3))
+    moved = max(np.abs(now.numpy() - was).max() for now, was in zip(agent.collect_policy.variables(), before))
+    assert (moved > 0) == (float(scalars["loss"]) > 0) == (weight > 0)
+    assert source.seen.numpy().tolist() == [3, 1]
+    assert (np.abs(source.errors.numpy()) > 1).all()

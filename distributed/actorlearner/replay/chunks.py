@@ -17,6 +17,7 @@ import reverb
 import tree
 from tf_agents.trajectories import StepType
 
+from actorlearner.replay.base import TrajectorySink
 from actorlearner.replay.mirror import find_starts
 from actorlearner.replay.servers import ReplayServers
 from actorlearner.runtime.tls.tunnel import reach
@@ -28,7 +29,7 @@ MAX_CHUNK_SECS = 30.0
 """However empty, a chunk is sent after this time: the learner waits for it."""
 
 
-class ChunkSink:
+class ChunkSink(TrajectorySink):
     """Writes what one actor's environments do as chunks. See `TrajectorySink`.
 
     Each chunk goes to the server that is the actor's own at that moment. If that is another before the chunk is

@@ -13,17 +13,18 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from typing import Any, ClassVar, Optional
+from typing import Any, Optional
 
 import gin
 import reverb
 import tensorflow as tf
 from tf_agents.specs import tensor_spec
 
-from actorlearner.replay.base import Sampling
+from actorlearner.replay.base import Replay, Sampling
 from actorlearner.replay.chunk_checks import MAX_OF_OWN, ChunkCheck
 from actorlearner.replay.chunks import EXPERIENCE_TABLE, STREAM_TABLE, ChunkSink
 from actorlearner.replay.mirror import Mirror
+from actorlearner.replay.pace import Free, Pace, TakingTurns
 from actorlearner.replay.resident_source import ResidentSource
 from actorlearner.replay.servers import ReplayServers
 from actorlearner.runtime.configuration import PositiveFloat, PositiveInt
@@ -33,7 +34,7 @@ from actorlearner.runtime.lifecycle import ExitCode, RoleError
 
 @gin.configurable("resident_replay", module="actorlearner")
 @dataclasses.dataclass(frozen=True)
-class ResidentReplay:
+class ResidentReplay(Replay):
     """Uniform experience replay (Lin, 1992) held by the learner, mirrored by a table on the server.
 
     Attributes:
@@ -55,9 +56,6 @@ class ResidentReplay:
     chunk_secs: PositiveFloat = 1.0
     stream_length: PositiveInt = 4
 
-    can_lock_step: ClassVar[bool] = True
-    can_spread: ClassVar[bool] = True
-
     def check(self, *, initial_collect_steps: int) -> None:
         """Raises `ValueError` when the mirror could never hold what training waits for."""
         if self.replay_buffer_capacity < initial_collect_steps:
@@ -66,6 +64,12 @@ class ResidentReplay:
                 f"train.initial_collect_steps = {initial_collect_steps:,}: training would never begin. "
                 "Raise the first or lower the second."
             )
+
+    can_spread = True
+
+    def pace(self, lock_step: bool) -> Pace:
+        """Returns the schedule's wish: its draws can be repeated. See `Replay.pace`."""
+        return TakingTurns() if lock_step else Free()
 
     def table_signatures(self, step_spec: Any) -> dict[str, Any]:
         """Returns what each table of this replay holds, by table name."""
@@ -106,11 +110,6 @@ class ResidentReplay:
         own = sampling.num_environments * self._num_rows(sampling)
         return ChunkCheck(step_spec, max(own, min(MAX_OF_OWN * own, capacity)))  # larger ones fit into no mirror
 
-    def is_warm(self, servers: ReplayServers, initial_collect_steps: int) -> Optional[bool]:
-        """Returns None: only the learner knows how many windows it was sent."""
-        del servers, initial_collect_steps
-        return None
-
     def make_sink(self, servers: ReplayServers, sampling: Sampling) -> ChunkSink:
         """Returns a writer of chunks. See `Replay.make_sink`."""
         return ChunkSink(
@@ -118,7 +117,7 @@ class ResidentReplay:
             sampling.num_steps,
             sampling.num_environments,
             self._num_rows(sampling),
-            math.inf if sampling.lock_step else self.chunk_secs,
+            math.inf if sampling.pace.sends_whole_chunks_only else self.chunk_secs,
             sampling.windows_may_end_early,
         )
 

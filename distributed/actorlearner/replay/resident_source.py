@@ -17,6 +17,7 @@ import tensorflow as tf
 import tree
 
 from actorlearner.replay.account import MAX_KNOWN_CHUNKS, Account
+from actorlearner.replay.base import Batch, BatchSource
 from actorlearner.replay.chunk_checks import ChunkCheck
 from actorlearner.replay.chunks import STREAM_TABLE
 from actorlearner.replay.durable_table import read_chunks
@@ -44,7 +45,7 @@ def _moments_at_starts(chunk: Mapping[str, Any], block: Block) -> Moments:
     return moments_of(rows.reshape(-1, *rows.shape[2:])[block.starts])
 
 
-class ResidentSource:
+class ResidentSource(BatchSource):
     """Feeds the mirrors from the queues and keeps samples per insert, in both directions. See `BatchSource`.
 
     The account stays within its error buffer: beyond it no queue is read, they fill, and hold the actors back; below it
@@ -152,14 +153,10 @@ class ResidentSource:
         with self._changed:
             return self._account.counts(self._max_durable_chunks())
 
-    def draw(self, handle: Any) -> tuple[Any, ...]:
-        """Returns nothing: each replica draws its own part."""
-        return ()
-
-    def unpack(self) -> tuple[Any, tf.Tensor]:
-        """Returns one replica's batch, drawn from its mirror. See `BatchSource.unpack`."""
+    def unpack(self, *parts: Any) -> Batch:
+        """Returns one replica's batch, which it draws from its own mirror. See `BatchSource.unpack`."""
         num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
-        return self._own_mirror().draw(self._batch_size // num_replicas)
+        return Batch(*self._own_mirror().draw(self._batch_size // num_replicas))
 
     def _own_mirror(self) -> Mirror:
         if len(self._mirrors) == 1:
@@ -205,9 +202,6 @@ class ResidentSource:
     def describe(self) -> str:
         """Returns how the replay stands, in words; never blocks."""
         return self._account.describe(self._num_windows()) + self._servers.describe()
-
-    def renew(self) -> None:
-        """Nothing to renew: the readers look after themselves."""
 
     def close(self) -> None:
         """Stops the readers; never blocks."""
@@ -331,9 +325,6 @@ class ResidentSource:
         with self._changed:
             moments, self._moments = self._moments, []
         return moments
-
-    def look_first(self) -> None:
-        """Nothing to do: what was collected is counted as it comes."""
 
     def standing_still(self) -> contextlib.AbstractContextManager[Any]:
         """Lets nothing be taken in meanwhile: what `counts` and `take_moments` say is of one moment."""

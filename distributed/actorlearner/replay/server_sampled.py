@@ -13,6 +13,7 @@ import reverb
 import tensorflow as tf
 import tree
 
+from actorlearner.replay.base import Batch, BatchSource
 from actorlearner.replay.chunk_checks import are_plausible, step_limits
 from actorlearner.replay.first_looks import FirstLooks
 from actorlearner.replay.moments import Moments
@@ -99,15 +100,13 @@ def _is_ours(sample: reverb.ReplaySample, num_steps: int, limits: Sequence[Optio
     return tf.reduce_all(tf.stack(lengths) == num_steps) & _can_be_true(batch, limits)[0]
 
 
-class ServerSampledSource:
+class ServerSampledSource(BatchSource):
     """Batches that Reverb sampled, distributed over a strategy's replicas. See `BatchSource`.
 
     Reverb's server takes whatever a client inserts, and its dataset fails at each item that does not fit. From the
     first one on (see `leave_out`) another dataset is read, which passes over them: to look at each costs time, and it
     would ask again and again a server that refuses for good.
     """
-
-    can_fuse = False  # what is drawn comes out of an iterator
 
     def __init__(
         self,
@@ -129,7 +128,6 @@ class ServerSampledSource:
         self._batch_size = batch_size
         self._strategy = strategy
         self._make_dataset = make_dataset
-        self.num_chunks = self.num_given_back = 0
         self._samples = 0
         self._first_looks: Optional[FirstLooks] = None
         self._leaves_out = False
@@ -153,11 +151,11 @@ class ServerSampledSource:
     def draw(self, handle: Any) -> tuple[Any, ...]:
         return next(handle)
 
-    def unpack(self, *parts: Any) -> tuple[Any, tf.Tensor]:
+    def unpack(self, *parts: Any) -> Batch:
         experience, acted_at, is_first_look = parts
         if self._first_looks is not None:
             self._first_looks.count(experience.observation, is_first_look)
-        return experience, acted_at
+        return Batch(experience, acted_at)
 
     def count_observations(self) -> None:
         self._first_looks = FirstLooks(self._strategy, self._dataset.element_spec[0].observation)
@@ -174,24 +172,14 @@ class ServerSampledSource:
             draw(self.handle)
             self.note_updates(1)
 
-    def standing_still(self) -> contextlib.AbstractContextManager[Any]:
-        return contextlib.nullcontext()
-
-    def allow(self, num_updates: int) -> int:
-        """Returns `num_updates`: the server's rate limiter holds `draw` back when it must."""
-        return num_updates
-
     def note_updates(self, num_updates: int) -> None:
         self._samples += num_updates * self._batch_size
-
-    def await_data(self, secs: float) -> None:
-        """Returns at once: `draw` is what waits."""
 
     def renew(self) -> None:
         self.handle = iter(self._dataset)
 
     def leave_out(self, error: tf.errors.InvalidArgumentError) -> bool:
-        """Returns whether some other client's item made `draw` fail; `renew` then. See `MeetsStrangers.leave_out`."""
+        """Returns whether some other client's item made `draw` fail; `renew` then. See `BatchSource.leave_out`."""
         if self.handle is self._meets_strangers:  # its server was away when it was to be renewed
             return True
         if self._leaves_out or not _FROM_THE_ITERATOR.search(error.message):
@@ -242,6 +230,3 @@ class ServerSampledSource:
 
     def _read_table(self, timeout_secs: float) -> Any:
         return read_server_info(self._address, timeout_secs)[REPLAY_TABLE]
-
-    def close(self) -> None:
-        """Nothing to close: the dataset ends with the process."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Literal, Optional
+from typing import Any, Literal, Optional
 
 import gin
 import reverb
 import tensorflow as tf
 from tf_agents.specs import tensor_spec
 
-from actorlearner.replay.base import Sampling
+from actorlearner.replay.base import Replay, Sampling
 from actorlearner.replay.server_sampled import ServerSampledSource, make_dataset
 from actorlearner.replay.servers import ReplayServers
 from actorlearner.replay.windows import REPLAY_TABLE, EpisodeWriter, WindowSink
@@ -27,7 +27,7 @@ _SELECTORS = {
 
 @gin.configurable("uniform_replay", module="actorlearner")
 @dataclasses.dataclass(frozen=True)
-class UniformReplay:
+class UniformReplay(Replay):
     """Uniform experience replay (Lin, 1992) in one Reverb table, sampled by the server.
 
     Attributes:
@@ -57,9 +57,6 @@ class UniformReplay:
     wait_secs: PositiveFloat = 5.0
     chunk_length: PositiveInt = 16
     max_pending_items: PositiveInt = 64
-
-    can_lock_step: ClassVar[bool] = False  # Reverb's selectors cannot be seeded
-    can_spread: ClassVar[bool] = False  # its rate limiter knows of one table
 
     def check(self, *, initial_collect_steps: int) -> None:
         """Raises `ValueError` when the table could never hold what training waits for."""

@@ -13,6 +13,8 @@ import tensorflow as tf
 import tree
 from tf_agents.trajectories import StepType
 
+from actorlearner.replay.base import TrajectorySink
+
 REPLAY_TABLE = "uniform_table"
 """Name of the table; the TF-Agents tutorials' own, so that their clients find it."""
 
@@ -33,10 +35,8 @@ def read_stamps(priorities: tf.Tensor) -> tf.Tensor:
     return tf.cast(tf.where(priorities > _UNSTAMPED, priorities - _UNSTAMPED - 1.0, -1.0), tf.int64)
 
 
-class WindowSink:
+class WindowSink(TrajectorySink):
     """Hands each environment's steps to a writer of its own. See `TrajectorySink`."""
-
-    num_chunks = 0
 
     def __init__(self, writers: Sequence[EpisodeWriter]):
         self._writers = writers

@@ -24,6 +24,7 @@ from actorlearner.cluster import Cluster
 from actorlearner.environments.checks import UnfitData
 from actorlearner.experiment import Experiment
 from actorlearner.replay.base import RANDOM_POLICY, Sampling
+from actorlearner.replay.pace import ActorsTurn
 from actorlearner.replay.servers import ReplayServers, refuse_several
 from actorlearner.replay.tables import describe_tables
 from actorlearner.reports import CollectReport, NewestReport
@@ -63,13 +64,7 @@ def run_collect_actor(
         experiment (DATA), or `root_dir` cannot be written (CANNOT_CREATE).
     """
     refuse_several(experiment.replay, cluster.replay_addresses)
-    lock_step = experiment.schedule.lock_step
-    if lock_step and cluster.task:
-        raise RoleError(
-            f"--task = {cluster.task} with train.lock_step = True: there is one collect actor in lock-step, and its "
-            "task is 0.",
-            ExitCode.USAGE,
-        )
+    experiment.pace.check_actor(cluster.task)
     experiment.seed_process("collect-actor", cluster.task)
     events_folder = RunDirectory(root_dir).make_collect_events(cluster.task)
     life = len(list(events_folder.glob("events*")))  # 0 for the first process of this task, as its files tell
@@ -93,10 +88,11 @@ def run_collect_actor(
         setting="--peer_patience_secs",
         every_secs=0.05,
     )
-    if lock_step and (life or weights.num_chunks()):
-        logging.warning("train.lock_step = True, but a run whose actor was restarted cannot be repeated bit for bit")
+    if life or weights.num_chunks():
+        experiment.pace.note_restart("a run whose actor was restarted")
     sampling = experiment.sampling(agent)
     collector = Collector(experiment, cluster, servers, tuple(signatures), sampling, life)
+    turn = experiment.pace.make_actors_turn(collector.sink, weights, cluster.peer_patience_secs)
     progress = Progress(cluster, NewestReport(cluster.variables_address), events)
     acting: Any = experiment.make_random_acting(
         policy, experiment.schedule.num_environments, "collect-actor", cluster.task, "random-actions"
@@ -105,22 +101,20 @@ def run_collect_actor(
     warming_up = True
 
     while not stop.is_set() and weights.phase() <= Phase.TRAINING:
-        may_change = not lock_step or collector.ends_chunk  # else which step is the first depends on the clock
-        if warming_up and may_change and collector.is_quota_filled(weights.phase()):
+        if warming_up and turn.may_change and collector.is_quota_filled(weights.phase()):
             acting = _await_trained_policy(experiment, cluster, policy, weights, stop)
             if acting is None:
                 break
             warming_up = False
             logging.info("the replay is warm: acting with the collect policy from here on")
         snapshot = weights.latest()
-        if not warming_up and may_change and snapshot is not None and snapshot.version != version:
+        if not warming_up and turn.may_change and snapshot is not None and snapshot.version != version:
             snapshot.assign_to(variables)
             train_step.assign(np.int64(snapshot.train_step))  # of each int of Python TensorFlow keeps a tensor for ever
             version, acted_at = snapshot.version, snapshot.train_step
         collector.step(acting, acted_at)
         collector.await_server(weights, stop)
-        if lock_step and collector.ends_chunk:
-            collector.await_answer(weights, stop)
+        collector.await_answer(turn, stop)
         if progress.is_due(report_interval_secs):
             progress.report(collector, int(train_step), events_interval_secs)
 
@@ -166,12 +160,10 @@ class Collector:
         self._tables = tables
         self._replay = experiment.replay
         self._quota = sampling.initial_collect_steps
-        self._lock_step = sampling.lock_step
-        self.ends_chunk = False
-        """Whether the last step was the last of a chunk."""
+        self._secs_between_looks = sampling.pace.least_secs_between_looks
         # A restarted actor must not repeat the episodes of the process before it.
         self._environments = experiment.make_environments(num_environments, "collect-actor", cluster.task, life)
-        self._sink = experiment.replay.make_sink(servers, sampling)
+        self.sink = experiment.replay.make_sink(servers, sampling)
         self.environment_steps = self.episodes = 0
         with self._refusing_unfit_data():
             self._time_step = self._environments.reset()
@@ -187,7 +179,9 @@ class Collector:
 
     def is_quota_filled(self, phase: Phase) -> bool:
         """Returns whether the replay as a whole holds `initial_collect_steps`; asks at most five times a second."""
-        if time.monotonic() - self._asked_at < 0.2 and not self._lock_step:
+        if not self._quota:
+            return True
+        if time.monotonic() - self._asked_at < self._secs_between_looks:
             return False
         self._asked_at = time.monotonic()
         try:
@@ -207,8 +201,7 @@ class Collector:
         with self._refusing_unfit_data():
             after = self._environments.step(policy_step.action)
         crashed = self._environments.crashed
-        num_chunks = self._sink.num_chunks
-        self._sink.append(
+        self.sink.append(
             trajectory.Trajectory(
                 step_type=before.step_type,
                 observation=before.observation,
@@ -221,7 +214,6 @@ class Collector:
             acted_at,
             crashed,
         )
-        self.ends_chunk = self._sink.num_chunks > num_chunks
         self._time_step = after
         self._count(before.step_type, after, crashed)
 
@@ -275,34 +267,22 @@ class Collector:
                 )
         self.blocked_secs += time.monotonic() - start
 
-    def await_answer(self, weights: Subscriber, stop: Stop) -> None:
-        """Returns when the learner has trained on all chunks sent as far as they allow, or nothing more is wanted.
-
-        Raises:
-          RoleError: It did not within `--peer_patience_secs` (UNAVAILABLE).
-          Stopped: `stop` was set.
-        """
-        num_sent, start = self._sink.num_chunks, time.monotonic()
-        wait_until(
-            lambda: weights.num_chunks() >= num_sent or weights.phase() > Phase.TRAINING,
-            lambda: f"the learner to train on chunk {num_sent:,}, in lock-step: it has on {weights.num_chunks():,}",
-            stop=stop,
-            deadline_secs=self._cluster.peer_patience_secs,
-            setting="--peer_patience_secs",
-            every_secs=0.005,
-        )
+    def await_answer(self, turn: ActorsTurn, stop: Stop) -> None:
+        """Returns when the next step may be made. See `ActorsTurn.await_answer`."""
+        start = time.monotonic()
+        turn.await_answer(stop)
         self.blocked_secs += time.monotonic() - start
 
     def _is_blocked(self) -> bool:
         try:
-            return self._sink.is_blocked()
+            return self.sink.is_blocked()
         except RuntimeError as error:
             raise RoleError(
                 f"the replay server at {self._cluster.replay_address} refused a trajectory: {error}", ExitCode.DATA
             ) from error
 
     def close(self) -> None:
-        self._sink.close(timeout_secs=0.5)
+        self.sink.close(timeout_secs=0.5)
         self._environments.close()
 
 

@@ -128,8 +128,8 @@ def run_learner(
     train = make_train_function(agent, train_step, source, strategy, jit_compile=fuses)
     checkpoints = Checkpoints(directory.checkpoints, train_step, {"agent": agent})
     counts = checkpoints.restore()
-    if schedule.lock_step and directory.past_learners():
-        logging.warning("train.lock_step = True, but a resumed run cannot be repeated bit for bit; --fresh begins anew")
+    if directory.past_learners():
+        experiment.pace.note_restart("a resumed run")
     restore_replay(source, counts, cluster, stop)
     learner = secrets.randbits(62)
     directory.note_learner(learner)

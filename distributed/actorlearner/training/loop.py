@@ -17,7 +17,7 @@ from tf_agents.agents import tf_agent
 from actorlearner.cluster import Cluster
 from actorlearner.evaluations.ledger import EvaluationLedger
 from actorlearner.experiment import Experiment
-from actorlearner.replay.base import BatchSource, MeetsStrangers
+from actorlearner.replay.base import BatchSource
 from actorlearner.replay.checkpoint_requests import CheckpointRequests
 from actorlearner.run.missing_policies import make_up_missing
 from actorlearner.run.policies import PolicyExport
@@ -67,7 +67,7 @@ class TrainingLoop:
         self._disk = InBackground()
         self._policies_step = -1  # of the SavedModels
         self._version = 0
-        self._num_chunks_answered = 0
+        self._turn = experiment.pace.make_learners_turn(source)
         self._starved_since: Optional[float] = None
         self._said_at = time.monotonic()
         tables = ", ".join(f"'{name}'" for name in experiment.replay.table_signatures(agent.collect_data_spec))
@@ -125,8 +125,7 @@ class TrainingLoop:
                 self._record.note_train_step(step)
                 now = time.monotonic()
                 is_wanted = step == self._schedule.num_iterations or self._is_evaluation_due(step)
-                # In lock-step weights change between chunks only.
-                is_due = publish_interval.is_over(step) and not self._schedule.lock_step
+                is_due = publish_interval.is_over(step) and self._turn.may_publish
                 if is_due or (is_wanted and step > before):
                     publish_interval.begin(step)
                     self._publish(step)
@@ -154,10 +153,9 @@ class TrainingLoop:
             self._disk.wait()
             self._replay_checkpoints.wait(secs=3.0)
 
-    def _answer_chunk(self, step: int) -> None:
-        """In lock-step: lets the actor go on, with the weights that its last chunk led to."""
-        if self._schedule.lock_step and self._source.num_chunks > self._num_chunks_answered:
-            self._num_chunks_answered = self._source.num_chunks
+    def _end_turn(self, step: int) -> None:
+        """Lets actors go on that wait for the weights that their last steps led to."""
+        if self._turn.is_over():
             self._publish(step)
 
     def _is_evaluation_due(self, step: int) -> bool:
@@ -166,7 +164,7 @@ class TrainingLoop:
 
     def _publish(self, step: int) -> None:
         """Hands the weights to the publisher's thread, and to the eval actors when they are due."""
-        snapshot = self._publisher.take_snapshot(step, self._variables, self._num_chunks_answered)
+        snapshot = self._publisher.take_snapshot(step, self._variables, self._turn.num_answered)
         self._version = snapshot.version
         if self._is_evaluation_due(step):
             self._save()  # what is evaluated must never be trained again, with other weights under the same step
@@ -185,7 +183,7 @@ class TrainingLoop:
             self._record.attendance.require_hope("collect-actor")
             is_ready = self._source.is_ready()
             if not is_ready:
-                self._answer_chunk(int(self._train_step.numpy()))
+                self._end_turn(int(self._train_step.numpy()))
             return is_ready
 
         wait_until(
@@ -212,7 +210,7 @@ class TrainingLoop:
             except tf.errors.InvalidArgumentError as error:
                 # TF-Agents looks at some losses itself.
                 refuse_not_finite(int(self._train_step.numpy()), error, self._all_variables)
-                if not isinstance(self._source, MeetsStrangers) or not self._source.leave_out(error):
+                if not self._source.leave_out(error):
                     raise
             else:
                 self._source.note_updates(num_updates)
@@ -221,7 +219,7 @@ class TrainingLoop:
                 beat()
                 return step + num_updates, scalars
         else:
-            self._answer_chunk(step)
+            self._end_turn(step)
         reached = int(self._train_step.numpy())
         self._source.note_updates(reached - step)
         if reached > step:
@@ -274,7 +272,7 @@ class TrainingLoop:
                 return False
             error = future.exception()
             if isinstance(error, tf.errors.InvalidArgumentError):
-                if not isinstance(self._source, MeetsStrangers) or not self._source.leave_out(error):
+                if not self._source.leave_out(error):
                     raise error
             elif error is not None and not isinstance(error, tf.errors.OpError):
                 raise error

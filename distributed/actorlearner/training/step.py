@@ -48,13 +48,15 @@ def make_train_function(
     update = tf.autograph.experimental.do_not_convert(agent.train)
 
     def replica_step(*parts: Any) -> dict[str, tf.Tensor]:
-        experience, acted_at = source.unpack(*parts)
-        acted = acted_at >= 0
-        age = tf.where(acted, tf.cast(train_step, tf.int64) - acted_at, 0)
+        batch = source.unpack(*parts)
+        acted = batch.acted_at >= 0
+        age = tf.where(acted, tf.cast(train_step, tf.int64) - batch.acted_at, 0)
         staleness = tf.math.divide_no_nan(
             tf.cast(tf.reduce_sum(age), tf.float32), tf.reduce_sum(tf.cast(acted, tf.float32))
         )
-        loss_info = update(experience)
+        weights = () if batch.weights is None else (batch.weights,)
+        loss_info = update(batch.experience, *weights)
+        source.after_update(batch, loss_info)
         extra = loss_info.extra._asdict() if hasattr(loss_info.extra, "_asdict") else {}
         scalars = {name: value for name, value in extra.items() if tf.is_tensor(value) and value.shape.rank == 0}
         return {"loss": loss_info.loss, **scalars, "staleness": staleness / strategy.num_replicas_in_sync}
