@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "replay": {"replay", "runtime"},
     "agents.base": {"runtime"},
     "agents.acting": set(),
+    "agents.policies": {"agents.acting"},
     "agents.exported": set(),
     # What several algorithms need.
     "agents.networks": {"agents.normalized"},
@@ -42,7 +43,7 @@ MAY_IMPORT = {
     "environments": {"environments"},
     "experiment": {
         "agents.base",
-        "agents.acting",
+        "agents.policies",
         "environments.actions",
         "environments.base",
         "environments.batch",
@@ -61,6 +62,7 @@ MAY_IMPORT = {
     "run": {"runtime"},
     # The learner's inside.
     "training": {
+        "agents.policies",
         "cluster",
         "evaluations",
         "experiment",
@@ -71,6 +73,7 @@ MAY_IMPORT = {
         "variable_container",
     },
     "roles": {
+        "agents.policies",
         "cluster",
         "environments.batch",
         "environments.checks",
@@ -190,6 +193,7 @@ def test_neighbours_do_not_know_each_other(folder):
     shared = {
         "agents.base",
         "agents.acting",
+        "agents.policies",
         "agents.exported",
         "agents.networks",
         "agents.normalized",

@@ -20,12 +20,10 @@ import numpy as np
 import tensorflow as tf
 from tf_agents.agents import tf_agent
 from tf_agents.environments import py_environment
-from tf_agents.policies import tf_policy
-from tf_agents.specs import tensor_spec
 from tf_agents.train.utils import spec_utils, train_utils
 
-from actorlearner.agents.acting import CompiledActing, RandomActing
 from actorlearner.agents.base import AgentFactory, check_action_bounds
+from actorlearner.agents.policies import Policies
 from actorlearner.environments.actions import correct_starts, from_zero
 from actorlearner.environments.base import EnvironmentFactory, PyLane
 from actorlearner.environments.batch import EnvironmentBatch
@@ -211,17 +209,9 @@ class Experiment:
             raise RoleError(str(error), ExitCode.USAGE) from error
         return agent, train_step
 
-    def make_acting(self, policy: tf_policy.TFPolicy, num_environments: int) -> CompiledActing:
-        """Returns `policy` compiled for a batch of environments."""
-        return CompiledActing(policy, num_environments)
-
-    def make_random_acting(self, policy: tf_policy.TFPolicy, num_environments: int, *seed_path: Any) -> RandomActing:
-        """Returns random actions in the place of `policy`'s."""
-        time_step_spec, action_spec, info_spec = (
-            tensor_spec.to_array_spec(spec) for spec in (self.time_step_spec, self.action_spec, policy.info_spec)
-        )
-        seed, num_repeats = self.derive_seed(*seed_path), self.schedule.random_action_repeat
-        return RandomActing(time_step_spec, action_spec, info_spec, num_environments, seed, num_repeats)
+    def policies(self) -> Policies:
+        """Returns a new agent's policies. See `make_agent`."""
+        return Policies(*self.make_agent(), num_random_repeats=self.schedule.random_action_repeat)
 
 
 def shipped_experiments_folder() -> Path:

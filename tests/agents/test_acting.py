@@ -37,8 +37,8 @@ def test_a_batch_acts_as_the_policy_itself_does():
         variable.assign(random.normal(size=variable.shape))
     observations = random.normal(size=(30, 4)).astype(np.float32)
     time_steps = [ts.transition(observation, reward=np.float32(0)) for observation in observations]
-    batched = experiment.make_acting(agent.policy, 30).act(stack(*time_steps))
-    one_by_one = experiment.make_acting(agent.policy, 1)
+    batched = CompiledActing(agent.policy, 30).act(stack(*time_steps))
+    one_by_one = CompiledActing(agent.policy, 1)
     expected = [int(one_by_one.act(stack(time_step)).action[0]) for time_step in time_steps]
     direct = agent.policy.action(tf.nest.map_structure(tf.convert_to_tensor, stack(*time_steps))).action
     assert batched.action.tolist() == expected == direct.numpy().tolist()
@@ -50,7 +50,7 @@ def test_new_weights_act_without_compiling_anew():
     """Weights that were baked into the compiled call would make every evaluation one of the first policy."""
     experiment = load_experiment("dqn_cartpole", seed=1)
     agent, _ = experiment.make_agent()
-    acting = experiment.make_acting(agent.policy, 1)
+    acting = CompiledActing(agent.policy, 1)
     time_step = ts.transition(np.zeros(4, np.float32), reward=np.float32(0))
     last_bias = agent.policy.variables()[-1]
     for best in (0, 1, 0):

@@ -8,6 +8,7 @@ import tensorflow as tf
 from tf_agents.agents.dqn import dqn_agent
 from tf_agents.specs import tensor_spec
 
+from actorlearner.agents.acting import CompiledActing
 from actorlearner.experiment import load_experiment
 from actorlearner.runtime.checkpoints import Checkpoints
 
@@ -107,7 +108,7 @@ def test_epsilon_falls_with_the_train_step_that_an_actor_is_given():
     bindings = ("dqn.initial_epsilon = 1.0", "dqn.epsilon_greedy = 0.0", "dqn.epsilon_decay_steps = 10")
     agent, train_step = make_dqn(*bindings)
     agent.policy.variables()[-1].assign([10.0, 0.0])  # greedy is action 0
-    acting = load_experiment("dqn_cartpole", bindings).make_acting(agent.collect_policy, 400)
+    acting = CompiledActing(agent.collect_policy, 400)
     spec = tensor_spec.add_outer_dim(agent.time_step_spec, 400)
     batch = tensor_spec.sample_spec_nest(spec, seed=1)._replace(observation=tf.zeros((400, 4)))
     columns = tf.nest.map_structure(lambda column: column.numpy(), batch)

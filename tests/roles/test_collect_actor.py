@@ -20,8 +20,8 @@ BINDINGS = ["train.num_environments = 1", "resident_replay.chunk_length = 8", "r
 def test_an_actor_reports_how_much_of_its_time_it_waited_for_a_learner_that_takes_nothing(serve, tmp_path):
     """Time that it waits unreported is time of a core that nobody knows to be spare."""
     experiment = load_experiment("dqn_cartpole", BINDINGS)
-    agent, _ = experiment.make_agent()
-    policy = agent.collect_policy
+    policies = experiment.policies()
+    agent, policy = policies.agent, policies.collect
     sampling = experiment.sampling(agent)
     tables = experiment.replay.make_tables(tensor_spec.from_spec(agent.collect_data_spec), sampling)
     server = serve([*tables, *variable_container.make_tables(policy.variables()), *reports.make_tables()])
@@ -29,7 +29,7 @@ def test_an_actor_reports_how_much_of_its_time_it_waited_for_a_learner_that_take
     weights = Subscriber(address, policy.variables(), refresh_interval_secs=1.0)
     names = tuple(table.name for table in tables)
     collector = Collector(experiment, Cluster(address, address), ReplayServers([address]), names, sampling, life=0)
-    acting = experiment.make_random_acting(policy, 1, "test")
+    acting = policies.make_random(1, seed=1)
     reporter = NewestReport(address)
     progress = Progress(Cluster(address, address), reporter, Events(tmp_path))
 

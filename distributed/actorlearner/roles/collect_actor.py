@@ -20,6 +20,7 @@ from tf_agents.trajectories import StepType, trajectory
 from tf_agents.trajectories import time_step as ts
 
 from actorlearner import variable_container
+from actorlearner.agents.policies import Policies
 from actorlearner.cluster import Cluster
 from actorlearner.environments.checks import UnfitData
 from actorlearner.experiment import Experiment
@@ -69,9 +70,8 @@ def run_collect_actor(
     events_folder = RunDirectory(root_dir).make_collect_events(cluster.task)
     life = len(list(events_folder.glob("events*")))  # 0 for the first process of this task, as its files tell
     events = Events(events_folder)
-    agent, train_step = experiment.make_agent()
-    policy = agent.collect_policy
-    variables = policy.variables()  # asked once: it walks through all of the agent
+    policies = experiment.policies()
+    agent, train_step, variables = policies.agent, policies.train_step, policies.variables
     servers = ReplayServers(cluster.replay_addresses, cluster.task)
     signatures = experiment.replay.table_signatures(agent.collect_data_spec)
     servers.await_tables(signatures, stop=stop, deadline_secs=cluster.peer_patience_secs)
@@ -94,15 +94,15 @@ def run_collect_actor(
     collector = Collector(experiment, cluster, servers, tuple(signatures), sampling, life)
     turn = experiment.pace.make_actors_turn(collector.sink, weights, cluster.peer_patience_secs)
     progress = Progress(cluster, NewestReport(cluster.variables_address), events)
-    acting: Any = experiment.make_random_acting(
-        policy, experiment.schedule.num_environments, "collect-actor", cluster.task, "random-actions"
+    acting: Any = policies.make_random(
+        sampling.num_environments, experiment.derive_seed("collect-actor", cluster.task, "random-actions")
     )
     acted_at, version = RANDOM_POLICY, -1
     warming_up = True
 
     while not stop.is_set() and weights.phase() <= Phase.TRAINING:
         if warming_up and turn.may_change and collector.is_quota_filled(weights.phase()):
-            acting = _await_trained_policy(experiment, cluster, policy, weights, stop)
+            acting = _await_trained_policy(experiment, cluster, policies, weights, stop)
             if acting is None:
                 break
             warming_up = False
@@ -128,10 +128,10 @@ def run_collect_actor(
 
 
 def _await_trained_policy(
-    experiment: Experiment, cluster: Cluster, policy: Any, weights: Subscriber, stop: Stop
+    experiment: Experiment, cluster: Cluster, policies: Policies, weights: Subscriber, stop: Stop
 ) -> Any:
     """Returns the compiled collect policy once there are weights for it; None when training ended meanwhile."""
-    acting = experiment.make_acting(policy, experiment.schedule.num_environments)
+    acting = policies.make_collecting(experiment.schedule.num_environments)
     wait_until(
         lambda: weights.latest() is not None or weights.phase() > Phase.TRAINING,
         lambda: f"the learner's first weights at {cluster.variables_address}",

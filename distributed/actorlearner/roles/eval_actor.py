@@ -12,7 +12,6 @@ from typing import Any
 
 import gin
 import numpy as np
-from tf_agents.policies import greedy_policy
 from tf_agents.trajectories import StepType
 
 from actorlearner import variable_container
@@ -60,17 +59,12 @@ def run_eval_actor(
         gave what its spaces do not allow (DATA).
     """
     experiment.seed_process("eval-actor", cluster.task)
-    agent, _ = experiment.make_agent()
-    variables = agent.collect_policy.variables()
+    policies = experiment.policies()
+    variables = policies.variables
     variable_container.await_container(
         cluster.variables_address, variables, stop=stop, deadline_secs=cluster.peer_patience_secs
     )
-    policy = (
-        agent.policy
-        if isinstance(agent.policy, greedy_policy.GreedyPolicy)
-        else greedy_policy.GreedyPolicy(agent.policy)
-    )
-    make_acting = functools.cache(functools.partial(experiment.make_acting, policy))  # once for each size of a batch
+    make_acting = functools.cache(policies.make_greedy)  # once for each size of a batch
     make_acting(min(_num_episodes(experiment, Purpose.PERIODIC), max_environments))
     reporter = Reporter(cluster.variables_address)
     belief = Belief()
