@@ -101,7 +101,7 @@ def test_the_mirror_holds_the_windows_that_a_stock_table_holds_as_items(
 
 def test_a_chunk_that_no_mirror_can_hold_ends_training_with_a_word(replay, address, spec, eventually):
     """It is found by a thread; a thread's error alone would leave the learner waiting for data."""
-    too_long = dataclasses.replace(replay, chunk_length=2_000)
+    too_long = dataclasses.replace(replay, chunk_length=2_000, chunk_secs=1_000.0)
     sink = too_long.make_sink(ReplayServers([address]), sample(num_environments=1))
     source = make_source(too_long, address, spec)
     source.restore({})
