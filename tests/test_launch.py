@@ -16,7 +16,7 @@ from actorlearner.runtime.lifecycle import ExitCode
 
 LAUNCH = Path(__file__).resolve().parent.parent / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
-NEW_STYLE = [path for path in SCRIPTS if path.name not in ("bench.sh", "environment.sh", "local.sh")]
+NEW_STYLE = [path for path in SCRIPTS if path.name not in ("bench.sh", "drill.sh", "environment.sh", "local.sh")]
 KEEP_RUNNING = LAUNCH / "keep_running.sh"
 
 

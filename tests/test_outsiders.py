@@ -20,8 +20,8 @@ from actorlearner.runtime.messages import Unreachable, read_server_info
 from actorlearner.runtime.ports import find_free_ports
 from actorlearner.runtime.tls.tunnel import open_to_peer, open_to_peers
 from actorlearner.tools.certificates import make_certificates
-from actorlearner.tools.strangers import _plausible, claim_the_end, hostile_rows, insert
 from actorlearner.variable_container import VARIABLES_TABLE, VERSION_TABLE, Belief, Phase, read_version
+from drills.strangers import claim_the_end, hostile_rows, insert, plausible
 
 WITHOUT_TLS, WITHOUT_A_CERTIFICATE, WITH_A_STOLEN_KEY = "without TLS", "with TLS", "with a stolen actor key"
 LISTED = "localhost:9"
@@ -77,7 +77,7 @@ def outsider(request, tmp_path_factory):
 def test_who_is_let_in_reads_all(outsider):
     """Weights and transitions may be worth more than the run."""
     with outsider.expect():
-        row = _plausible(outsider.signature(VARIABLES_TABLE), 1)
+        row = plausible(outsider.signature(VARIABLES_TABLE), 1)
         insert(outsider.inside, VARIABLES_TABLE, row)
         (sample,) = reverb.Client(outsider.address).sample(VARIABLES_TABLE, num_samples=1, emit_timesteps=False)
         assert len(sample.data) > 1
@@ -86,7 +86,7 @@ def test_who_is_let_in_reads_all(outsider):
 def test_who_is_let_in_spoils_by_lies_that_can_be_true_and_by_no_others(outsider):
     """A result of one's own decides which policy is handed over; a NaN of one's own ends nothing."""
     with outsider.expect():
-        result = _plausible(outsider.signature(EvaluationResult.TABLE), 1)
+        result = plausible(outsider.signature(EvaluationResult.TABLE), 1)
         result = {**result, "num_episodes": np.int64(5)}
         for value in (np.nan, 500.0):
             insert(outsider.address, EvaluationResult.TABLE, {**result, "average_return": np.float64(value)})
@@ -96,7 +96,7 @@ def test_who_is_let_in_spoils_by_lies_that_can_be_true_and_by_no_others(outsider
 
 def test_who_is_let_in_empties_the_replay(outsider):
     """Nothing tells a client that may write from one that may not."""
-    chunk = _plausible(read_server_info(outsider.inside, 5)[EXPERIENCE_TABLE].signature, 8)
+    chunk = plausible(read_server_info(outsider.inside, 5)[EXPERIENCE_TABLE].signature, 8)
     insert(outsider.inside, EXPERIENCE_TABLE, {**chunk, "length": np.int64(8)})
     with outsider.expect():
         read_server_info(outsider.address, timeout_secs=2)  # `reset` itself would ask for ever
@@ -109,7 +109,7 @@ def test_who_is_let_in_fills_a_queue_of_the_roles_own(outsider):
     """Results behind a full queue wait until the learner has taken the forged ones."""
     table = read_server_info(outsider.inside, 5)[EvaluationResult.TABLE]
     with outsider.expect():
-        row = _plausible(outsider.signature(EvaluationResult.TABLE), 1)
+        row = plausible(outsider.signature(EvaluationResult.TABLE), 1)
         with reverb.Client(outsider.address).trajectory_writer(num_keep_alive_refs=1) as writer:
             for _ in range(table.max_size - table.current_size):
                 writer.append(row)

@@ -8,8 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import random
-import signal
 import sys
 import threading
 import time
@@ -17,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
-from actorlearner import __version__
+from actorlearner import __version__, checkout
 from actorlearner.runtime.health import HANG_SECS
 from actorlearner.supported_platform import check_platform
 from actorlearner.tools import sweep
@@ -132,31 +130,8 @@ def make_parser() -> argparse.ArgumentParser:
     certs.add_argument("--within_days", type=float, default=30.0, metavar="N", help="for --check (default: 30)")
 
     drill = _add(commands, "drill", _drill, "do to a small run what happens to long ones; say which promises held", [])
-    drill.add_argument("experiment", metavar="EXPERIMENT", help="a shipped experiment or a gin file")
-    drill.add_argument(
-        "--fault", action="append", default=[], metavar="NAME",
-        help="such as kill-learner; may be repeated; any other word lists them (default: all, some 15 minutes)",
-    )  # fmt: skip
-    drill.add_argument(
-        "--kills",
-        type=_non_negative,
-        default=0,
-        metavar="N",
-        help="instead: N times SIGKILL to a random role of one run",
-    )
-    drill.add_argument(
-        "--random", type=_non_negative, default=0, metavar="N", help="instead: N of the faults, drawn at random"
-    )
-    drill.add_argument(
-        "--num_iterations",
-        type=_positive,
-        metavar="N",
-        help="train steps of the run with --kills (default: as many as take 20 s for each)",
-    )
-    drill.add_argument("--seed", type=_non_negative, default=0, help="of roles, moments and the run (default: 0)")
-    drill.add_argument("--gin_bindings", action="append", default=[], metavar="BINDING", help="may be repeated")
-    drill.add_argument("--root_dir", type=Path, help="keeps the run there (default: a temporary directory)")
-    drill.add_argument("--json", type=Path, metavar="FILE", help="writes the outcomes there too")
+    if (_CHECKOUT / "drills" / "run.py").is_file():
+        checkout.load("drills.run").add_arguments(drill)
     _add_bench_flags(_add(commands, "bench", _bench, "measure speed against references, in turns on this machine", []))
     sweep.add_arguments(_add(commands, "sweep", _sweep, "train variants with several seeds, and compare them", []))
     return parser
@@ -767,28 +742,7 @@ def _certs(arguments: argparse.Namespace) -> int:
 
 
 def _drill(arguments: argparse.Namespace) -> int:
-    from actorlearner.tools import drill
-    from actorlearner.tools.drill_faults import FAULTS
-
-    unknown = [name for name in arguments.fault if name not in FAULTS]
-    if unknown:
-        print(f"error: --fault={unknown[0]}: expected one of {', '.join(FAULTS)}", file=sys.stderr)
-        return 64
-    if sum(map(bool, (arguments.fault, arguments.kills, arguments.random))) > 1:
-        print("error: --fault, --kills and --random: expected one of them, the others left out", file=sys.stderr)
-        return 64
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what it started is ended on the way out
-    drawn = random.Random(arguments.seed).sample(tuple(FAULTS), min(arguments.random, len(FAULTS)))
-    return drill.run_drill(
-        arguments.experiment,
-        faults=arguments.fault or drawn,
-        num_kills=arguments.kills,
-        num_iterations=arguments.num_iterations,
-        seed=arguments.seed,
-        gin_bindings=arguments.gin_bindings,
-        folder=arguments.root_dir,
-        json_path=arguments.json,
-    )
+    return checkout.load("drills.run").run(arguments)
 
 
 def _sweep(arguments: argparse.Namespace) -> int:

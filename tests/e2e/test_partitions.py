@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from actorlearner.runtime.ports import find_free_port
-from actorlearner.tools.tcp_wire import Wire
+from drills.wire import Wire
 from tests.e2e.processes import RUN_SECS, TINY, Process, Processes, bind
 
 STALL_SECS = 8.0  # longer than any one answer is waited for

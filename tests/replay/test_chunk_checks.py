@@ -13,7 +13,7 @@ from actorlearner.replay.chunk_checks import ChunkCheck
 from actorlearner.replay.chunks import EXPERIENCE_TABLE, STREAM_TABLE
 from actorlearner.replay.resident import ResidentReplay
 from actorlearner.replay.servers import ReplayServers
-from actorlearner.tools.strangers import hostile_chunks, insert
+from drills.strangers import hostile_chunks, insert
 from tests.replay.episodes import as_chunk, columns, episode, flush, sample
 
 PLAN = {"samples_per_insert": 1.0, "num_updates_per_call": 1_000}

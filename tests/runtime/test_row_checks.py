@@ -13,8 +13,8 @@ from actorlearner.replay.servers import JOINED_TABLE
 from actorlearner.reports import LAST_WORDS_TABLE
 from actorlearner.roles import replay_server
 from actorlearner.runtime.row_checks import LIMITS, find_misfit, keep_plausible, say_left_out
-from actorlearner.tools.strangers import hostile_rows
 from actorlearner.variable_container import Phase
+from drills.strangers import hostile_rows
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,10 @@ from typing import Any, Optional
 
 from actorlearner.launcher.command import train_command
 from actorlearner.runtime.processes import die_with_parent
-from actorlearner.tools.tcp_wire import Wire
+from drills.wire import Wire
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+"""For the roles of a drilled run, which import its environment from here."""
 
 ROLES = ("learner-0", "replay-server-0", "collect-actor-0", "eval-actor-0")
 PATIENCE_SECS = 300.0  # for anything to happen at all; then the drill has found a hang
@@ -78,7 +81,12 @@ class Run:
             gin_bindings=bindings,
             flags=["--num_video_episodes=0", *([f"--via={self.wire.address}"] if self.wire else [])],
         )
-        environment = {**os.environ, "ACTORLEARNER_DRILL": self.mark, "TMPDIR": str(self.temporary)}
+        environment = {
+            **os.environ,
+            "ACTORLEARNER_DRILL": self.mark,
+            "TMPDIR": str(self.temporary),
+            "PYTHONPATH": os.pathsep.join([str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        }
         with open(self._output_path, "ab") as output:
             self.launcher = subprocess.Popen(
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output,

@@ -7,19 +7,19 @@ import time
 
 import pytest
 
-from actorlearner.tools import drill
-from actorlearner.tools.drill_faults import (
+from drills import run as drill
+from drills.drilled_run import Run
+from drills.judging import (
     SAVE_SECS,
     Outcome,
-    _before,
-    _find_doubled,
-    _find_miscounts,
-    _judge_held,
-    _judge_loss,
-    _judge_training_on,
-    _ratio_error,
+    find_doubled,
+    find_miscounts,
+    find_ratio_error,
+    judge_held,
+    judge_loss,
+    judge_training_on,
+    note_before,
 )
-from actorlearner.tools.drill_run import Run
 
 ACCOUNT = {"samples": 3_072_000, "inserts": 97_408, "ahead": 2_560.0, "error_buffer": 6_400}  # of a run as it should be
 
@@ -40,7 +40,7 @@ def test_a_learners_own_replay_counts_its_samples_to_within_one_call(run, sample
     with (run.root_dir / "operative_config.gin").open("a") as config:
         config.write("experiment.replay = @resident_replay()\ntrain.num_updates_per_call = 50\n")
     status = {"train_step": 24_000, "environment_steps": 102_286, "replay": {**ACCOUNT, "samples": samples}}
-    found = _find_miscounts(run, status)
+    found = find_miscounts(run, status)
     assert len(found) == len(named)
     assert all(name in line for name, line in zip(named, found))
 
@@ -53,7 +53,7 @@ def test_a_learners_own_replay_counts_its_samples_to_within_one_call(run, sample
 def test_counts_that_were_lost_are_named(run, changed, named):
     """The account works itself back to the ratio from wrong counts as well: it alone would always fit."""
     status = {"train_step": 24_000, "environment_steps": 102_286, "replay": {**ACCOUNT, **changed}}
-    found = _find_miscounts(run, status)
+    found = find_miscounts(run, status)
     assert len(found) == len(named)
     assert all(name in line for name, line in zip(named, found))
 
@@ -69,20 +69,20 @@ def test_inserts_that_were_counted_twice_are_named(run, process, restored, num_d
     log = f"--- 2026-11-23 07:00:00 process 8: learner\nI 12:00:00 restored {run.root_dir}/ckpt-{restored}\n"
     (run.root_dir / "logs" / "learner-0.log").write_text(log)
     after = {"process": process, "replay": {**ACCOUNT, "ahead": 2_560.0 + 32 * num_doubled}}
-    assert bool(_find_doubled(run, {"process": 7, "train_step": 24_000}, after)) == is_named
+    assert bool(find_doubled(run, {"process": 7, "train_step": 24_000}, after)) == is_named
 
 
 def test_a_missing_account_is_not_taken_for_one_that_fits():
     """An unreadable status would else pass as a ratio that is exact."""
-    assert _ratio_error({}) is None
-    assert _ratio_error({"replay": ACCOUNT}) == 0.0
-    assert _ratio_error({"replay": {**ACCOUNT, "ahead": -129_280.0}}) == pytest.approx(0.04)
+    assert find_ratio_error({}) is None
+    assert find_ratio_error({"replay": ACCOUNT}) == 0.0
+    assert find_ratio_error({"replay": {**ACCOUNT, "ahead": -129_280.0}}) == pytest.approx(0.04)
 
 
 KILLED_AT = 1_000.0
 
 
-def judge_training_on(*words, account=ACCOUNT):
+def broken_of(*words, account=ACCOUNT):
     """Returns what is found broken of a learner that said at that second: this train step, made at that second."""
     said = [
         {
@@ -95,20 +95,20 @@ def judge_training_on(*words, account=ACCOUNT):
         for at, step, made in ((-0.1, 700, -0.1), *words)
     ]
     outcome = Outcome("a dead server")
-    _judge_training_on(outcome, said, KILLED_AT, batch_size=128)
+    judge_training_on(outcome, said, KILLED_AT, batch_size=128)
     return outcome.broken
 
 
 def test_a_learner_that_trains_on_without_its_server_is_told_from_one_that_stands_still():
     """A learner that only waits for its server would else recover as fast."""
-    assert judge_training_on((0.9, 760, 0.8), (1.9, 820, 1.8), (4.9, 900, 4.8)) == []
-    assert judge_training_on((0.9, 700, -0.1), (1.9, 700, -0.1))
-    assert judge_training_on((0.9, 750, 0.01), (1.9, 750, 0.01)), "only the call ended that was under way"
+    assert broken_of((0.9, 760, 0.8), (1.9, 820, 1.8), (4.9, 900, 4.8)) == []
+    assert broken_of((0.9, 700, -0.1), (1.9, 700, -0.1))
+    assert broken_of((0.9, 750, 0.01), (1.9, 750, 0.01)), "only the call ended that was under way"
 
 
 def test_a_learner_whose_account_allows_no_train_step_need_not_make_one():
     """Samples per insert are exact, also while no inserts can come."""
-    assert judge_training_on((1.9, 750, 0.01), account={**ACCOUNT, "ahead": -6_300.0}) == []
+    assert broken_of((1.9, 750, 0.01), account={**ACCOUNT, "ahead": -6_300.0}) == []
 
 
 @pytest.mark.parametrize(("holds", "is_broken"), [("1,000", False), ("999", True)])
@@ -128,7 +128,7 @@ def test_a_server_that_holds_less_than_its_last_checkpoint_is_named(run, holds, 
         f"--- 2026 process 7: replay-server\nI 12:00:00 the replay holds 0 in 'stream', {holds} in 'experience'\n"
     )
     outcome = Outcome("a dead server")
-    _judge_held(run, outcome, run.saved_items(), time.monotonic())
+    judge_held(run, outcome, run.saved_items(), time.monotonic())
     assert bool(outcome.broken) == is_broken
 
 
@@ -173,9 +173,9 @@ def test_what_a_death_of_all_may_lose_was_collected_since_the_last_checkpoint(ru
         f"--- {began_at} process 8: learner\nI 12:00:00 7000 windows came back from the replay server\n"
     )
     (run.root_dir / "status.json").write_text(json.dumps({"train_step": 1_000, "replay": {"held": 10_000}}))
-    outcome, before, _ = _before(run, "SIGKILL everything")
+    outcome, before, _ = note_before(run, "SIGKILL everything")
     outcome.transitions_lost = lost
-    _judge_loss(run, outcome, before, KILLED_AT)
+    judge_loss(run, outcome, before, KILLED_AT)
     assert (outcome.broken == []) == is_kept
 
 
@@ -189,6 +189,6 @@ def test_a_replay_that_does_not_say_what_came_back_is_not_taken_for_one_that_hel
     log = f"--- 2026-11-23 07:00:00 process 8: replay-server\nI 12:00:00 the replay holds {said}\n"
     (run.root_dir / "logs" / "replay-server-0.log").write_text(log)
     (run.root_dir / "status.json").write_text(json.dumps({"train_step": 1_000, "replay": {"held": 8_000}}))
-    outcome, before, _ = _before(run, "SIGKILL everything")
-    _judge_loss(run, outcome, before, KILLED_AT)
+    outcome, before, _ = note_before(run, "SIGKILL everything")
+    judge_loss(run, outcome, before, KILLED_AT)
     assert outcome.verdict.partition(":")[0] == verdict

@@ -1,4 +1,4 @@
-"""Drill: runs an experiment small, does to it what happens to long runs, and says which promises held.
+"""Do to a small run what happens to long ones, and say which promises held.
 
 Network faults come last, when the other roles reach the replay server by a wire of the drill's own. Imports nothing
 heavy.
@@ -6,12 +6,14 @@ heavy.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import json
 import math
 import random
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -24,14 +26,65 @@ from typing import Optional
 from rich.console import Console
 from rich.table import Table
 
-from actorlearner.tools.drill_faults import FAULTS, NETWORK_FAULTS, Outcome, await_end, kill_role
-from actorlearner.tools.drill_run import EVAL_INTERVAL, MANY_ITERATIONS, ROLES, Hang, Run, await_
-from actorlearner.tools.tcp_wire import Wire
+from actorlearner.flags import non_negative, positive
+from actorlearner.runtime.lifecycle import ExitCode
+from drills.deaths import kill_role
+from drills.drilled_run import EVAL_INTERVAL, MANY_ITERATIONS, ROLES, Hang, Run, await_
+from drills.faults import FAULTS, NETWORK_FAULTS, await_end
+from drills.judging import Outcome
+from drills.wire import Wire
 
 MEDIAN_SECS = 15.0  # promised, of many kills
 SECS_PER_KILL = 20.0  # of training: until it is over the next role is killed
 MEASURE_SECS = 8.0
 EVALUATION_SECS = 5.0  # of training between two; three long episodes take one or two
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the drill's arguments."""
+    parser.add_argument("experiment", metavar="EXPERIMENT", help="a shipped experiment or a gin file")
+    parser.add_argument(
+        "--fault", action="append", default=[], metavar="NAME",
+        help="such as kill-learner; may be repeated; any other word lists them (default: all, some 15 minutes)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--kills", type=non_negative, default=0, metavar="N",
+        help="instead: N times SIGKILL to a random role of one run",
+    )  # fmt: skip
+    parser.add_argument(
+        "--random", type=non_negative, default=0, metavar="N", help="instead: N of the faults, drawn at random"
+    )
+    parser.add_argument(
+        "--num_iterations", type=positive, metavar="N",
+        help="train steps of the run with --kills (default: as many as take 20 s for each)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=non_negative, default=0, help="of roles, moments and the run (default: 0)")
+    parser.add_argument("--gin_bindings", action="append", default=[], metavar="BINDING", help="may be repeated")
+    parser.add_argument("--root_dir", type=Path, help="keeps the run there (default: a temporary directory)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="writes the outcomes there too")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Returns 0 when every promise held, 1 when one did not, 64 where the arguments contradict each other."""
+    unknown = [name for name in arguments.fault if name not in FAULTS]
+    if unknown:
+        print(f"error: --fault={unknown[0]}: expected one of {', '.join(FAULTS)}", file=sys.stderr)
+        return ExitCode.USAGE
+    if sum(map(bool, (arguments.fault, arguments.kills, arguments.random))) > 1:
+        print("error: --fault, --kills and --random: expected one of them, the others left out", file=sys.stderr)
+        return ExitCode.USAGE
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what it started is ended on the way out
+    drawn = random.Random(arguments.seed).sample(tuple(FAULTS), min(arguments.random, len(FAULTS)))
+    return run_drill(
+        arguments.experiment,
+        faults=arguments.fault or drawn,
+        num_kills=arguments.kills,
+        num_iterations=arguments.num_iterations,
+        seed=arguments.seed,
+        gin_bindings=arguments.gin_bindings,
+        folder=arguments.root_dir,
+        json_path=arguments.json,
+    )
 
 
 def run_drill(

@@ -1,6 +1,6 @@
 """A stranger who reaches the port of a run and writes rows of valid types into every table; for the drill and tests.
 
-`python -m actorlearner.tools.strangers HOST:PORT` writes them all once and prints how many each table took.
+`python -m drills.strangers HOST:PORT` writes them all once and prints how many each table took.
 """
 
 from __future__ import annotations
@@ -52,19 +52,19 @@ def hostile_rows(table: str, signature: Any, num_steps: int = 2) -> Iterator[Any
     elif table in (EXPERIENCE_TABLE, STREAM_TABLE):
         yield from hostile_chunks(signature)
     else:
-        yield from _variations(_plausible(signature, num_steps))
+        yield from _variations(plausible(signature, num_steps))
 
 
 def hostile_chunks(signature: Any, num_rows: int = 8) -> Iterator[Any]:
     """Yields chunks, each with one number that cannot be true, and one that is too large."""
-    chunk = {**_plausible(signature, num_rows), "length": np.int64(num_rows)}
+    chunk = {**plausible(signature, num_rows), "length": np.int64(num_rows)}
     yield from _variations(chunk)
     step = chunk["step"]
     yield {**chunk, "step": step._replace(reward=np.full_like(step.reward, 1e38))}
-    yield {**_plausible(signature, MAX_CHUNK_STEPS), "length": np.int64(MAX_CHUNK_STEPS)}
+    yield {**plausible(signature, MAX_CHUNK_STEPS), "length": np.int64(MAX_CHUNK_STEPS)}
 
 
-def _plausible(signature: Any, num_rows: int) -> Any:
+def plausible(signature: Any, num_rows: int) -> Any:
     """Returns a row of zeros; of unknown dimensions the last is `num_rows`, others are 1."""
 
     def zeros(spec: Any) -> np.ndarray:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from actorlearner.tools.tcp_wire import Wire
+from drills.wire import Wire
 
 SILENT_SECS = 0.3
 

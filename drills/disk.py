@@ -13,6 +13,7 @@ import shutil
 import struct
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,18 @@ class Disk:
         with contextlib.suppress(CannotMount):
             _run("umount", "--lazy", self.folder)
         self._image.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replaced_by(path: Path, kept: Path, by: Path) -> Iterator[None]:
+    """Puts a link to another path in the place of `path`, which is at `kept` as long as the `with` block lasts."""
+    path.rename(kept)
+    path.symlink_to(by)
+    try:
+        yield
+    finally:
+        path.unlink()
+        kept.rename(path)
 
 
 def _run(*command: Any) -> None:

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from actorlearner.runtime import durable_files
-from actorlearner.tools.drill_disk import CannotMount, Disk
+from drills.disk import CannotMount, Disk
 
 
 @pytest.fixture

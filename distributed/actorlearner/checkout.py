@@ -1,0 +1,31 @@
+"""The checkout that this package runs from, if it does: it has what is not installed, benchmarks and drills."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parents[2]
+"""In an installed package a folder that holds none of it."""
+
+
+def load(name: str) -> ModuleType:
+    """Returns a module of the checkout, such as `drills.run`.
+
+    Raises:
+      SystemExit: This is an installed package; exit code 64, after the message has gone to stderr.
+    """
+    folder, _, module = name.partition(".")
+    script = {"benchmarks": "bench", "drills": "drill"}[folder]
+    if not (ROOT / folder / f"{module}.py").is_file():
+        print(
+            f"error: the {folder} are not in the installed package. Run them from a checkout of the repository: "
+            f"./launch/{script}.sh",
+            file=sys.stderr,
+        )
+        raise SystemExit(64)
+    if str(ROOT) not in sys.path:
+        sys.path.append(str(ROOT))
+    return importlib.import_module(name)
