@@ -1,4 +1,4 @@
-"""`actorlearner bench`: measures the subjects asked for, prints the table and writes it as JSON."""
+"""Measure the subjects asked for, print the table and write it as JSON: `actorlearner bench`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from typing import Any
 
 from rich.console import Console
 
+from actorlearner.flags import positive
+from actorlearner.runtime.lifecycle import ExitCode
 from benchmarks import collecting, endurance, learner, minitaur, replay_servers, scaling, tls, weights
 from benchmarks.machine import describe_date, describe_machine
-from benchmarks.measuring import Settings, SideFailed
+from benchmarks.measuring import CHECKOUT, Settings, SideFailed
 from benchmarks.results import Row, make_markdown, make_table
 
 SUBJECTS: Mapping[str, Callable[[Settings], Sequence[Row]]] = {
@@ -33,19 +35,43 @@ SUBJECTS: Mapping[str, Callable[[Settings], Sequence[Row]]] = {
     "replay-servers": replay_servers.compare,
     "endurance": endurance.compare,
 }
-DEFAULT = tuple(name for name in SUBJECTS if name not in ("replay-servers", "endurance"))
+EXTRA = ("replay-servers", "endurance")
+DEFAULT = tuple(name for name in SUBJECTS if name not in EXTRA)
 
-USAGE, FAILED = 64, 1
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what to measure, how often and where the figures go."""
+    parser.add_argument(
+        "--only", nargs="+", action="extend", metavar="NAME",
+        help=f"{', '.join(SUBJECTS)} (default: all but {' and '.join(EXTRA)})",
+    )  # fmt: skip
+    parser.add_argument("--repeats", type=positive, default=5, metavar="N", help="turns of each side (default: 5)")
+    parser.add_argument(
+        "--window_secs", type=float, metavar="SECS", help="least length of a timed window (default: the subject's own)"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=60.0, metavar="N", help="length of the endurance run (default: 60)"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("bench.json"), metavar="FILE", help="figures go here (default: bench.json)"
+    )
+    parser.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="measure nothing: print the table of an earlier run's --output"
+    )
+    parser.add_argument(
+        "--peers_python", type=Path, default=CHECKOUT / ".venv-bench" / "bin" / "python", metavar="PYTHON",
+        help="interpreter with Stable-Baselines3 and SBX (default: that of .venv-bench, which launch/bench.sh makes)",
+    )  # fmt: skip
 
 
-def run_bench(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Runs the command with its parsed flags and returns its exit status: 1 when a subject could not be measured."""
     if arguments.markdown:
         return print_markdown(arguments.markdown)
     unknown = sorted(set(arguments.only or ()) - set(SUBJECTS))
     if unknown:
         print(f"error: --only: there is no {', '.join(unknown)}; there are {', '.join(SUBJECTS)}", file=sys.stderr)
-        return USAGE
+        return ExitCode.USAGE
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the sides are closed on the way out
     folder = Path(tempfile.mkdtemp(prefix="actorlearner-bench-"))
     console = Console(width=None if sys.stdout.isatty() else 160)
@@ -84,7 +110,7 @@ def run_bench(arguments: argparse.Namespace) -> int:
     console.print(f"written to {arguments.output}", markup=False, highlight=False)
     if report["failures"]:
         console.print(f"what the processes said is in {folder}", markup=False, highlight=False)
-        return FAILED
+        return ExitCode.CRASH
     shutil.rmtree(folder, ignore_errors=True)
     return 0
 
@@ -95,6 +121,6 @@ def print_markdown(path: Path) -> int:
         report = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         print(f"error: --markdown = '{path}' cannot be read: {error}", file=sys.stderr)
-        return USAGE
+        return ExitCode.USAGE
     print(make_markdown(report), end="")
     return 0

@@ -126,8 +126,8 @@ def reach_server(way: str) -> Iterator[str]:
     """Starts a server, and what is between it and this process; gives the address for Reverb's client."""
     from actorlearner.runtime.ports import find_free_port
     from actorlearner.runtime.tls import tunnel as tls_tunnel
+    from actorlearner.runtime.tls.authority import make_certificates
     from actorlearner.runtime.tls.relay import OWN_LOOPBACK_ADDRESS
-    from actorlearner.tools.certificates import make_certificates
 
     port, tls_port, local_port = find_free_port(), find_free_port(), find_free_port()
     certs = Path("certs").absolute()

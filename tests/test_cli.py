@@ -14,7 +14,7 @@ import actorlearner
 from actorlearner import cli
 
 ROLES = ["replay-server", "learner", "collect-actor", "eval-actor"]
-TOOLS = ["video", "report", "check", "health", "await-end", "metrics", "certs", "drill", "bench", "sweep"]
+TOOLS = ["await-end", "bench", "certs", "check", "drill", "health", "metrics", "report", "sweep", "video"]
 COMMANDS = ["train", *ROLES, *TOOLS]
 SOURCE_ROOT = Path(actorlearner.__file__).parent.parent
 

@@ -18,8 +18,8 @@ from actorlearner.replay.servers import JOINED_TABLE, MAX_SERVERS, ReplayServers
 from actorlearner.roles import replay_server
 from actorlearner.runtime.messages import Unreachable, read_server_info
 from actorlearner.runtime.ports import find_free_ports
+from actorlearner.runtime.tls.authority import make_certificates
 from actorlearner.runtime.tls.tunnel import open_to_peer, open_to_peers
-from actorlearner.tools.certificates import make_certificates
 from actorlearner.variable_container import VARIABLES_TABLE, VERSION_TABLE, Belief, Phase, read_version
 from drills.strangers import claim_the_end, hostile_rows, insert, plausible
 

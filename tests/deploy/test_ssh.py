@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from actorlearner.tools.certificates import make_certificates
+from actorlearner.runtime.tls.authority import make_certificates
 from tests.deploy.infrastructure import CHECKOUT, Log, await_that, needed_command, needed_program, run
 from tests.documented_commands import documented
 

@@ -11,8 +11,8 @@ import reverb
 
 from actorlearner.runtime.messages import Unreachable, read_server_info
 from actorlearner.runtime.ports import find_free_port
+from actorlearner.runtime.tls.authority import make_certificates
 from actorlearner.runtime.tls.tunnel import open_to_peers
-from actorlearner.tools.certificates import make_certificates
 from tests.deploy.infrastructure import needed_command
 
 OPERATIONS = (Path(__file__).resolve().parents[2] / "docs" / "operations.md").read_text()

@@ -18,7 +18,7 @@ import portpicker
 import pytest
 from cryptography import x509
 
-from actorlearner.tools.certificates import make_certificates
+from actorlearner.runtime.tls.authority import make_certificates
 from tests.deploy.infrastructure import CHECKOUT, await_that, needed_engine, run
 from tests.documented_commands import documented
 

@@ -7,7 +7,7 @@ import signal
 
 from actorlearner.runtime.lifecycle import ExitCode
 from actorlearner.runtime.ports import find_free_ports
-from actorlearner.tools.certificates import make_certificates
+from actorlearner.runtime.tls.authority import make_certificates
 from tests.documented_commands import documented
 from tests.e2e.processes import RUN_SECS, TINY, bind
 

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import TENSORS, Even
 from tf_agents.policies import policy_loader
 
 from actorlearner.experiment import Experiment, load_experiment
-from actorlearner.tools import video
+from actorlearner.tools.recording import policies
 from tests.e2e.conftest import FinishedRun
 from tests.e2e.processes import RUN_SECS, TINY, bind
 
@@ -223,9 +223,9 @@ def test_a_second_of_video_is_a_second_of_the_task(finished_run: FinishedRun, ex
     environment = experiment.make_environment(seed)
     environment.seed(seed)
     act = (
-        video.random_act(environment, seed=seed)
+        policies.random_act(environment, seed=seed)
         if name == "random_policy"
-        else video.saved_model_act(finished_run.root_dir / "policies" / "greedy_policy")
+        else policies.saved_model_act(finished_run.root_dir / "policies" / "greedy_policy")
     )
     time_step, num_steps = environment.reset(), 0
     while not time_step.is_last():

@@ -149,6 +149,7 @@ def test_import_needs_neither_tensorflow_nor_matplotlib():
     """Every start of the command imports the tools, and TensorFlow takes seconds."""
     code = (
         "import sys; from actorlearner.tools import report, video;"
+        "from actorlearner.tools.recording import episodes, policies;"
         "sys.exit(', '.join({'tensorflow', 'tf_agents', 'matplotlib', 'pygame', 'gym'} & set(sys.modules)) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -5,7 +5,7 @@ import contextlib
 import pytest
 
 from actorlearner import cli
-from actorlearner.tools.sweep_grid import (
+from actorlearner.tools.sweeping.grid import (
     Grid,
     Variant,
     describe_differences,
@@ -108,8 +108,8 @@ def test_flags_behind_the_dashes_go_to_every_trial():
     parser = cli.make_parser()
     parsed = parser.parse_args(["sweep", "dqn_cartpole", "--seeds=2", "--", "--num_collect_actors=2", "--hang_secs=9"])
     assert (parsed.experiment, parsed.seeds) == ("dqn_cartpole", "2")
-    assert parsed.train_flags == ["--num_collect_actors=2", "--hang_secs=9"]
-    assert parser.parse_args(["sweep", "x"]).train_flags == []
+    assert parsed.behind_dashes == ["--num_collect_actors=2", "--hang_secs=9"]
+    assert parser.parse_args(["sweep", "x"]).behind_dashes == []
 
 
 @pytest.mark.parametrize(

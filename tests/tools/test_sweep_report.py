@@ -4,10 +4,10 @@ import json
 
 import numpy as np
 
-from actorlearner.tools import sweep_report
-from actorlearner.tools.sweep_grid import Grid, Variant
-from actorlearner.tools.sweep_report import report_sweep
-from actorlearner.tools.sweep_trials import Trial
+from actorlearner.tools.sweeping import report as sweep_report
+from actorlearner.tools.sweeping.grid import Grid, Variant
+from actorlearner.tools.sweeping.report import report_sweep
+from actorlearner.tools.sweeping.trials import Trial
 
 STEPS = (0, 100, 200, 300)
 

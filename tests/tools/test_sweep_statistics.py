@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from actorlearner.tools.sweep_race import MIN_SEEDS, NUM_IN_A_ROW, find_beaten, p_value
-from actorlearner.tools.sweep_statistics import bootstrap_interval, describe_values, interquartile_mean, read_return
+from actorlearner.tools.sweeping.race import MIN_SEEDS, NUM_IN_A_ROW, find_beaten, p_value
+from actorlearner.tools.sweeping.statistics import bootstrap_interval, describe_values, interquartile_mean, read_return
 
 SEEDS = 4
 STEPS = range(0, 1_000, 100)

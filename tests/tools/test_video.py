@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from actorlearner.tools import video
+from actorlearner.tools.recording import episodes, policies
 
 imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
 
@@ -69,8 +70,8 @@ def _specs(environment):
 def test_cart_pole_plays_at_the_speed_of_the_task(tmp_path):
     """The tutorials' 30 frames/s show CartPole's 50 steps/s in slow motion: 40 seconds held would last 67 seconds."""
     path = tmp_path / "videos" / "cart_pole.mp4"
-    info = video.record_episodes(_cart_pole(), _balance, path, num_episodes=1, steps_per_second=50)
-    assert info == video.VideoInfo(path, 151, 25.0, 151 / 25, (300.0,), (300,))
+    info = episodes.record_episodes(_cart_pole(), _balance, path, num_episodes=1, steps_per_second=50)
+    assert info == episodes.VideoInfo(path, 151, 25.0, 151 / 25, (300.0,), (300,))
     metadata, frames = _read(path)
     assert metadata["fps"] == 25
     assert metadata["duration"] == pytest.approx(300 / 50, abs=1 / 25 + 0.01)
@@ -92,7 +93,7 @@ def test_episodes_follow_one_another_each_from_its_reset(tmp_path):
         return frame
 
     environment = _Wrapped(_cart_pole(max_episode_steps=7), note)
-    info = video.record_episodes(environment, _balance, tmp_path / "x.mp4", num_episodes=3, steps_per_second=50)
+    info = episodes.record_episodes(environment, _balance, tmp_path / "x.mp4", num_episodes=3, steps_per_second=50)
     assert info.lengths == (7, 7, 7)
     assert info.returns == (7.0, 7.0, 7.0)
     metadata, frames = _read(info.path)
@@ -116,7 +117,7 @@ def test_episodes_follow_one_another_each_from_its_reset(tmp_path):
     ],
 )
 def test_frame_rate_is_the_highest_within_bounds(steps_per_second, max_frames_per_second, steps_per_frame):
-    assert video._steps_per_frame(steps_per_second, max_frames_per_second) == steps_per_frame
+    assert episodes.count_steps_per_frame(steps_per_second, max_frames_per_second) == steps_per_frame
 
 
 def test_minitaur_is_shown_smaller_and_left_as_it_was(tmp_path):
@@ -124,8 +125,8 @@ def test_minitaur_is_shown_smaller_and_left_as_it_was(tmp_path):
     from pybullet_envs.bullet import minitaur_gym_env
 
     environment = _minitaur()
-    act = video.random_act(environment, seed=1)
-    info = video.record_episodes(
+    act = policies.random_act(environment, seed=1)
+    info = episodes.record_episodes(
         environment, act, tmp_path / "x.mp4", num_episodes=1, steps_per_second=100, max_render_width=160
     )
     metadata, frames = _read(info.path)
@@ -141,13 +142,13 @@ def test_odd_sizes_and_alpha_are_made_to_fit(tmp_path):
     environment = _Wrapped(
         _cart_pole(max_episode_steps=4), lambda frame: np.dstack([frame[:301, :401], frame[:301, :401, 0]])
     )
-    info = video.record_episodes(environment, _balance, tmp_path / "x.mp4", num_episodes=1, steps_per_second=50)
+    info = episodes.record_episodes(environment, _balance, tmp_path / "x.mp4", num_episodes=1, steps_per_second=50)
     _, frames = _read(info.path)
     assert frames.shape == (3, 302, 402, 3)
 
 
 def test_max_steps_cuts_each_episode(tmp_path):
-    info = video.record_episodes(
+    info = episodes.record_episodes(
         _cart_pole(), _balance, tmp_path / "x.mp4", num_episodes=2, steps_per_second=20, max_steps=5
     )
     assert (info.lengths, info.num_frames, info.fps) == ((5, 5), 12, 20)
@@ -162,7 +163,7 @@ def test_failed_recording_leaves_the_older_video_alone(tmp_path):
         raise RuntimeError("no more")
 
     with pytest.raises(RuntimeError, match="no more"):
-        video.record_episodes(_cart_pole(), give_up, path, num_episodes=1, steps_per_second=50)
+        episodes.record_episodes(_cart_pole(), give_up, path, num_episodes=1, steps_per_second=50)
     assert path.read_bytes() == b"older"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -176,7 +177,7 @@ def test_full_disk_is_an_error_and_not_a_short_video(tmp_path):
     )  # stands in for a full disk; less than a frame's noise
     try:
         with pytest.raises(OSError, match="is the disk full"):
-            video.record_episodes(
+            episodes.record_episodes(
                 environment, _balance, tmp_path / "x.mp4", num_episodes=1, steps_per_second=50, max_steps=40
             )
     finally:
@@ -197,14 +198,14 @@ def test_full_disk_is_an_error_and_not_a_short_video(tmp_path):
 def test_bad_setting_is_named(tmp_path, changed, said):
     settings = {"num_episodes": 1, "steps_per_second": 50, **changed}
     with pytest.raises(ValueError, match=said):
-        video.record_episodes(_cart_pole(), _balance, tmp_path / "x.mp4", **settings)
+        episodes.record_episodes(_cart_pole(), _balance, tmp_path / "x.mp4", **settings)
     assert not list(tmp_path.iterdir())
 
 
 def test_environment_without_a_picture_is_named(tmp_path):
     environment = _Wrapped(_cart_pole(), lambda frame: None)
     with pytest.raises(ValueError, match="returned NoneType"):
-        video.record_episodes(environment, _balance, tmp_path / "x.mp4", num_episodes=1, steps_per_second=50)
+        episodes.record_episodes(environment, _balance, tmp_path / "x.mp4", num_episodes=1, steps_per_second=50)
 
 
 def test_random_act_repeats_with_its_seed():
@@ -212,7 +213,7 @@ def test_random_act_repeats_with_its_seed():
     time_step = environment.reset()
 
     def draw(seed):
-        act = video.random_act(environment, seed=seed)
+        act = policies.random_act(environment, seed=seed)
         return [int(act(time_step)) for _ in range(30)]
 
     assert draw(3) == draw(3)
@@ -234,7 +235,7 @@ def test_run_is_recorded_with_its_saved_policy_and_with_a_random_one(tmp_path):
     policy = greedy_policy.GreedyPolicy(q_policy.QPolicy(time_step_spec, action_spec, network))
     _save_policy(tmp_path / "policies" / "greedy_policy", policy)
 
-    act = video.saved_model_act(tmp_path / "policies" / "greedy_policy")
+    act = policies.saved_model_act(tmp_path / "policies" / "greedy_policy")
     observations = np.random.RandomState(1).uniform(-1, 1, (40, 4)).astype(np.float32)
     wanted = policy.action(ts.restart(tf.constant(observations), batch_size=40)).action.numpy()
     actions = [act(ts.restart(observation)) for observation in observations]
@@ -321,7 +322,7 @@ def test_saved_policy_keeps_its_state_within_an_episode_only(tmp_path):
         automatic_state_reset=False,  # else TF-Agents would reset it and this would show nothing
     )
     _save_policy(tmp_path, policy)
-    act = video.saved_model_act(tmp_path)
+    act = policies.saved_model_act(tmp_path)
     for _ in range(2):
         time_step = environment.reset()
         actions = []

@@ -1,4 +1,4 @@
-"""A run's numbers for Prometheus, read from the run directory whenever it asks.
+"""Serve a run's numbers to Prometheus, read from the run directory whenever it asks.
 
 learner --> status.json, metrics.jsonl --> [metrics] <--scrape-- Prometheus
 
@@ -7,6 +7,7 @@ Nothing is kept here, so it can be started, killed and left out at will, and tra
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import math
@@ -15,15 +16,32 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
-
-import prometheus_client
-from prometheus_client.core import GaugeMetricFamily
+from typing import TYPE_CHECKING, Any
 
 from actorlearner.run.directory import RunDirectory
-from actorlearner.runtime.lifecycle import ExitCode, RoleError, Stop
+from actorlearner.runtime.lifecycle import ExitCode, RoleError, Stop, run_to_exit
+from actorlearner.runtime.telemetry import set_up_logging
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+    from prometheus_client.core import GaugeMetricFamily
 
 _TAIL_BYTES = 65_536
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds which run, and where to listen."""
+    parser.add_argument("root_dir", type=Path, metavar="ROOT_DIR", help="directory of a run")
+    parser.add_argument("--port", type=int, default=9464, metavar="N", help="to listen on (default: 9464)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", metavar="ADDRESS", help="0.0.0.0: for other machines too (default: 127.0.0.1)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serves until it is stopped, and ends the process; never returns."""
+    set_up_logging()
+    run_to_exit(lambda stop: serve_metrics(arguments.root_dir, arguments.host, arguments.port, stop))
 
 
 def serve_metrics(root_dir: Path, host: str, port: int, stop: Stop) -> ExitCode:
@@ -32,6 +50,8 @@ def serve_metrics(root_dir: Path, host: str, port: int, stop: Stop) -> ExitCode:
     Raises:
       RoleError: The port is taken (UNAVAILABLE).
     """
+    import prometheus_client
+
     try:
         server, _ = prometheus_client.start_http_server(port, host, make_registry(RunDirectory(root_dir)))
     except OSError as error:
@@ -48,8 +68,10 @@ def serve_metrics(root_dir: Path, host: str, port: int, stop: Stop) -> ExitCode:
     return stop.exit_code
 
 
-def make_registry(directory: RunDirectory) -> prometheus_client.CollectorRegistry:
+def make_registry(directory: RunDirectory) -> CollectorRegistry:
     """Returns a registry of one run's numbers, which reads them anew whenever it is asked."""
+    import prometheus_client
+
     registry = prometheus_client.CollectorRegistry()
     registry.register(RunCollector(directory))
     return registry
@@ -69,6 +91,8 @@ class RunCollector:
         return []  # what there is depends on the run, which may not have begun
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
+        from prometheus_client.core import GaugeMetricFamily
+
         status = self._directory.read_json(self._directory.status)
         if isinstance(status, dict):
             age_secs = max(0.0, time.time() - status.get("time", 0.0))
@@ -94,11 +118,15 @@ class RunCollector:
 def _gauge(name: str, value: Any, text: str) -> Iterator[GaugeMetricFamily]:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return
+    from prometheus_client.core import GaugeMetricFamily
+
     spelt_out = re.sub(r"_sec(s?)$", r"_second\1", name)  # as Prometheus' own linter wants units
     yield GaugeMetricFamily("actorlearner_" + re.sub(r"[^a-zA-Z0-9_]", "_", spelt_out), text, value=value)
 
 
 def _servers(servers: Mapping[str, bool]) -> Iterator[GaugeMetricFamily]:
+    from prometheus_client.core import GaugeMetricFamily
+
     if servers:
         family = GaugeMetricFamily(
             "actorlearner_replay_server_answers",

@@ -1,15 +1,18 @@
-"""A run's results for people: the learning curve as a picture, the evaluations as a table."""
+"""Print a run's evaluations and draw its learning curve."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
 import pathlib
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Union
 
 from actorlearner.runtime import durable_files
+from actorlearner.runtime.lifecycle import ExitCode
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,6 +35,23 @@ _DELIVERED_FIELDS = (
     "min_episode_length",
     "num_episodes",
 )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds which run."""
+    parser.add_argument("root_dir", type=pathlib.Path, metavar="ROOT_DIR", help="directory of a finished run")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints the evaluations and where the picture is; returns the exit status."""
+    try:
+        path = write_learning_curve(arguments.root_dir)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return ExitCode.USAGE
+    print(format_summary(json.loads((arguments.root_dir / "summary.json").read_text())))
+    print(path)
+    return ExitCode.DONE
 
 
 def read_summary(root_dir: PathLike) -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""Sweep: trains every variant of an experiment with every seed, and says with which spread they differ.
+"""Train variants with several seeds, and compare them.
 
 variants x seeds --> trials, some at once --> run directories --> one table, one picture
 
 Each trial is a real `actorlearner train` in <root_dir>/<variant>/seed-<S>. What has ended is not repeated and what has
 not goes on, so the same command, given again, continues whatever was interrupted. Here are the arguments; what runs is
-in sweep_run.py. Imports nothing heavy before it reports or races.
+in sweeping/run.py. Imports nothing heavy before it reports or races.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from actorlearner.launcher import train
 from actorlearner.run.directory import RunDirectory
 from actorlearner.runtime.lifecycle import ExitCode
-from actorlearner.tools.sweep_grid import (
+from actorlearner.tools.sweeping.grid import (
     AnotherSweep,
     Grid,
     describe_changes,
@@ -29,13 +30,13 @@ from actorlearner.tools.sweep_grid import (
     parse_seeds,
     read_asked,
 )
-from actorlearner.tools.sweep_run import Sweep, count_cores
+from actorlearner.tools.sweeping.run import Sweep, count_cores
 
 _TRIAL_BYTES = 3 * 2**30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the sweep's arguments; what stands behind `--` becomes `train_flags`."""
+    """Adds the sweep's arguments."""
     parser.usage = "actorlearner sweep EXPERIMENT [options] [-- TRAIN_FLAG ...] | actorlearner sweep --report DIR"
     parser.epilog = "Flags of `actorlearner train`, such as --num_collect_actors=2, go behind -- and to every trial."
     parser.add_argument("experiment", nargs="?", metavar="EXPERIMENT", help="a shipped experiment or a gin file")
@@ -73,27 +74,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--dry_run", action="store_true", help="print the trials and their commands; start nothing")
     parser.add_argument("--report", type=Path, metavar="DIR", help="write a sweep's table and picture as it is now")
-
-    parse = parser.parse_known_args
-
-    def parse_known_args(args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
-        # argparse hands what is behind -- to positional arguments only where no option stands before it.
-        words = list(sys.argv[1:] if args is None else args)
-        cut = words.index("--") if "--" in words else len(words)
-        parsed, rest = parse(words[:cut], namespace)
-        parsed.train_flags = words[cut + 1 :]
-        return parsed, rest
-
-    setattr(parser, "parse_known_args", parse_known_args)  # noqa: B010  (mypy forbids the assignment)
+    parser.set_defaults(behind_dashes=[])  # the flags of `actorlearner train`
 
 
-def run(arguments: argparse.Namespace, train: argparse.Namespace) -> int:
-    """Runs the sweep, or reports on one; returns its exit status.
-
-    Args:
-      arguments: The sweep's.
-      train: What `actorlearner train` makes of the sweep's `train_flags`.
-    """
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the sweep, or reports on one; returns its exit status."""
     try:
         steps = [int(word) for word in arguments.at.split(",") if word.strip()]
     except ValueError:
@@ -101,11 +86,11 @@ def run(arguments: argparse.Namespace, train: argparse.Namespace) -> int:
     if arguments.report:
         if arguments.experiment:
             return _refuse("EXPERIMENT and --report: expected one of them, the other left out", ExitCode.USAGE)
-        from actorlearner.tools.sweep_report import report_sweep
+        from actorlearner.tools.sweeping.report import report_sweep
 
         return report_sweep(arguments.report, arguments.clock, steps)
     try:
-        _check_train_flags(train)
+        _check_train_flags(arguments.behind_dashes)
         grid = _read_grid(arguments)
         root = arguments.root_dir or Path("runs") / f"sweep-{Path(grid.experiment).stem}"
         held: dict[str, Any] = {}
@@ -161,20 +146,26 @@ def _require_same(root: Path, differences: Sequence[str]) -> None:
         )
 
 
-def _check_train_flags(train: argparse.Namespace) -> None:
-    """Raises `ValueError` where a flag behind -- is the sweep's own, or one with which no trial could end well."""
+def _check_train_flags(train_flags: Sequence[str]) -> None:
+    """Raises `ValueError` where a flag behind -- is the sweep's own, or one with which no trial could end well.
+
+    What `actorlearner train` itself would refuse ends the process now, rather than every trial.
+    """
+    parser = argparse.ArgumentParser(prog="actorlearner train")
+    train.add_arguments(parser)
+    given = parser.parse_args(["EXPERIMENT", *train_flags])
     for name, instead in (
         ("seed", "--seeds"),
         ("root_dir", "the sweep's --root_dir"),
         ("gin_bindings", "--gin_bindings"),
     ):
-        if getattr(train, name) not in (None, []):
+        if getattr(given, name) not in (None, []):
             raise ValueError(f"--{name} behind --: each trial has its own; expected {instead} before --")
-    if train.fresh:
+    if given.fresh:
         raise ValueError("--fresh behind --: a sweep goes on with what is there; give it another --root_dir instead")
     for name in ("num_collect_actors", "num_eval_actors", "num_replay_servers"):
-        if getattr(train, name) < 1:
-            raise ValueError(f"--{name}={getattr(train, name)} behind --: expected 1 or more")
+        if getattr(given, name) < 1:
+            raise ValueError(f"--{name}={getattr(given, name)} behind --: expected 1 or more")
 
 
 def _read_grid(arguments: argparse.Namespace) -> Grid:
@@ -190,7 +181,7 @@ def _read_grid(arguments: argparse.Namespace) -> Grid:
         gin_bindings=tuple(arguments.gin_bindings),
         variants=make_variants(arguments.set, arguments.variant),
         seeds=parse_seeds(arguments.seeds),
-        train_flags=tuple(arguments.train_flags),
+        train_flags=tuple(arguments.behind_dashes),
     )
 
 

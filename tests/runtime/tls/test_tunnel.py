@@ -20,10 +20,10 @@ import pytest
 from actorlearner.runtime.lifecycle import ExitCode, RoleError
 from actorlearner.runtime.ports import find_free_port
 from actorlearner.runtime.tls import tunnel as tls_tunnel
+from actorlearner.runtime.tls.authority import make_certificates
 from actorlearner.runtime.tls.certificates import CA, CERTIFICATE, KEY, speaks_tls
 from actorlearner.runtime.tls.relay import OWN_LOOPBACK_ADDRESS
 from actorlearner.runtime.tls.tunnel import Tunnel, open_to_peer, open_to_peers
-from actorlearner.tools.certificates import make_certificates
 
 SOURCE_ROOT = Path(__file__).resolve().parents[3] / "distributed"
 

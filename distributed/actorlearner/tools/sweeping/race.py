@@ -20,7 +20,7 @@ from typing import Optional
 
 import numpy as np
 
-from actorlearner.tools.sweep_statistics import CONFIDENCE, Evaluation, bootstrap_interval, read_return
+from actorlearner.tools.sweeping.statistics import CONFIDENCE, Evaluation, bootstrap_interval, read_return
 
 MIN_SEEDS = 3
 NUM_IN_A_ROW = 3

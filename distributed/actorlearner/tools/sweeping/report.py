@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Optional, Union
 
 from actorlearner.run.directory import RunDirectory
 from actorlearner.runtime.lifecycle import ExitCode
-from actorlearner.tools import sweep_statistics as statistics
-from actorlearner.tools.sweep_grid import AnotherSweep, Grid, read_asked
-from actorlearner.tools.sweep_trials import Trial
+from actorlearner.tools.sweeping import statistics as statistics
+from actorlearner.tools.sweeping.grid import AnotherSweep, Grid, read_asked
+from actorlearner.tools.sweeping.trials import Trial
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

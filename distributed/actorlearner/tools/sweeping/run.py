@@ -18,8 +18,8 @@ from typing import IO, Any, Optional
 from actorlearner.launcher.command import train_command
 from actorlearner.run.directory import RunDirectory
 from actorlearner.runtime.lifecycle import ExitCode
-from actorlearner.tools.sweep_grid import Grid
-from actorlearner.tools.sweep_trials import STOP_SECS, RunningTrial, Trial, take_lock
+from actorlearner.tools.sweeping.grid import Grid
+from actorlearner.tools.sweeping.trials import STOP_SECS, RunningTrial, Trial, take_lock
 
 SAY_EVERY_SECS = 60.0
 RACE_SECS = 5.0
@@ -98,7 +98,7 @@ class Sweep:
             for number, action in previous.items():
                 signal.signal(number, action)
         self._write()
-        from actorlearner.tools.sweep_report import report_sweep
+        from actorlearner.tools.sweeping.report import report_sweep
 
         code = report_sweep(self._root, self._clock, self._steps)
         if self._signals:
@@ -136,7 +136,7 @@ class Sweep:
 
     def _stop_beaten(self, waiting: list[Trial], running: list[RunningTrial]) -> None:
         """Takes the variants that are beaten out of the race, and their trials from both lists' work."""
-        from actorlearner.tools.sweep_race import find_beaten
+        from actorlearner.tools.sweeping.race import find_beaten
 
         curves: dict[str, dict[int, Any]] = {}
         for trial in self._trials:

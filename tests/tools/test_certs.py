@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from actorlearner import cli
+from actorlearner.runtime.tls.authority import CA_KEY, ROLES, make_certificates, read_certificates
 from actorlearner.runtime.tls.certificates import CA, CERTIFICATE, KEY, make_context
-from actorlearner.tools.certificates import CA_KEY, ROLES, make_certificates, read_certificates
 
 
 def certs(*arguments: object) -> int:

@@ -1,13 +1,29 @@
-"""Waits for a run to be over, for what should end with it: TensorBoard in a container, a script's next step."""
+"""Wait until the run in a directory is over, videos and all.
+
+For what should end with it: TensorBoard in a container, a script's next step.
+"""
 
 from __future__ import annotations
 
+import argparse
 import logging
 import time
 from pathlib import Path
 
 from actorlearner.run.directory import RunDirectory
-from actorlearner.runtime.lifecycle import SAY_EVERY_SECS, ExitCode, Stop
+from actorlearner.runtime.lifecycle import SAY_EVERY_SECS, ExitCode, Stop, run_to_exit
+from actorlearner.runtime.telemetry import set_up_logging
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds which run."""
+    parser.add_argument("root_dir", type=Path, metavar="ROOT_DIR", help="its directory; may be empty yet")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Waits and ends the process; never returns."""
+    set_up_logging()
+    run_to_exit(lambda stop: await_end(arguments.root_dir, stop))
 
 
 def await_end(root_dir: Path, stop: Stop, *, settle_secs: float = 120.0, every_secs: float = 1.0) -> ExitCode:

@@ -8,7 +8,7 @@ import pytest
 
 from actorlearner.run.directory import RunDirectory
 from actorlearner.runtime.lifecycle import ExitCode, Stop
-from actorlearner.tools.ending import await_end
+from actorlearner.tools.await_end import await_end
 
 
 class _CountingStop(Stop):
