@@ -61,7 +61,7 @@ start() { # NAME
   esac
   [ "$role" = learner ] || export CUDA_VISIBLE_DEVICES=-1
   printf -- '--- %(%F %T)T %s: start of %s\n' -1 "$HOSTNAME" "$EXPERIMENT" >>"$logs/$1.log"
-  setsid "$CHECKOUT/launch/keep_running.sh" "$1" "${actorlearner[@]}" "$role" "${flags[@]}" \
+  setsid "${actorlearner[@]}" keep-running "$1" -- actorlearner "$role" "${flags[@]}" \
     </dev/null >>"$logs/$1.log" 2>&1 &
   echo $! >"$logs/$1.pid"
   echo "started"

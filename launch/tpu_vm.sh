@@ -25,7 +25,7 @@ experiment=${1:-sac_minitaur}
 RUN_DIR=${RUN_DIR:-runs/tpu-$(basename "$experiment" .gin)}
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/environment.sh
-. launch/keep_running.sh
+. launch/jobs.sh
 
 for needed in "$TPU_WHEEL" "$TPU_LIBRARY"; do
   [ -r "$needed" ] || fail "$needed is not here: expected a TPU VM made with --version=tpu-vm-tf-2.15.0-pjrt." \
@@ -46,16 +46,16 @@ actorlearner=$venv/bin/actorlearner
 
 # Only one process can hold the TPU, so only the learner gets it. Each role has its own session, so that Ctrl-C reaches only
 # this script.
-TPU_LOAD_LIBRARY=0 setsid launch/keep_running.sh replay-server "$actorlearner" replay-server "${flags[@]}" --port="$PORT" &
+TPU_LOAD_LIBRARY=0 setsid "$actorlearner" keep-running replay-server -- actorlearner replay-server "${flags[@]}" --port="$PORT" &
 replay_server=$!
 TPU_NAME=local NEXT_PLUGGABLE_DEVICE_USE_C_API=true TF_PLUGGABLE_DEVICE_LIBRARY_PATH=$TPU_LIBRARY \
-  setsid launch/keep_running.sh learner "$actorlearner" learner "${flags[@]}" "${server[@]}" --strategy=tpu --tpu=local &
+  setsid "$actorlearner" keep-running learner -- actorlearner learner "${flags[@]}" "${server[@]}" --strategy=tpu --tpu=local &
 learner=$!
-TPU_LOAD_LIBRARY=0 setsid launch/keep_running.sh eval-actor "$actorlearner" eval-actor "${flags[@]}" "${server[@]}" &
+TPU_LOAD_LIBRARY=0 setsid "$actorlearner" keep-running eval-actor -- actorlearner eval-actor "${flags[@]}" "${server[@]}" &
 actors=($!)
 for ((task = 0; task < COLLECT_ACTORS; task++)); do
-  TPU_LOAD_LIBRARY=0 setsid launch/keep_running.sh "collect-actor-$task" "$actorlearner" collect-actor "${flags[@]}" "${server[@]}" \
-    --task="$task" &
+  TPU_LOAD_LIBRARY=0 setsid "$actorlearner" keep-running "collect-actor-$task" -- actorlearner collect-actor "${flags[@]}" \
+    "${server[@]}" --task="$task" &
   actors+=($!)
 done
 

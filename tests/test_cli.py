@@ -14,7 +14,10 @@ import actorlearner
 from actorlearner import cli
 
 ROLES = ["replay-server", "learner", "collect-actor", "eval-actor"]
-TOOLS = ["await-end", "bench", "certs", "check", "drill", "health", "metrics", "report", "sweep", "video"]
+TOOLS = [
+    *("await-end", "bench", "certs", "check", "drill", "health"),
+    *("keep-running", "metrics", "report", "sweep", "video"),
+]
 COMMANDS = ["train", *ROLES, *TOOLS]
 SOURCE_ROOT = Path(actorlearner.__file__).parent.parent
 

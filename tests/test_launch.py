@@ -7,17 +7,14 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from actorlearner.runtime.lifecycle import ExitCode
-
 LAUNCH = Path(__file__).resolve().parent.parent / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 NEW_STYLE = [path for path in SCRIPTS if path.name not in ("bench.sh", "drill.sh", "environment.sh", "local.sh")]
-KEEP_RUNNING = LAUNCH / "keep_running.sh"
+SOURCE_ROOT = LAUNCH.parent / "distributed"
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -36,83 +33,19 @@ def test_shellcheck_finds_nothing(script: Path):
     assert (checked.returncode, checked.stdout) == (0, "")
 
 
-def keep_running(body: str, deadline_secs: float = 30) -> subprocess.CompletedProcess[str]:
-    """Runs `body` in a shell that has keep_running.sh, with pauses of at most a second."""
-    return subprocess.run(
-        ["bash", "-c", f". {KEEP_RUNNING}; longest_pause_secs=0; {body}"],
-        capture_output=True,
-        text=True,
-        timeout=deadline_secs,
-    )
-
-
-@pytest.mark.parametrize(
-    "code", [ExitCode.DONE, ExitCode.USAGE, ExitCode.DATA, ExitCode.CANNOT_CREATE, ExitCode.OCCUPIED]
-)
-def test_a_role_that_has_ended_for_good_is_not_started_again(code: ExitCode):
-    """Settings that are wrong stay wrong; a job that starts them for ever holds its nodes."""
-    kept = keep_running(f"keep_running learner bash -c 'exit {int(code)}'")
-    assert kept.returncode == code
-    assert kept.stderr.count("is process") == 1
-
-
-def test_a_role_that_dies_is_started_again(tmp_path: Path):
-    """kill -9 must not end a run of days."""
-    kept = keep_running(f"keep_running learner bash -c 'mkdir {tmp_path}/once && kill -9 $$ || exit 0'")
-    assert kept.returncode == 0
-    assert "learner ended with exit code 137" in kept.stderr
-    assert kept.stderr.count("is process") == 2
-
-
-def test_a_role_that_keeps_dying_young_is_given_up():
-    """A crash loop without end looks like a training."""
-    kept = keep_running("keep_running learner bash -c 'exit 1'")
-    assert kept.returncode == 1
-    assert kept.stderr.count("is process") == 5
-    assert "died 5 times within 30 s of its start" in kept.stderr
-
-
-def test_sigterm_reaches_the_role_and_its_own_exit_code_comes_back(tmp_path: Path):
-    """A role that is killed instead of asked loses what it learned since its last checkpoint."""
-    role = f"trap 'touch {tmp_path}/saved; exit 143' TERM; echo ready; while :; do sleep 0.1; done"
-    kept = subprocess.Popen([KEEP_RUNNING, "learner", "bash", "-c", role], stdout=subprocess.PIPE, text=True)
-    try:
-        assert kept.stdout.readline() == "ready\n"
-        kept.send_signal(signal.SIGTERM)
-        assert kept.wait(20) == 143
-    finally:
-        kept.kill()
-    assert (tmp_path / "saved").exists()
-
-
-def test_a_role_that_saves_hears_sigterm_once(tmp_path: Path):
-    """At a second one it stops at once: the 28 s of saving a large replay would be lost."""
-    role = f"trap 'echo told >>{tmp_path}/told' TERM; echo ready; while [ ! -e {tmp_path}/saved ]; do sleep 0.1; done"
-    kept = subprocess.Popen([KEEP_RUNNING, "replay-server", "bash", "-c", role], stdout=subprocess.PIPE, text=True)
-    told = tmp_path / "told"
-    try:
-        assert kept.stdout.readline() == "ready\n"
-        for _ in range(3):
-            kept.send_signal(signal.SIGTERM)
-            deadline = time.monotonic() + 20
-            while not told.exists() and time.monotonic() < deadline:
-                time.sleep(0.05)
-        (tmp_path / "saved").touch()
-        assert kept.wait(20) == 0
-    finally:
-        kept.kill()
-    assert told.read_text() == "told\n"
-
-
 def test_ssh_says_which_setting_is_missing():
     said = subprocess.run([LAUNCH / "ssh.sh", "start"], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
     assert said.returncode == 1
     assert "LEARNER_HOST is not set: expected the host of replay server and learner" in said.stderr
 
 
-ROLE = """#!/usr/bin/env bash
+ROLE = f"""#!/usr/bin/env bash
 # Stands where actorlearner is; this test is about who is asked, and what is said of it.
-[ "$1" != --version ] || { echo 1; exit; }
+[ "$1" != --version ] || {{ echo 1; exit; }}
+if [ "$1" = keep-running ]; then
+  export PYTHONPATH={SOURCE_ROOT}
+  exec {sys.executable} -m actorlearner keep-running "$2" -- "$0" "${{@:5}}" # without `actorlearner`
+fi
 [ ! -e "$(dirname "$0")/goes-on" ] || exec sleep 300
 """
 

@@ -90,6 +90,7 @@ MAY_IMPORT = {
         "variable_container",
     },
     "roles.process": {"checkout", "cluster", "flags", "roles", "reports", "experiment", "run", "runtime", "tools"},
+    "tools.keep_running": {"launcher.command", "launcher.restarts", "runtime"},
     "tools.sweep": {"launcher.train", "run", "runtime", "tools.sweeping"},
     "tools.sweeping": {"experiment", "launcher.command", "run", "runtime", "tools.sweeping"},
     "tools": {"checkout", "cluster", "experiment", "flags", "replay", "run", "runtime", "tools", "variable_container"},

@@ -1,0 +1,105 @@
+"""Run a command and restart it when it dies, as `train` does with its roles.
+
+For launchers in other languages: launch/slurm.sbatch, launch/ssh.sh, launch/tpu_vm.sh.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import types
+from collections.abc import Collection, Sequence
+from typing import Optional
+
+from actorlearner.launcher.command import PROGRAM
+from actorlearner.launcher.restarts import DEFAULT_TIMING, KILLED_CODES, Restarts, Timing
+from actorlearner.runtime.lifecycle import FINAL_CODES, ExitCode
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what the command is called, and which of its exit codes end it."""
+    parser.usage = "actorlearner keep-running NAME [options] -- COMMAND [ARGUMENT...]"
+    final = ", ".join(str(int(code)) for code in FINAL_CODES)
+    parser.epilog = (
+        f"Returns the last exit code of COMMAND: 0 when its work is done, one of {final} when a restart cannot help, "
+        "143 after SIGTERM, and that of a command that keeps dying young. `actorlearner` as COMMAND is this program."
+    )
+    parser.add_argument("name", metavar="NAME", help="what log lines call it, such as collect-actor-3")
+    parser.add_argument(
+        "--also_ends_with", type=int, action="append", default=[], metavar="CODE",
+        help="a further exit code that is not answered by a restart; may be repeated",
+    )  # fmt: skip
+    parser.set_defaults(behind_dashes=[])
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Keeps the command running and returns its last exit code."""
+    if not arguments.behind_dashes:
+        print("error: COMMAND is missing: expected it behind --, such as -- actorlearner learner ...", file=sys.stderr)
+        return ExitCode.USAGE
+    program, *rest = arguments.behind_dashes
+    command = [*(PROGRAM if program == "actorlearner" else (program,)), *rest]
+    return Keeper(arguments.name, command, {ExitCode.DONE, *FINAL_CODES, *arguments.also_ends_with}).run()
+
+
+class Keeper:
+    """One command, in one life after another; used from the main thread.
+
+    SIGTERM and SIGINT end it: the first is handed on as SIGTERM, and a process saves then. Later ones are not: a role
+    that hears a second one stops at once, and Slurm tells every process of a job as well as its script.
+    """
+
+    def __init__(
+        self, name: str, command: Sequence[str], final_codes: Collection[int], timing: Timing = DEFAULT_TIMING
+    ):
+        """Args:
+        name: What log lines call the command.
+        command: With its arguments.
+        final_codes: Exit codes that are not answered by a restart.
+        timing: When it is restarted, and when it is given up.
+        """
+        self._name = name
+        self._command = command
+        self._final_codes = frozenset(final_codes)
+        self._restarts = Restarts(timing)
+        self._stopping = threading.Event()
+        self._child: Optional[subprocess.Popen[bytes]] = None
+
+    def run(self) -> int:
+        """Returns the exit code of the last life, 143 where SIGTERM came between two."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(number) != signal.SIG_IGN:  # shells have their background jobs ignore SIGINT
+                signal.signal(number, self._on_signal)
+        while not self._stopping.is_set():
+            began = time.monotonic()
+            self._child = subprocess.Popen(self._command)
+            if self._stopping.is_set():  # it came before the child had a number
+                self._child.terminate()
+            self._log(f"{self._name} is process {self._child.pid}")
+            returncode = self._child.wait()
+            code = returncode if returncode >= 0 else 128 - returncode  # as shells number signals
+            lived_secs = time.monotonic() - began
+            self._log(f"{self._name} ended with exit code {code} after {lived_secs:.0f} s")
+            if self._stopping.is_set() or code in self._final_codes:
+                return code
+            secs = self._restarts.secs_until_next(lived_secs, was_killed=returncode in KILLED_CODES)
+            if secs is None:
+                self._log(f"error: {self._name} died again and again soon after its start, for the reason above.")
+                return code
+            self._log(f"starting {self._name} again in {secs:g} s")
+            self._stopping.wait(secs)
+        return ExitCode.TERMINATED
+
+    def _on_signal(self, number: int, frame: Optional[types.FrameType]) -> None:
+        if not self._stopping.is_set():
+            self._stopping.set()
+            if self._child is not None and self._child.poll() is None:
+                self._child.terminate()
+
+    def _log(self, text: str) -> None:
+        print(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {socket.gethostname()}: {text}", file=sys.stderr, flush=True)
