@@ -107,7 +107,7 @@ def cartpole() -> Iterator[Measure]:
             while not samples or samples[-1]["secs"] < window_secs:
                 time.sleep(every_secs)
                 roles.check()
-                status = read_status(roles.root_dir)
+                status = read_counts(roles.root_dir)
                 memory = {name: read_resident_mb(process.pid) for name, process in roles.processes.items()}
                 samples.append({"secs": time.monotonic() - start, **status, "resident_mb": memory})
             return {"samples": samples}
@@ -115,12 +115,13 @@ def cartpole() -> Iterator[Measure]:
         yield measure
 
 
-def read_status(root_dir: Path) -> Figures:
+def read_counts(root_dir: Path) -> Figures:
     """Returns the train step that status.json has, and when it was written."""
-    import json
+    from actorlearner.run.status import read_status
 
-    status = json.loads((root_dir / "status.json").read_text())
-    return {key: status[key] for key in ("time", "train_step", "environment_steps")}
+    status = read_status(root_dir / "status.json")
+    assert status is not None, f"there is no status in {root_dir}"
+    return {"time": status.time, "train_step": status.train_step, "environment_steps": status.environment_steps}
 
 
 def read_resident_mb(pid: int) -> float:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from actorlearner.launcher.command import train_command
+from actorlearner.run.status import read_status
 from actorlearner.runtime.processes import die_with_parent
 from drills.wire import Wire
 
@@ -107,10 +108,8 @@ class Run:
 
     def status(self) -> dict[str, Any]:
         """Returns the learner's last account of itself; empty when there is none."""
-        try:
-            return dict(json.loads((self.root_dir / "status.json").read_text()))
-        except (OSError, ValueError):
-            return {}
+        status = read_status(self.root_dir / "status.json")
+        return status.to_json() if status else {}
 
     def configured(self, setting: str) -> int:
         """Returns a whole number of the run's operative configuration; 0 when there is none yet."""

@@ -5,12 +5,11 @@ Every fault is real: processes are killed, files damaged, connections cut, bytes
 
 from __future__ import annotations
 
-import contextlib
-import json
 import signal
 import socket
 from collections.abc import Callable
 
+from actorlearner.run.status import read_ended_summary
 from drills.damage import (
     change_experiment,
     change_settings,
@@ -35,8 +34,8 @@ def await_end(run: Run, num_iterations: int) -> Outcome:
     if code:
         outcome.broken.append(f"exit code {code}")
     await_no_process(run, outcome, 2.0)
-    with contextlib.suppress(OSError, ValueError):
-        summary = json.loads((run.root_dir / "summary.json").read_text())
+    summary = read_ended_summary(run.root_dir / "summary.json")
+    if summary:
         outcome.train_step_after = summary["train_steps"]
         evaluated = [evaluation["train_step"] for evaluation in summary["evaluations"]]
         due = {*range(0, num_iterations, run.configured("train.eval_interval") or num_iterations), num_iterations}

@@ -57,7 +57,8 @@ MAY_IMPORT = {
     # What the roles share: the run's files and the messages between actors and learner.
     "reports": {"runtime"},
     "evaluations": {"evaluations", "variable_container", "runtime"},
-    "run.directory": {"runtime"},
+    "run.directory": {"run.status", "runtime"},
+    "run.status": set(),
     "run.starts": {"run.directory"},
     "run.record": {"cluster", "evaluations", "experiment", "reports", "run", "runtime", "variable_container"},
     "run.policies": {"agents.exported", "runtime"},

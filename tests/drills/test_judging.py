@@ -172,7 +172,8 @@ def test_what_a_death_of_all_may_lose_was_collected_since_the_last_checkpoint(ru
         f"--- {began_at} process 7: learner\nI 12:00:00 9000 windows came back from the replay server\n\n"
         f"--- {began_at} process 8: learner\nI 12:00:00 7000 windows came back from the replay server\n"
     )
-    (run.root_dir / "status.json").write_text(json.dumps({"train_step": 1_000, "replay": {"held": 10_000}}))
+    status = {"phase": "training", "train_step": 1_000, "replay": {"held": 10_000}}
+    (run.root_dir / "status.json").write_text(json.dumps(status))
     outcome, before, _ = note_before(run, "SIGKILL everything")
     outcome.transitions_lost = lost
     judge_loss(run, outcome, before, KILLED_AT)
@@ -188,7 +189,8 @@ def test_a_replay_that_does_not_say_what_came_back_is_not_taken_for_one_that_hel
     (run.root_dir / "logs").mkdir()
     log = f"--- 2026-11-23 07:00:00 process 8: replay-server\nI 12:00:00 the replay holds {said}\n"
     (run.root_dir / "logs" / "replay-server-0.log").write_text(log)
-    (run.root_dir / "status.json").write_text(json.dumps({"train_step": 1_000, "replay": {"held": 8_000}}))
+    status = {"phase": "training", "train_step": 1_000, "replay": {"held": 8_000}}
+    (run.root_dir / "status.json").write_text(json.dumps(status))
     outcome, before, _ = note_before(run, "SIGKILL everything")
     judge_loss(run, outcome, before, KILLED_AT)
     assert outcome.verdict.partition(":")[0] == verdict

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import IO, Any, Optional
 
+from actorlearner.run.status import OVER
 from actorlearner.runtime import durable_files
 from actorlearner.runtime.lifecycle import ExitCode, RoleError
 
@@ -144,7 +145,7 @@ class RunDirectory:
     def note_end(self) -> None:
         """Says in status.json that nothing more will come: the curve and the videos are there too."""
         status = self.read_json(self.status) or {}
-        self.write_json(self.status, {**status, "phase": "over", "time": time.time()})
+        self.write_json(self.status, {**status, "phase": OVER, "time": time.time()})
 
     def forget_end(self) -> None:
         """Says in summary.json that the run goes on past the end that it had reached, if it had reached one."""

@@ -20,6 +20,7 @@ from actorlearner.evaluations.queue import (
 )
 from actorlearner.experiment import Experiment
 from actorlearner.run.directory import RunDirectory
+from actorlearner.run.status import Delivered, Status, Summary
 from actorlearner.runtime import messages
 from actorlearner.runtime.messages import Unreachable
 from actorlearner.runtime.row_checks import keep_plausible
@@ -215,7 +216,7 @@ class RunRecord:
 
     def _write_status(self) -> None:
         with self._status_lock:
-            self._directory.write_json(self._directory.status, self._status())
+            self._directory.write_json(self._directory.status, self._status().to_json())
 
     def _rates(self) -> dict[str, Any]:
         with self._rates_lock:
@@ -224,57 +225,46 @@ class RunRecord:
                 "environment_steps_per_sec": self._collect_rate.update(self.environment_steps),
             }
 
-    def _status(self) -> dict[str, Any]:
+    def _status(self) -> Status:
         num_iterations = self._experiment.schedule.num_iterations
         self._replay = replay = self._account()
         self._least_steps = max(self._least_steps, replay.get("inserts", 0))
         rates = self._rates()
         train_rate = rates["train_steps_per_sec"]
-        return {
-            "phase": self._phase,
-            "train_step": self._train_step,
-            "train_step_time": self._train_step_time,
-            "num_iterations": num_iterations,
-            "environment_steps": self.environment_steps,
+        return Status(
+            phase=self._phase,
+            train_step=self._train_step,
+            train_step_time=self._train_step_time,
+            num_iterations=num_iterations,
+            environment_steps=self.environment_steps,
             **rates,
-            "environment_crashes": sum(self._crashes.values()),
-            "last_evaluation": self._ledger.newest(),
-            "seconds_left": (num_iterations - self._train_step) / train_rate if train_rate else None,
-            "waiting_for": self._waiting_for,
-            "replay": replay,
-            "pending_evaluations": self._ledger.pending(),
-            "process": os.getpid(),
-            "time": time.time(),
-        }
+            environment_crashes=sum(self._crashes.values()),
+            last_evaluation=self._ledger.newest(),
+            seconds_left=(num_iterations - self._train_step) / train_rate if train_rate else None,
+            waiting_for=self._waiting_for,
+            replay=replay,
+            pending_evaluations=self._ledger.pending(),
+            process=os.getpid(),
+            time=time.time(),
+        )
 
     def write_summary(self) -> None:
         """Writes summary.json."""
         delivered = self._ledger.delivered()
-        self._directory.write_json(
-            self._directory.summary,
-            {
-                "experiment": self._experiment.name,
-                "seed": self._experiment.seed,
-                "versions": self._versions,
-                "starts": self._directory.read_starts(),
-                "wall_seconds": round(self._wall_secs(), 1),
-                "train_steps": self._train_step,
-                "has_ended": True,
-                "environment_steps": self.environment_steps,
-                "environment_crashes": sum(self._crashes.values()),
-                "evaluations": self._ledger.results(),
-                "delivered": delivered
-                and {
-                    "train_step": delivered.train_step,
-                    "average_return": delivered.average_return,
-                    "return_std": delivered.return_std,
-                    "average_episode_length": delivered.average_episode_length,
-                    "min_episode_length": delivered.min_episode_length,
-                    "num_truncated": delivered.num_truncated,
-                    "num_episodes": delivered.num_episodes,
-                },
-            },
-        )
+        summary: Summary = {
+            "experiment": self._experiment.name,
+            "seed": self._experiment.seed,
+            "versions": self._versions,
+            "starts": self._directory.read_starts(),
+            "wall_seconds": round(self._wall_secs(), 1),
+            "train_steps": self._train_step,
+            "has_ended": True,
+            "environment_steps": self.environment_steps,
+            "environment_crashes": sum(self._crashes.values()),
+            "evaluations": self._ledger.results(),
+            "delivered": _to_delivered(delivered) if delivered else None,
+        }
+        self._directory.write_json(self._directory.summary, summary)
 
     def sync(self) -> None:
         """Returns when what was added to metrics.jsonl is on disk. Raises `OSError`."""
@@ -287,3 +277,15 @@ class RunRecord:
         for thread in self._threads:
             thread.join(timeout=max(0.0, deadline - time.monotonic()))
         self._write_status()
+
+
+def _to_delivered(result: EvaluationResult) -> Delivered:
+    return {
+        "train_step": result.train_step,
+        "average_return": result.average_return,
+        "return_std": result.return_std,
+        "average_episode_length": result.average_episode_length,
+        "min_episode_length": result.min_episode_length,
+        "num_truncated": result.num_truncated,
+        "num_episodes": result.num_episodes,
+    }

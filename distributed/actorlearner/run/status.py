@@ -1,36 +1,76 @@
-"""What the learner says of training in status.json and summary.json, for whoever reads it."""
+"""The schema of status.json and summary.json: what the learner says of training, for whoever reads it.
+
+status.json is replaced every second while a learner lives, summary.json written when training ends. Whoever reads them
+gets a `Status` or a `Summary`; run/record.py writes what these classes hold, and nothing else.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, TypedDict, cast
 
-PHASES_AFTER_EVALUATION = ("reporting", "over")
+OVER = "over"
+PHASES_AFTER_EVALUATION = ("reporting", OVER)
 PHASES_AFTER_TRAINING = ("final evaluation", *PHASES_AFTER_EVALUATION)
 
 
 @dataclasses.dataclass(frozen=True)
 class Status:
-    """The learner's own account of training, from `status.json`. None where it said nothing usable."""
+    """The learner's own account of training, as status.json has it. None where it said nothing usable.
+
+    Attributes:
+      phase: "waiting", "training", or one of `PHASES_AFTER_TRAINING`.
+      train_step: Train steps so far.
+      train_step_time: When the last of them ended, in unix seconds; None before this learner's first.
+      num_iterations: Train steps until training ends.
+      environment_steps: Collected so far.
+      train_steps_per_sec, environment_steps_per_sec: Of the last half minute.
+      environment_crashes: Environments that were replaced after an error.
+      last_evaluation: The result of the latest train step that has one; an entry of `Summary.evaluations`.
+      seconds_left: Until the last train step, at this rate.
+      waiting_for: What, in words; None when nothing is waited for.
+      replay: The account of samples and inserts; its fields depend on the replay.
+      pending_evaluations: Train steps whose results have not come back.
+      process: The learner's process id.
+      time: When this was written, in unix seconds.
+    """
 
     phase: str
     train_step: int = 0
+    train_step_time: Optional[float] = None
     num_iterations: int = 0
-    train_steps_per_sec: Optional[float] = None
     environment_steps: int = 0
+    train_steps_per_sec: Optional[float] = None
     environment_steps_per_sec: Optional[float] = None
-    evaluated_train_step: Optional[int] = None
-    average_return: Optional[float] = None
+    environment_crashes: int = 0
+    last_evaluation: Optional[Mapping[str, Any]] = None
     seconds_left: Optional[float] = None
     waiting_for: Optional[str] = None
+    replay: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    pending_evaluations: Sequence[int] = ()
+    process: int = 0
     time: float = 0.0
 
     @property
     def is_after_training(self) -> bool:
         return self.phase in PHASES_AFTER_TRAINING
+
+    @property
+    def evaluated_train_step(self) -> Optional[int]:
+        step = _number((self.last_evaluation or {}).get("train_step"))
+        return None if step is None else int(step)
+
+    @property
+    def average_return(self) -> Optional[float]:
+        return _number((self.last_evaluation or {}).get("average_return"))
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns what status.json holds."""
+        return dataclasses.asdict(self)
 
 
 def parse_status(text: str) -> Optional[Status]:
@@ -41,26 +81,36 @@ def parse_status(text: str) -> Optional[Status]:
         return None
     if not isinstance(fields, dict) or not isinstance(fields.get("phase"), str):
         return None
-    evaluation = fields.get("last_evaluation")
-    evaluation = evaluation if isinstance(evaluation, dict) else {}
-    evaluated = _number(evaluation.get("train_step"))
-    waiting_for = fields.get("waiting_for")
+
+    def number(name: str) -> Optional[float]:
+        return _number(fields.get(name))
+
+    def count(name: str) -> int:
+        return int(number(name) or 0)
+
+    def of_type(name: str, kind: type) -> Any:
+        return fields[name] if isinstance(fields.get(name), kind) else None
+
     return Status(
         phase=fields["phase"],
-        train_step=int(_number(fields.get("train_step")) or 0),
-        num_iterations=int(_number(fields.get("num_iterations")) or 0),
-        train_steps_per_sec=_number(fields.get("train_steps_per_sec")),
-        environment_steps=int(_number(fields.get("environment_steps")) or 0),
-        environment_steps_per_sec=_number(fields.get("environment_steps_per_sec")),
-        evaluated_train_step=None if evaluated is None else int(evaluated),
-        average_return=_number(evaluation.get("average_return")),
-        seconds_left=_number(fields.get("seconds_left")),
-        waiting_for=waiting_for if isinstance(waiting_for, str) else None,
-        time=_number(fields.get("time")) or 0.0,
+        train_step=count("train_step"),
+        train_step_time=number("train_step_time"),
+        num_iterations=count("num_iterations"),
+        environment_steps=count("environment_steps"),
+        train_steps_per_sec=number("train_steps_per_sec"),
+        environment_steps_per_sec=number("environment_steps_per_sec"),
+        environment_crashes=count("environment_crashes"),
+        last_evaluation=of_type("last_evaluation", dict),
+        seconds_left=number("seconds_left"),
+        waiting_for=of_type("waiting_for", str),
+        replay=of_type("replay", dict) or {},
+        pending_evaluations=of_type("pending_evaluations", list) or [],
+        process=count("process"),
+        time=number("time") or 0.0,
     )
 
 
-def read_status(path: Path, written_after: float) -> Optional[Status]:
+def read_status(path: Path, written_after: float = -math.inf) -> Optional[Status]:
     """Returns the status in the file `path`, or None if there is none yet that this run wrote.
 
     A continued run finds the file of the run before it; only what is newer than `written_after` (unix seconds) counts.
@@ -72,12 +122,75 @@ def read_status(path: Path, written_after: float) -> Optional[Status]:
     return status if status is not None and status.time >= written_after else None
 
 
+class Delivered(TypedDict):
+    """How the policy did that the run hands over; lengths are in environment steps."""
+
+    train_step: int
+    average_return: float
+    return_std: float
+    average_episode_length: float
+    min_episode_length: int
+    num_truncated: int
+    num_episodes: int
+
+
+class Summary(TypedDict):
+    """What summary.json holds.
+
+    Attributes:
+      experiment, seed: What was trained.
+      versions: Of the packages.
+      starts: Of the run; see run/starts.py.
+      wall_seconds: Of training, all starts together.
+      train_steps, environment_steps, environment_crashes: Totals.
+      has_ended: Whether training reached its end and was not resumed past it.
+      evaluations: Results by train step.
+      delivered: Result of the policy handed over; None without one.
+    """
+
+    experiment: str
+    seed: Optional[int]
+    versions: Mapping[str, str]
+    starts: Sequence[Mapping[str, Any]]
+    wall_seconds: float
+    train_steps: int
+    has_ended: bool
+    environment_steps: int
+    environment_crashes: int
+    evaluations: Sequence[Mapping[str, Any]]
+    delivered: Optional[Delivered]
+
+
+_EVALUATION_NUMBERS = (
+    "train_step",
+    "environment_steps",
+    "average_return",
+    "average_episode_length",
+    "num_episodes",
+    "wall_secs",
+)
+_DELIVERED_NUMBERS = (
+    "train_step",
+    "average_return",
+    "average_episode_length",
+    "min_episode_length",
+    "num_episodes",
+)
+_REMEDY = "It is written by the run itself: restore it, or run again in a fresh root_dir"
+
+
+def read_ended_summary(path: Path) -> Optional[Summary]:
+    """Returns the `summary.json` at `path` if it is of a run that has ended and was not resumed since, else None."""
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return cast(Summary, summary) if isinstance(summary, dict) and summary.get("has_ended") is True else None
+
+
 def has_ended(path: Path) -> bool:
     """Returns whether the `summary.json` at `path` is of a run that has nothing left to do but its videos."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8")).get("has_ended") is True
-    except (OSError, ValueError, AttributeError):
-        return False
+    return read_ended_summary(path) is not None
 
 
 def describe_delivered(path: Path) -> Optional[str]:
@@ -93,6 +206,58 @@ def describe_delivered(path: Path) -> Optional[str]:
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def require_summary(root_dir: Path) -> Summary:
+    """Returns a run directory's `summary.json`, checked to hold what the report shows.
+
+    Raises:
+      ValueError: The file is missing, is not JSON, or lacks a field; the message names the file, the field and what
+        to do.
+    """
+    path = root_dir / "summary.json"
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path} does not exist. Pass the directory of a run that has finished or has been stopped in order."
+        ) from None
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or not JSON
+        raise ValueError(f"{path} cannot be read as JSON: {error}. {_REMEDY}") from error
+    problem = find_problem(summary)
+    if problem:
+        raise ValueError(f"{path}: {problem}. {_REMEDY}")
+    return summary
+
+
+def find_problem(summary: Any) -> Optional[str]:
+    """Returns what keeps `summary` from being shown, or None."""
+    if not isinstance(summary, Mapping):
+        return f"expected an object, found {type(summary).__name__}"
+    if not isinstance(summary.get("experiment"), str):
+        return f"'experiment' should be a name, found {summary.get('experiment')!r}"
+    problem = _not_numbers(summary, ("seed", "train_steps", "environment_steps", "wall_seconds"), "")
+    if problem:
+        return problem
+    if not isinstance(summary.get("evaluations"), list):
+        return f"'evaluations' should be a list, found {summary.get('evaluations')!r}"
+    for index, evaluation in enumerate(summary["evaluations"]):
+        problem = _not_numbers(evaluation, _EVALUATION_NUMBERS, f"evaluations[{index}]")
+        if problem:
+            return problem
+    if summary.get("delivered") is not None:
+        return _not_numbers(summary["delivered"], _DELIVERED_NUMBERS, "delivered")
+    return None
+
+
+def _not_numbers(values: Any, names: tuple[str, ...], where: str) -> Optional[str]:
+    """Returns which of `values[name]` is not a number, or None."""
+    if not isinstance(values, Mapping):
+        return f"'{where}' should be an object, found {values!r}"
+    for name in names:
+        if isinstance(values.get(name), bool) or not isinstance(values.get(name), (int, float)):
+            return f"'{where + '.' if where else ''}{name}' should be a number, found {values.get(name)!r}"
+    return None
 
 
 def _number(value: Any) -> Optional[float]:

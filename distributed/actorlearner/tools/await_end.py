@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from actorlearner.run.directory import RunDirectory
+from actorlearner.run.status import OVER, read_status
 from actorlearner.runtime.lifecycle import SAY_EVERY_SECS, ExitCode, Stop, run_to_exit
 from actorlearner.runtime.telemetry import set_up_logging
 
@@ -40,12 +41,13 @@ def await_end(root_dir: Path, stop: Stop, *, settle_secs: float = 120.0, every_s
     began_at = time.time()
     start = said = time.monotonic()
     while True:
-        status = directory.read_json(directory.status) or {}
-        is_new = status.get("time", 0.0) >= began_at
-        if status.get("phase") == "over" and (is_new or time.monotonic() - start > settle_secs):
+        status = read_status(directory.status)
+        is_new = status is not None and status.time >= began_at
+        if status and status.phase == OVER and (is_new or time.monotonic() - start > settle_secs):
             return ExitCode.DONE
         if time.monotonic() - said > SAY_EVERY_SECS * 20:
             said = time.monotonic()
-            logging.info("waiting for the run in %s to end; it is at: %s", root_dir, status.get("phase", "nothing yet"))
+            phase = status.phase if status else "nothing yet"
+            logging.info("waiting for the run in %s to end; it is at: %s", root_dir, phase)
         if stop.wait(every_secs):
             return stop.exit_code

@@ -3,38 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import pathlib
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any
 
+from actorlearner.run.status import find_problem, require_summary
 from actorlearner.runtime import durable_files
 from actorlearner.runtime.lifecycle import ExitCode
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PathLike = Union[str, "os.PathLike[str]"]
-Summary = Mapping[str, Any]
-
-_EVALUATION_FIELDS = (
-    "train_step",
-    "environment_steps",
-    "average_return",
-    "average_episode_length",
-    "num_episodes",
-    "wall_secs",
-)
-_DELIVERED_FIELDS = (
-    "train_step",
-    "average_return",
-    "average_episode_length",
-    "min_episode_length",
-    "num_episodes",
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,44 +31,21 @@ def run(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return ExitCode.USAGE
-    print(format_summary(json.loads((arguments.root_dir / "summary.json").read_text())))
+    print(format_summary(require_summary(arguments.root_dir)))
     print(path)
     return ExitCode.DONE
 
 
-def read_summary(root_dir: PathLike) -> dict[str, Any]:
-    """Returns a run directory's `summary.json`, checked to hold what the report shows.
-
-    Raises:
-      ValueError: The file is missing, is not JSON, or lacks a field; the message names the file, the field and what
-        to do.
-    """
-    path = pathlib.Path(root_dir) / "summary.json"
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(
-            f"{path} does not exist. Pass the directory of a run that has finished or has been stopped in order."
-        ) from None
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or not JSON
-        raise ValueError(f"{path} cannot be read as JSON: {error}. {_REMEDY}") from error
-    problem = _problem(summary)
-    if problem:
-        raise ValueError(f"{path}: {problem}. {_REMEDY}")
-    return summary
-
-
-def write_learning_curve(root_dir: PathLike) -> pathlib.Path:
+def write_learning_curve(root_dir: pathlib.Path) -> pathlib.Path:
     """Returns the path of the `learning_curve.png` it wrote into the run directory, from its `summary.json`.
 
     Needs no display. Replaces an older picture only when the new one is complete: call it as often as you like.
 
     Raises:
-      ValueError: As `read_summary`; or the run was never evaluated, so there is nothing to draw.
+      ValueError: As `require_summary`; or the run was never evaluated, so there is nothing to draw.
       OSError: The directory cannot be written.
     """
-    root_dir = pathlib.Path(root_dir)
-    summary = read_summary(root_dir)
+    summary = require_summary(root_dir)
     if not summary["evaluations"]:
         raise ValueError(
             f"{root_dir / 'summary.json'} has no evaluations, so there is no curve to draw. Train past the first"
@@ -102,7 +61,7 @@ def write_learning_curve(root_dir: PathLike) -> pathlib.Path:
     return path
 
 
-def make_learning_curve(summary: Summary) -> Figure:
+def make_learning_curve(summary: Mapping[str, Any]) -> Figure:
     """Returns a figure of the average return over train steps, with the delivered policy marked by a star.
 
     A thin vertical line is where the run was resumed with other settings.
@@ -152,13 +111,13 @@ def make_learning_curve(summary: Summary) -> Figure:
     return figure
 
 
-def format_summary(summary: Summary) -> str:
+def format_summary(summary: Mapping[str, Any]) -> str:
     """Returns the evaluations and the delivered policy as a plain-text table, ready to print; no trailing newline.
 
     Raises:
       ValueError: A field is missing or of the wrong kind; the message names it.
     """
-    problem = _problem(summary)
+    problem = find_problem(summary)
     if problem:
         raise ValueError(f"The summary cannot be shown: {problem}.")
     delivered = summary.get("delivered")
@@ -203,43 +162,10 @@ def format_summary(summary: Summary) -> str:
     return "\n".join(lines)
 
 
-def _changed_starts(summary: Summary) -> list[Mapping[str, Any]]:
+def _changed_starts(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Returns the starts that something differs in from the one before; runs of earlier versions list none."""
     starts = summary.get("starts") or []
     return [start for start in starts if start.get("differs") and isinstance(start.get("train_step"), int)]
-
-
-_REMEDY = "It is written by the run itself: restore it, or run again in a fresh root_dir"
-
-
-def _problem(summary: Any) -> str | None:
-    """Returns what keeps `summary` from being shown, or None."""
-    if not isinstance(summary, Mapping):
-        return f"expected an object, found {type(summary).__name__}"
-    if not isinstance(summary.get("experiment"), str):
-        return f"'experiment' should be a name, found {summary.get('experiment')!r}"
-    problem = _not_numbers(summary, ("seed", "train_steps", "environment_steps", "wall_seconds"), "")
-    if problem:
-        return problem
-    if not isinstance(summary.get("evaluations"), list):
-        return f"'evaluations' should be a list, found {summary.get('evaluations')!r}"
-    for index, evaluation in enumerate(summary["evaluations"]):
-        problem = _not_numbers(evaluation, _EVALUATION_FIELDS, f"evaluations[{index}]")
-        if problem:
-            return problem
-    if summary.get("delivered") is not None:
-        return _not_numbers(summary["delivered"], _DELIVERED_FIELDS, "delivered")
-    return None
-
-
-def _not_numbers(values: Any, names: tuple[str, ...], where: str) -> str | None:
-    """Returns which of `values[name]` is not a number, or None."""
-    if not isinstance(values, Mapping):
-        return f"'{where}' should be an object, found {values!r}"
-    for name in names:
-        if isinstance(values.get(name), bool) or not isinstance(values.get(name), (int, float)):
-            return f"'{where + '.' if where else ''}{name}' should be a number, found {values.get(name)!r}"
-    return None
 
 
 def _number(value: float) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from actorlearner.flags import non_negative
+from actorlearner.run.status import has_ended
 from actorlearner.runtime.lifecycle import ExitCode, RoleError, Stop, run_to_exit
 from actorlearner.runtime.telemetry import set_up_logging
 
@@ -133,16 +133,13 @@ def _trained_act(root_dir: Path) -> tuple[Act, str]:
     from actorlearner.tools.recording.policies import load_saved_policy
 
     act, train_step = load_saved_policy(root_dir / "policies" / "greedy_policy")
-    try:
-        has_ended = bool(json.loads((root_dir / "summary.json").read_text(encoding="utf-8")).get("has_ended", True))
-    except (OSError, ValueError, AttributeError):
-        has_ended = False
-    if not train_step and not has_ended:
+    is_over = has_ended(root_dir / "summary.json")
+    if not train_step and not is_over:
         raise ValueError(
             f"No trained policy in {root_dir} yet: that of train step 0 is there. A run puts its newest policy into"
             " policies/ with each checkpoint."
         )
-    of = "of a run that has ended" if has_ended else "of a run that has not ended"
+    of = "of a run that has ended" if is_over else "of a run that has not ended"
     return act, f"the policy of train step {train_step:,} {of}"
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Optional, Union
 
 from actorlearner.run.directory import RunDirectory
 from actorlearner.runtime.lifecycle import ExitCode
-from actorlearner.tools.sweeping import statistics as statistics
+from actorlearner.tools.sweeping import statistics
 from actorlearner.tools.sweeping.grid import AnotherSweep, Grid, read_asked
 from actorlearner.tools.sweeping.trials import Trial
 
@@ -82,7 +82,7 @@ def _describe_state(trial: Trial, failure: Optional[dict[str, Any]], beaten: Opt
     if beaten:
         return beaten
     status = trial.read_status()
-    return f"not ended: at train step {status['train_step']:,}" if "train_step" in status else "not started"
+    return f"not ended: at train step {status.train_step:,}" if status else "not started"
 
 
 def collect_points(

@@ -167,7 +167,8 @@ class Sweep:
         return started
 
     def _say_news(self, running: RunningTrial) -> None:
-        evaluation = running.trial.read_status().get("last_evaluation")
+        status = running.trial.read_status()
+        evaluation = status and status.last_evaluation
         if evaluation and evaluation["train_step"] != running.said_step:
             if running.said_step is not None or not running.goes_on:
                 self._say(
@@ -243,6 +244,6 @@ def _describe_progress(trial: Trial) -> str:
     status = trial.read_status()
     if not status:
         return f"{trial.name}: starting"
-    words = f"{trial.name}: {status.get('train_step', 0):,} of {status.get('num_iterations', 0):,} train steps"
-    evaluation = status.get("last_evaluation")
+    words = f"{trial.name}: {status.train_step:,} of {status.num_iterations:,} train steps"
+    evaluation = status.last_evaluation
     return words + (f", {evaluation['average_return']:,.2f} at {evaluation['train_step']:,}" if evaluation else "")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any, Optional
 
 from actorlearner.run.directory import RunDirectory
+from actorlearner.run.status import Delivered, Status, has_ended, read_ended_summary, read_status
 from actorlearner.runtime.processes import BARE_PYTHON, command_tied_to_parent
 
 STOP_SECS = 40.0  # a launcher that was told to stop takes 20 s at most, and its guard kills what is left
@@ -58,23 +59,19 @@ class Trial:
 
     def has_ended(self) -> bool:
         """Returns whether training came to its end."""
-        summary = RunDirectory(self.root_dir)
-        content = summary.read_json(summary.summary)
-        return isinstance(content, dict) and content.get("has_ended") is True
+        return has_ended(RunDirectory(self.root_dir).summary)
 
-    def read_status(self) -> dict[str, Any]:
-        """Returns what the learner last said of itself; empty before that."""
-        directory = RunDirectory(self.root_dir)
-        status = directory.read_json(directory.status)
-        return status if isinstance(status, dict) else {}
+    def read_status(self) -> Optional[Status]:
+        """Returns what the learner last said of itself; None before that."""
+        return read_status(RunDirectory(self.root_dir).status)
 
     def read_evaluations(self) -> list[dict[str, Any]]:
         """Returns the evaluations so far, by train step: of the summary if it has ended, else of metrics.jsonl."""
         directory = RunDirectory(self.root_dir)
-        summary = directory.read_json(directory.summary)
-        found: list[dict[str, Any]] = []
-        if isinstance(summary, dict) and summary.get("has_ended") is True:
-            found = summary["evaluations"]
+        summary = read_ended_summary(directory.summary)
+        found: list[Any] = []
+        if summary:
+            found = list(summary["evaluations"])
         else:
             with contextlib.suppress(OSError), open(directory.metrics) as lines:
                 for line in lines:
@@ -84,13 +81,10 @@ class Trial:
         by_step = {entry["train_step"]: entry for entry in found if entry.get("average_return") is not None}
         return [by_step[step] for step in sorted(by_step)]
 
-    def read_delivered(self) -> Optional[dict[str, Any]]:
+    def read_delivered(self) -> Optional[Delivered]:
         """Returns what the ended run hands over; None if it has not ended, or hands over nothing."""
-        directory = RunDirectory(self.root_dir)
-        summary = directory.read_json(directory.summary)
-        if isinstance(summary, dict) and summary.get("has_ended") is True:
-            return summary.get("delivered")
-        return None
+        summary = read_ended_summary(RunDirectory(self.root_dir).summary)
+        return summary.get("delivered") if summary else None
 
     def read_last_error(self) -> str:
         """Returns the last line that its newest launcher wrote of an error, or wrote at all."""
