@@ -120,7 +120,7 @@ def test_who_is_let_in_fills_a_queue_of_the_roles_own(outsider):
 
 
 def test_who_is_let_in_ends_a_run_by_announcing_the_end_again_and_again(outsider):
-    """One announcement is not believed, since the learner's next heartbeat contradicts it; one after each heartbeat is."""
+    """One announcement is not believed: the learner's next heartbeat contradicts it. One after each heartbeat is."""
     belief = Belief()
     believed = []
     for _ in range(2):
