@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import actorlearner
-from actorlearner import cli
+from actorlearner import cli, tools
 
 ROLES = ["replay-server", "learner", "collect-actor", "eval-actor"]
 TOOLS = [
@@ -50,6 +51,30 @@ def test_every_command_has_help(command, capsys):
         cli.main([command, "--help"])
     assert raised.value.code == 0
     assert capsys.readouterr().out.startswith(f"usage: actorlearner {command} ")
+
+
+TOOL = '''"""Say hello to somebody."""
+
+
+def add_arguments(parser):
+    parser.add_argument("name")
+
+
+def run(arguments):
+    print("hello", arguments.name)
+    return 0
+'''
+
+
+def test_a_new_tool_is_one_new_file(tmp_path, monkeypatch, capsys):
+    """What changes existing lines for each tool ends with a door that nobody can read."""
+    (tmp_path / "say_hello.py").write_text(TOOL)
+    monkeypatch.setattr(tools, "__path__", [*tools.__path__, str(tmp_path)])
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert re.search(r"say-hello +say hello to somebody\n", capsys.readouterr().out)
+    assert cli.main(["say-hello", "you"]) == 0
+    assert capsys.readouterr().out == "hello you\n"
 
 
 @pytest.mark.parametrize("command", ROLES)
