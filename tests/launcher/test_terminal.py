@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from actorlearner.launcher.terminal import describe_secs, describe_status
+from actorlearner.launcher.terminal import describe_status
 from actorlearner.run.status import parse_status
 
 FULL_STATUS = {
@@ -45,10 +45,3 @@ def test_unusable_figures_are_left_out(value):
     fields = ("train_steps_per_sec", "environment_steps_per_sec", "seconds_left", "train_step", "last_evaluation")
     text = '{"phase": "training", ' + ", ".join(f'"{field}": {value}' for field in fields) + "}"
     assert describe_status(parse_status(text)) == "training: 0 train steps; 0 environment steps"
-
-
-@pytest.mark.parametrize(
-    ("secs", "words"), [(-1, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (303, "5 min 03 s"), (11_100, "3 h 05 min")]
-)
-def test_durations_read_well(secs, words):
-    assert describe_secs(secs) == words

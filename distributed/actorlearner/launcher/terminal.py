@@ -18,6 +18,7 @@ from rich.text import Text
 
 from actorlearner.launcher.restarts import DEFAULT_TIMING, Timing
 from actorlearner.run.status import Status
+from actorlearner.runtime.durations import describe_secs
 
 _COLOURS = ("cyan", "green", "magenta", "yellow", "blue", "bright_cyan", "bright_green", "bright_magenta")
 
@@ -49,16 +50,6 @@ def describe_status(status: Status | None, age_secs: float = 0.0, timing: Timing
     if status is None:
         return "starting: waiting for the learner"
     return f"{_phase(status)}: {describe_steps(status)}; {describe_rest(status, age_secs, timing)}"
-
-
-def describe_secs(secs: float) -> str:
-    """Returns `42 s`, `5 min 03 s` or `3 h 05 min`."""
-    whole = max(0, round(secs))
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def _phase(status: Status) -> str:

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from actorlearner.run.status import find_problem, require_summary
 from actorlearner.runtime import durable_files
+from actorlearner.runtime.durations import describe_secs
 from actorlearner.runtime.lifecycle import ExitCode
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -123,7 +123,7 @@ def format_summary(summary: Mapping[str, Any]) -> str:
     delivered = summary.get("delivered")
     title = (
         f"{summary['experiment']}, seed {summary['seed']}: {summary['train_steps']:,} train steps,"
-        f" {summary['environment_steps']:,} environment steps, {_duration(summary['wall_seconds'])}"
+        f" {summary['environment_steps']:,} environment steps, {describe_secs(summary['wall_seconds'])}"
     )
     lines = [title, ""]
     header = ("train step", "environment steps", "average return", "average length", "episodes", "time")
@@ -134,7 +134,7 @@ def format_summary(summary: Mapping[str, Any]) -> str:
             _number(evaluation["average_return"]),
             _number(evaluation["average_episode_length"]),
             f"{evaluation['num_episodes']:,}",
-            _duration(evaluation["wall_secs"]),
+            describe_secs(evaluation["wall_secs"]),
         )
         for evaluation in sorted(summary["evaluations"], key=lambda evaluation: evaluation["train_step"])
     ]
@@ -173,13 +173,3 @@ def _number(value: float) -> str:
     if math.isfinite(value) and value == int(value):
         return f"{value:,.0f}"
     return f"{value:,.1f}" if abs(value) >= 100 else f"{value:.4g}"
-
-
-def _duration(seconds: float) -> str:
-    """Returns `seconds` as 43 s, 4 min 03 s or 1 h 02 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole // 60 % 60:02d} min"

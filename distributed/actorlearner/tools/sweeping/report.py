@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, Union
 
 from actorlearner.run.directory import RunDirectory
+from actorlearner.runtime import durable_files
 from actorlearner.runtime.lifecycle import ExitCode
 from actorlearner.tools.sweeping import statistics
 from actorlearner.tools.sweeping.grid import AnotherSweep, Grid, read_asked
@@ -195,7 +196,7 @@ def write_picture(
     partial = path.with_name(f".{path.stem}.{os.getpid()}.partial.png")
     try:
         make_picture(title, runs, states, clock).savefig(partial, dpi=120)
-        os.replace(partial, path)
+        durable_files.put_in_place(partial, path)
     finally:
         partial.unlink(missing_ok=True)
     return path
