@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import pty
@@ -19,8 +18,6 @@ from pathlib import Path
 import pytest
 
 import actorlearner
-from actorlearner.launcher import local
-from actorlearner.runtime.ports import find_free_ports
 
 DEADLINE_SECS = 10.0  # of every wait; a test that holds does not come near it
 SOURCE_ROOT = Path(actorlearner.__file__).parent.parent
@@ -75,12 +72,13 @@ wait_for(lambda: False)
 LAUNCH = """
 import json, pathlib, signal, sys
 from actorlearner.launcher import local
+from actorlearner.launcher.options import LocalOptions
 from actorlearner.launcher.restarts import Timing
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may be ignoring it, as under nohup
 options = json.loads(sys.argv[1])
 timing = Timing(**options.pop("timing"))
 options["root_dir"] = pathlib.Path(options["root_dir"])
-sys.exit(local.run_local(local.LocalOptions(timing=timing, **{
+sys.exit(local.run_local(LocalOptions(timing=timing, **{
     k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})))
 """
 
@@ -224,61 +222,6 @@ def test_launcher_starts_without_the_heavy_imports():
     program = f"import sys, actorlearner.launcher.local; print([name for name in {heavy} if name in sys.modules])"
     environment = {**os.environ, "PYTHONPATH": str(SOURCE_ROOT)}
     assert subprocess.check_output([sys.executable, "-c", program], env=environment, text=True).strip() == "[]"
-
-
-def test_every_role_gets_its_own_flags_and_no_other():
-    options = local.LocalOptions(
-        experiment="dqn_cartpole",
-        root_dir=Path("runs/x"),
-        seed=7,
-        gin_bindings=("train.gamma = 0.9", "train.num_iterations = 3"),
-        learner_flags=("--strategy=mirrored",),
-        command=("actorlearner",),
-    )
-    common = [
-        "dqn_cartpole",
-        "--replay_address=127.0.0.1:4321",
-        "--variables_address=127.0.0.1:4321",
-        "--task=0",
-        "--root_dir=runs/x",
-        "--seed=7",
-        "--gin_bindings=train.gamma = 0.9",
-        "--gin_bindings=train.num_iterations = 3",
-    ]
-    for kind, own in (
-        ("replay-server", ["--port=4321", "--local_only"]),
-        ("learner", ["--strategy=mirrored"]),
-        ("eval-actor", []),
-        ("collect-actor", []),
-    ):
-        assert local.make_command(options, kind, task=0, ports=[4321]) == ["actorlearner", kind, *common, *own]
-    assert "--seed=" not in " ".join(local.make_command(dataclasses.replace(options, seed=None), "learner", 0, [1]))
-
-
-def test_of_several_replay_servers_each_listens_on_its_own_port_and_the_first_has_the_variables():
-    options = local.LocalOptions("dqn_cartpole", Path("runs/x"), command=("actorlearner",))
-    second = local.make_command(options, "replay-server", task=1, ports=[1, 2])
-    assert {"--replay_address=127.0.0.1:1,127.0.0.1:2", "--task=1", "--port=2"} < set(second)
-    assert "--variables_address=127.0.0.1:1" in second
-    assert len(set(find_free_ports(20))) == 20
-
-
-def test_all_but_the_replay_server_go_through_the_proxy_in_front_of_it():
-    """A role that goes round it never feels what happens there."""
-    options = local.LocalOptions("dqn_cartpole", Path("runs/x"), via="127.0.0.1:9", command=("actorlearner",))
-    for kind in ("learner", "eval-actor", "collect-actor"):
-        command = local.make_command(options, kind, task=0, ports=[1])
-        assert {"--replay_address=127.0.0.1:9", "--variables_address=127.0.0.1:9"} < set(command)
-    server = local.make_command(options, "replay-server", task=0, ports=[1])
-    assert {"--replay_address=127.0.0.1:1", "--variables_address=127.0.0.1:1", "--port=1"} < set(server)
-    with pytest.raises(ValueError, match="via is 127.0.0.1:9, a proxy in front of one replay server"):
-        dataclasses.replace(options, num_replay_servers=2)
-
-
-@pytest.mark.parametrize("counts", [{"num_collect_actors": 0}, {"num_eval_actors": -1}, {"num_replay_servers": 0}])
-def test_impossible_counts_are_refused(counts):
-    with pytest.raises(ValueError, match=next(iter(counts))):
-        local.LocalOptions(experiment="x", root_dir=Path("x"), **counts)
 
 
 def test_root_dir_that_cannot_be_made_is_said_before_anything_starts(launch):

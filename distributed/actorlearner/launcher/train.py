@@ -10,6 +10,7 @@ from pathlib import Path
 
 from actorlearner.cluster import check_address
 from actorlearner.flags import add_experiment_flags, add_learner_flags, choose_seed
+from actorlearner.launcher.options import LocalOptions
 from actorlearner.runtime.lifecycle import ExitCode, RoleError
 
 
@@ -56,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         if arguments.via:
             check_address("via", arguments.via)
-        options = local.LocalOptions(
+        options = LocalOptions(
             experiment=arguments.experiment,
             root_dir=root_dir,
             num_collect_actors=arguments.num_collect_actors,
