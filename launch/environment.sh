@@ -1,16 +1,16 @@
-# Sourced, not run: makes .venv of this checkout from the lock files when it is missing or stale.
+# To be sourced: makes this checkout's .venv from the lock files if it is missing or stale.
 #
 #   . launch/environment.sh
 #   set_up_environment run      what training needs: requirements.lock
-#   set_up_environment test     and what the tests need: requirements-test.lock
-#   set_up_peers                beside it .venv-bench, which `actorlearner bench` measures against: requirements-bench.lock
+#   set_up_environment test     and the test tools: requirements-test.lock
+#   set_up_peers                .venv-bench, with the references of `actorlearner bench`: requirements-bench.lock
 #
-# `set_up_environment` returns when .venv is ready, which takes some tens of milliseconds if it already was; otherwise it
-# says each thing it does in one line on stderr. On an error it says the cause and the remedy and ends the shell.
+# `set_up_environment` returns when .venv is ready, within some tens of milliseconds if it already was; otherwise it prints
+# each step in one line on stderr. On an error it prints the cause and the remedy and exits the shell.
 #
-# .venv/setup-stamp says what .venv was made from. While .venv is being made it says "incomplete", so an interrupted set-up
-# is made anew. Two locks in .setup/: `making` is held while .venv is made; `in-use` is shared by whatever runs out of .venv
-# (it stays open across exec, as file descriptor 8), so that no start replaces .venv under a running training.
+# .venv/setup-stamp records what .venv was made from. It says "incomplete" while .venv is being made, so an interrupted
+# set-up is repeated. There are two locks in .setup/: `making` is held while .venv is made; `in-use` is shared by all
+# processes that run from .venv (it stays open across exec, as file descriptor 8), so that none replaces .venv under them.
 #
 # PYTHON=/path/to/python chooses the interpreter, if it is a CPython 3.9-3.11.
 
@@ -106,7 +106,7 @@ make_environment() { # run|test
   fi
 }
 
-# The test lock holds the versions of the run lock and more, so it is added under a running training without harm.
+# The test lock has the versions of the run lock and more, so it can be added while a training runs.
 add_test_tools() {
   say "adding the test tools to $venv"
   { command -v uv >/dev/null && install_locked uv requirements-test.lock; } || install_locked pip requirements-test.lock ||
@@ -121,7 +121,7 @@ fail_to_install() { # LOCKFILE
     "Disk: .venv takes 2.5 GB. Then start again; what was downloaded is kept."
 }
 
-# Leaves nothing there but a stamp, and that from the first moment on: without one it would be taken for someone else's.
+# Empties the directory except for a stamp, written first: a directory without one would be taken for someone else's.
 clear_environment() { # DIRECTORY
   local entry
   mkdir -p "$1" && echo incomplete >"$1/setup-stamp" || return
@@ -138,7 +138,7 @@ install_locked() { # uv|pip LOCKFILE
   install "$1" $tools && install "$1" --no-build-isolation --no-deps -r "$lock" && compile_bytecode
 }
 
-# Does on every core what pip does on one, in half a minute instead of one; what does not compile is never imported.
+# Compiles on every core, in half the time of pip on one; files that do not compile are never imported.
 compile_bytecode() {
   "$venv/bin/python" -m compileall -q -j 0 "$venv/lib" >/dev/null 2>&1 || true
 }
