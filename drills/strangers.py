@@ -18,7 +18,7 @@ import tree
 from actorlearner.replay.chunks import EXPERIENCE_TABLE, STREAM_TABLE
 from actorlearner.replay.servers import JOINED_TABLE
 from actorlearner.replay.windows import REPLAY_TABLE
-from actorlearner.reports import LAST_WORDS_TABLE
+from actorlearner.reports import EXIT_REASONS_TABLE
 from actorlearner.runtime.messages import read_server_info
 from actorlearner.runtime.tls.tunnel import reach
 from actorlearner.variable_container import VERSION_TABLE, Phase, read_version
@@ -45,7 +45,7 @@ def hostile_rows(table: str, signature: Any, num_steps: int = 2) -> Iterator[Any
       signature: Its nest of tensor specs.
       num_steps: Steps in an item of a table of windows.
     """
-    if table == LAST_WORDS_TABLE:
+    if table == EXIT_REASONS_TABLE:
         yield from (_text(signature, json.dumps(words)) for words in WORDS)
     elif table == JOINED_TABLE:
         yield _text(signature, ",".join(f"127.0.0.1:{port}" for port in range(1, 31)))

@@ -13,7 +13,7 @@ import pytest
 from actorlearner import reports
 from actorlearner.evaluations import queue
 from actorlearner.evaluations.queue import EvaluationResult, Purpose, take_evaluation_results
-from actorlearner.reports import Attendance, CollectReport, LastWords, NewestReport
+from actorlearner.reports import Attendance, CollectReport, ExitReason, NewestReport
 from actorlearner.runtime import messages
 from actorlearner.runtime.lifecycle import ExitCode, RoleError
 from actorlearner.runtime.messages import Unreachable
@@ -76,18 +76,18 @@ def test_a_report_to_a_server_that_is_away_is_no_error_of_the_actor(unused_addre
         reports.take_collect_reports(unused_address, timeout_secs=1)
 
 
-WORDS = LastWords("collect-actor", 3, 65, "after 1,500 environment steps observation[2] = nan")
+WORDS = ExitReason("collect-actor", 3, 65, "after 1,500 environment steps observation[2] = nan")
 
 
 def test_last_words_arrive_whole_or_cut_to_the_room_there_is(address):
     """The reason for an end is worth nothing on another host's disk; a long one must not get lost either."""
     long = dataclasses.replace(WORDS, message='\u00e4\n"' * 5_000)
-    assert reports.leave_last_words(address, WORDS, timeout_secs=30)
-    assert reports.leave_last_words(address, long, timeout_secs=30)
-    first, second = reports.take_last_words(address)
+    assert reports.send_exit_reason(address, WORDS, timeout_secs=30)
+    assert reports.send_exit_reason(address, long, timeout_secs=30)
+    first, second = reports.take_exit_reasons(address)
     assert first == WORDS
     assert len(second.message) > 100 and long.message.startswith(second.message)
-    assert not reports.take_last_words(address)
+    assert not reports.take_exit_reasons(address)
 
 
 @pytest.mark.parametrize(
@@ -107,20 +107,20 @@ def test_last_words_arrive_whole_or_cut_to_the_room_there_is(address):
 def test_a_strangers_last_words_are_left_out(address, text):
     """Whoever reaches the port could end the run with one row, or hide the reason that an actor gives."""
     row = np.frombuffer(text.ljust(2_000, b"\0"), np.uint8)
-    messages.Sender(address).put(reports.LAST_WORDS_TABLE, {"text": row}, 30)
-    assert reports.leave_last_words(address, WORDS, timeout_secs=30)
-    assert reports.take_last_words(address) == [WORDS]
+    messages.Sender(address).put(reports.EXIT_REASONS_TABLE, {"text": row}, 30)
+    assert reports.send_exit_reason(address, WORDS, timeout_secs=30)
+    assert reports.take_exit_reasons(address) == [WORDS]
 
 
 def test_last_words_cannot_write_to_the_terminal(address):
     """Whoever follows the log would see what a stranger draws over it."""
-    assert reports.leave_last_words(address, dataclasses.replace(WORDS, message="\x1b[2J\x07gone"), timeout_secs=30)
-    (words,) = reports.take_last_words(address)
+    assert reports.send_exit_reason(address, dataclasses.replace(WORDS, message="\x1b[2J\x07gone"), timeout_secs=30)
+    (words,) = reports.take_exit_reasons(address)
     assert words.message == "?[2J?gone"
 
 
 def test_last_words_that_nobody_takes_hold_nobody_up(unused_address):
-    assert not reports.leave_last_words(unused_address, WORDS)
+    assert not reports.send_exit_reason(unused_address, WORDS)
 
 
 class Clock:
@@ -134,17 +134,17 @@ def test_nobody_waits_for_actors_that_have_all_ended_for_good():
     """A learner that starves after a NaN was started again for ever, on a machine that others wait for."""
     clock = Clock()
     attendance = Attendance(60.0, clock)
-    attendance.require_hope("collect-actor")
+    attendance.raise_if_all_failed("collect-actor")
     clock.now = 100.0
     attendance.note_end(WORDS)
     clock.now = 101.0
     attendance.note_life("collect-actor")  # its own last report
     clock.now = 161.0
-    attendance.require_hope("collect-actor")
-    attendance.require_hope("eval-actor")
+    attendance.raise_if_all_failed("collect-actor")
+    attendance.raise_if_all_failed("eval-actor")
     clock.now = 162.0
     with pytest.raises(RoleError, match=r"collect-actor 3 ended for good .* observation\[2\] = nan") as raised:
-        attendance.require_hope("collect-actor")
+        attendance.raise_if_all_failed("collect-actor")
     assert raised.value.exit_code == ExitCode.DATA
 
 
@@ -156,7 +156,7 @@ def test_an_actor_that_ended_long_ago_does_not_end_a_run_whose_others_are_out_of
     clock.now = 3_600.0
     attendance.note_life("collect-actor")
     clock.now = 7_200.0
-    attendance.require_hope("collect-actor")
+    attendance.raise_if_all_failed("collect-actor")
 
 
 def test_reports_of_a_time_without_a_server_become_one_and_nobody_waits_for_it(serve):

@@ -40,9 +40,9 @@ def add_experiment_flags(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--hang_secs", type=seconds, default=os.environ.get("ACTORLEARNER_HANG_SECS") or HANG_SECS, metavar="SECS",
-        help="a role that steps no environment, makes no train step and answers no request for so long, and does not "
-        "wait for a peer, has hung: it writes where each of its threads is and ends, to be started again; far more "
-        f"than a start takes, or 0: never (default: the environment's ACTORLEARNER_HANG_SECS, else {HANG_SECS:g})",
+        help="a role without progress (environment step, train step, answered request) for so long, that does not wait "
+        "for a peer, has hung: it writes the stacks of its threads and exits, to be restarted; far more than a start "
+        f"takes, or 0: never (default: the environment's ACTORLEARNER_HANG_SECS, else {HANG_SECS:g})",
     )  # fmt: skip
 
 
@@ -69,12 +69,12 @@ def add_peer_flags(parser: argparse.ArgumentParser) -> None:
         "(default: the environment's ACTORLEARNER_TLS_DIR, else none)",
     )  # fmt: skip
     parser.add_argument(
-        "--health_file", type=Path, metavar="FILE", help="touched while this role goes on: see actorlearner health"
+        "--health_file", type=Path, metavar="FILE", help="touched while it makes progress; see actorlearner health"
     )
     parser.add_argument(
         "--final_code_file", type=Path, metavar="FILE",
-        help="where starting again cannot help, write the exit code there and end with 0: for supervisors that start "
-        "again whatever fails",
+        help="on an error that a restart does not help, write the exit code there and exit with 0: for supervisors "
+        "that restart whatever fails",
     )  # fmt: skip
 
 

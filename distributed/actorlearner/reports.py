@@ -1,7 +1,7 @@
-"""What actors tell the learner, which keeps the run's record: counts of collected steps, and why one ended for good.
+"""What actors report to the learner, which keeps the run's record: counts of collected steps, and exit reasons.
 
 collect actor --counts--> [collect_reports] --take--> learner
-either --why it ended for good--> [last_words] --take--> learner
+any actor --exit reason--> [last_words] --take--> learner
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from actorlearner.runtime.messages import Unreachable
 from actorlearner.runtime.row_checks import MAX_TASK, say_left_out
 from actorlearner.runtime.rows import MAX_ROWS, Reporter
 
-LAST_WORDS_TABLE = "last_words"
+EXIT_REASONS_TABLE = "last_words"
 
 ACTORS = ("collect-actor", "eval-actor")
-"""Who leaves last words."""
+"""Roles that send an exit reason."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,14 +56,14 @@ class CollectReport:
 
 
 @dataclasses.dataclass(frozen=True)
-class LastWords:
-    """Why an actor ended that nobody need start again.
+class ExitReason:
+    """Why an actor ended with an error that a restart does not help.
 
     Attributes:
       role: "collect-actor" or "eval-actor".
       task: Which of them.
       exit_code: Its own.
-      message: Its error; what is longer than the row has room for is cut off.
+      message: Its error; cut to the length of the row.
     """
 
     role: str
@@ -79,7 +79,7 @@ def make_tables() -> list[reverb.Table]:
     """Returns the server's tables for reports."""
     return [
         rows.make_queue(CollectReport, 10_000),
-        messages.make_queue(LAST_WORDS_TABLE, 1_000, _WORDS_SIGNATURE),
+        messages.make_queue(EXIT_REASONS_TABLE, 1_000, _WORDS_SIGNATURE),
     ]
 
 
@@ -128,8 +128,8 @@ def take_collect_reports(address: str, timeout_secs: float = 5.0) -> Sequence[Co
     return rows.take_current(address, CollectReport, timeout_secs)
 
 
-def leave_last_words(address: str, words: LastWords, timeout_secs: float = 2.0) -> bool:
-    """Returns whether the server took them; blocks at most about `timeout_secs` seconds."""
+def send_exit_reason(address: str, words: ExitReason, timeout_secs: float = 2.0) -> bool:
+    """Returns whether the server took it; blocks at most about `timeout_secs` seconds."""
     (length,) = _WORDS_SIGNATURE["text"].shape
     message = words.message
     while len(text := json.dumps(dataclasses.astuple(dataclasses.replace(words, message=message))).encode()) > length:
@@ -137,35 +137,35 @@ def leave_last_words(address: str, words: LastWords, timeout_secs: float = 2.0) 
     row = np.zeros(length, np.uint8)
     row[: len(text)] = np.frombuffer(text, np.uint8)
     try:
-        messages.Sender(address).put(LAST_WORDS_TABLE, {"text": row}, timeout_secs)
+        messages.Sender(address).put(EXIT_REASONS_TABLE, {"text": row}, timeout_secs)
     except Unreachable:
         return False
     return True
 
 
-def take_last_words(address: str, timeout_secs: float = 5.0) -> Sequence[LastWords]:
-    """Returns those that arrived since the last call, no strangers' rows. Blocks and raises as `messages.take`."""
-    taken = messages.take(address, LAST_WORDS_TABLE, _WORDS_SIGNATURE, max_rows=MAX_ROWS, timeout_secs=timeout_secs)
+def take_exit_reasons(address: str, timeout_secs: float = 5.0) -> Sequence[ExitReason]:
+    """Returns those that arrived since the last call, foreign rows left out. Blocks and raises as `messages.take`."""
+    taken = messages.take(address, EXIT_REASONS_TABLE, _WORDS_SIGNATURE, max_rows=MAX_ROWS, timeout_secs=timeout_secs)
     found = []
     for row in taken:
         try:
             found.append(_read_words(row["text"].tobytes()))
         except (ValueError, TypeError) as error:  # one row must not hide the others, nor end the run
-            say_left_out(address, LAST_WORDS_TABLE, f"these are no actor's last words: {error}")
+            say_left_out(address, EXIT_REASONS_TABLE, f"this is no exit reason of an actor: {error}")
     return found
 
 
-def _read_words(text: bytes) -> LastWords:
+def _read_words(text: bytes) -> ExitReason:
     """Returns what a row says. Raises `ValueError` or `TypeError` when no actor of ours can have said it."""
     role, task, exit_code, message = json.loads(text.rstrip(b"\0"))
     if role not in ACTORS:
         raise ValueError(f"role = {role!r:.50}, expected one of {', '.join(ACTORS)}")
     if type(task) is not int or not 0 <= task <= MAX_TASK:
         raise ValueError(f"task = {task!r:.50}, expected 0 to {MAX_TASK:,}")
-    if exit_code not in FINAL_CODES:  # with any other code, 0 above all, it would be started again
+    if exit_code not in FINAL_CODES:  # with any other code, 0 above all, it would be restarted
         raise ValueError(f"exit_code = {exit_code!r:.50}, expected one of {sorted(map(int, FINAL_CODES))}")
     printable = "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in str(message))
-    return LastWords(role, task, int(exit_code), printable)
+    return ExitReason(role, task, int(exit_code), printable)
 
 
 class BlockedShare:
@@ -198,39 +198,39 @@ class BlockedShare:
 
 
 class Attendance:
-    """The learner's knowledge of whether it is worth waiting for the actors of a kind."""
+    """Whether actors of a kind may still arrive, so that the learner need not wait for none."""
 
     def __init__(self, silent_secs: float = 60.0, clock: Callable[[], float] = time.monotonic):
         """Args:
-        silent_secs: Who is alive is heard of more often than this, in seconds.
+        silent_secs: A living actor reports more often than this, in seconds.
         clock: In seconds.
         """
         self._silent_secs = silent_secs
         self._clock = clock
         self._heard_at: dict[str, float] = {}
-        self._ended: dict[str, tuple[float, LastWords]] = {}  # when the words came; the last ones of each role
+        self._ended: dict[str, tuple[float, ExitReason]] = {}  # arrival and text of the last reason, by role
 
     def note_life(self, role: str) -> None:
-        """Says that an actor of this kind is at work."""
+        """Notes that an actor of this kind has reported."""
         self._heard_at[role] = self._clock()
 
-    def note_end(self, words: LastWords) -> None:
+    def note_end(self, words: ExitReason) -> None:
         logging.warning(
             "%s %d ended for good (exit code %d): %s", words.role, words.task, words.exit_code, words.message
         )
         self._ended[words.role] = (self._clock(), words)
 
-    def require_hope(self, role: str) -> None:
-        """Returns while an actor of this kind may still come; for whoever waits for one.
+    def raise_if_all_failed(self, role: str) -> None:
+        """Returns while an actor of this kind may still arrive; for whoever waits for one.
 
         Raises:
-          RoleError: The last that was heard of any, `silent_secs` ago, is why it ended for good; with its exit code.
+          RoleError: An exit reason is the last report of this kind, `silent_secs` old; with the actor's exit code.
         """
         if role not in self._ended:
             return
         ended_at, words = self._ended[role]
         heard_at = self._heard_at.get(role, ended_at)
-        was_the_last = heard_at < ended_at + 10.0  # its own last report may come with its words
+        was_the_last = heard_at < ended_at + 10.0  # its own last report may arrive just after its exit reason
         silent_secs = self._clock() - max(ended_at, heard_at)
         if was_the_last and silent_secs > self._silent_secs:
             raise RoleError(

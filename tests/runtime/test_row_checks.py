@@ -10,7 +10,7 @@ import tree
 from actorlearner.evaluations.queue import Purpose
 from actorlearner.experiment import load_experiment
 from actorlearner.replay.servers import JOINED_TABLE
-from actorlearner.reports import LAST_WORDS_TABLE
+from actorlearner.reports import EXIT_REASONS_TABLE
 from actorlearner.roles import replay_server
 from actorlearner.runtime.row_checks import LIMITS, find_misfit, keep_plausible, say_left_out
 from actorlearner.variable_container import Phase
@@ -31,7 +31,7 @@ def test_every_table_has_limits_for_every_field(tables):
         assert set(LIMITS[name]) == set(signature), name
 
 
-@pytest.mark.parametrize("name", sorted(set(LIMITS) - {LAST_WORDS_TABLE, JOINED_TABLE}))
+@pytest.mark.parametrize("name", sorted(set(LIMITS) - {EXIT_REASONS_TABLE, JOINED_TABLE}))
 def test_each_number_of_a_row_that_cannot_be_true_is_found(tables, name):
     """One that is passed on stays in a checkpoint, ends a role, or is acted on for ever."""
     found = [(row, find_misfit(name, row)) for row in hostile_rows(name, tables[name])]

@@ -30,19 +30,19 @@ from actorlearner.variable_container import Snapshot
 
 @dataclasses.dataclass
 class _Pending:
-    """A request whose result has not come back; `sent_at` is None until the queue has it. Times are monotonic."""
+    """A request without a result so far; `sent_at` is None until it is in the queue. Times are monotonic."""
 
     request: EvaluationRequest
     environment_steps: int = 0
     sent_at: Optional[float] = None
-    alive_at: float = -math.inf  # when it was last known to be in the queue or in work
+    alive_at: float = -math.inf  # last time it was known to be queued or evaluated
     is_taken: bool = False
 
 
 class EvaluationLedger:
-    """Sends each due snapshot out once and keeps its weights on disk until it is known whether they are the best.
+    """Queues each due snapshot once and keeps its weights on disk until it is known whether they are the best.
 
-    Thread-safe: the learner's loop requests, its record's threads send, record and look for those that were lost.
+    Thread-safe: the learner's loop requests; the record's threads send, record and find lost requests.
     """
 
     def __init__(
@@ -57,10 +57,10 @@ class EvaluationLedger:
         """Args:
         requests: The queue that eval actors take from.
         folder: For the weights of snapshots, one file each, and the results known so far.
-        retry_secs: A request without a result is queued again after this time, whatever its eval actor says.
-        lease_secs: A request is queued again when for this time it was neither in the queue nor said to be in work: its
-          eval actor has died, or the queue with its server.
-        metrics: The run's metrics.jsonl, which has the results too: read when their file is damaged or missing.
+        retry_secs: A request without a result is queued again after this time, even if its eval actor sends heartbeats.
+        lease_secs: A request is queued again if it was neither queued nor had a heartbeat for this time: its eval actor
+          died, or the queue did with its server.
+        metrics: The run's metrics.jsonl, which holds the results too; read if their own file is damaged or missing.
         """
         self._requests = requests
         self._folder = folder
@@ -84,7 +84,7 @@ class EvaluationLedger:
         is_missing = not self._results_file.exists()
         found = _find_results(metrics)[0] if metrics and (num_damaged or is_missing) else {}
         if is_missing and not (found and any(self._folder.glob("*.npz"))):
-            return {}  # a new run, or one that begins again without its checkpoints
+            return {}  # a new run, or one that restarts without its checkpoints
         if num_damaged or is_missing:
             results = {**found, **results}
             if not is_missing:
@@ -118,9 +118,9 @@ class EvaluationLedger:
                 self._pending[snapshot.train_step] = pending
 
     def request_owed(self, train_step: int) -> None:
-        """Notes as due again what the learner before this one, which ended at `train_step`, still waited for.
+        """Requests again what the previous learner, which ended at `train_step`, still waited for.
 
-        Its server and eval actors may be gone. If they are not, a snapshot may be played twice; it is recorded once.
+        Its server and eval actors may be gone. If not, a snapshot may be evaluated twice; it is recorded once.
         """
         for file in sorted(self._folder.glob("*.npz"), key=lambda file: int(file.stem)):
             step = int(file.stem)
@@ -128,21 +128,21 @@ class EvaluationLedger:
                 if step in self._results or step in self._pending:
                     continue
                 read = _read_weights(file, step) if step <= train_step else None
-                if read is None:  # half written, or of train steps that are to be done again
+                if read is None:  # half written, or of train steps that will be repeated
                     file.unlink()
                     continue
                 snapshot, environment_steps = read
                 self._pending[step] = _Pending(EvaluationRequest(snapshot, Purpose.PERIODIC), environment_steps)
 
     def send_unsent(self) -> None:
-        """Hands requests to the queue, again if its server was away or nobody answered for `retry_secs`.
+        """Queues requests; again if the server was down, or no result arrived for `retry_secs`.
 
         Blocks at most about five seconds.
         """
-        with self._sending:  # one at a time: a request must not be queued twice
+        with self._sending:  # one caller at a time, so that no request is queued twice
             now = time.monotonic()
             for pending in self._everything():
-                # Eval actors that still answer are only behind; to queue more would put them further behind.
+                # Eval actors that still deliver results are only late; more requests would make them later.
                 if pending.sent_at is not None and now - max(pending.sent_at, self._heard_at) < self._retry_secs:
                     continue
                 train_step = pending.request.snapshot.train_step
@@ -163,17 +163,17 @@ class EvaluationLedger:
             return [*self._pending.values(), *filter(None, [self._pending_delivered])]
 
     def note_progress(self, progress: EvaluationProgress) -> None:
-        """Takes an eval actor's word that it is at work on a snapshot."""
+        """Notes an eval actor's heartbeat."""
         for pending in self._everything():
             request = pending.request
             if (request.snapshot.train_step, request.purpose) == (progress.train_step, progress.purpose):
                 pending.is_taken, pending.alive_at = True, time.monotonic()
 
     def send_lost(self, num_queued: int) -> None:
-        """Queues again what nobody is at work on: its eval actor has died, or the queue with its server.
+        """Queues lost requests again: those whose eval actor died, or whose queue was lost with its server.
 
-        Call it about every second while the server answers; times in which nobody could be heard do not count. Blocks
-        as `send_unsent`.
+        Call it about every second while the server answers; time without an answer does not count. Blocks as
+        `send_unsent`.
 
         Args:
           num_queued: How many snapshots are in the queue now.
@@ -217,7 +217,7 @@ class EvaluationLedger:
                 "num_episodes": result.num_episodes,
                 "wall_secs": round(result.wall_secs, 3),
             }
-            # One line of many: a run of days has tens of thousands.
+            # Appended, not rewritten: a run of days has tens of thousands.
             durable_files.append(self._results_file, json.dumps(entry) + "\n")
             self._results[result.train_step] = entry
             del self._pending[result.train_step]
@@ -237,7 +237,7 @@ class EvaluationLedger:
         return _read_weights(self._weights_file(train_step), train_step) is not None
 
     def _rank(self, train_step: int) -> tuple[float, int]:
-        """Returns what is highest for the best; of equals the later, as it has seen more."""
+        """Returns what is highest for the best; of equal returns the later policy wins."""
         return self._results[train_step]["average_return"], train_step
 
     def results(self) -> list[dict[str, Any]]:
@@ -256,7 +256,7 @@ class EvaluationLedger:
             return sorted(self._pending)
 
     def delivered(self) -> Optional[EvaluationResult]:
-        """Returns the result of the policy handed over, once it is there."""
+        """Returns the result of the delivered policy, once it has arrived."""
         return self._delivered
 
     def weights(self, train_step: int) -> Optional[Snapshot]:

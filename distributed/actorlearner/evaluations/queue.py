@@ -2,7 +2,7 @@
 
 learner --request--> [evaluations_due] --take--> eval actor
 eval actor --result--> [evaluations_done] --take--> learner
-eval actor --still at it--> [evaluations_progress] --take--> learner
+eval actor --heartbeat--> [evaluations_progress] --take--> learner
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class EvaluationResult:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationProgress:
-    """An eval actor's word that it is at work on a snapshot, said again and again until the result is delivered."""
+    """An eval actor's heartbeat: it works on this snapshot. Sent every second until the result is delivered."""
 
     TABLE: ClassVar[str] = "evaluations_progress"
 
@@ -117,7 +117,7 @@ class EvaluationRequests:
 
 
 def count_evaluations_due(address: str, timeout_secs: float = 5.0) -> int:
-    """Returns how many snapshots nobody has taken yet; blocks at most `timeout_secs` seconds. Raises `Unreachable`."""
+    """Returns how many snapshots wait for an eval actor; blocks up to `timeout_secs` seconds. Raises `Unreachable`."""
     return messages.read_server_info(address, timeout_secs)[EVALUATIONS_TABLE].current_size
 
 
@@ -126,7 +126,7 @@ def take_evaluation(
 ) -> Optional[EvaluationRequest]:
     """Returns the oldest snapshot due, which no other eval actor will get; None when none is due.
 
-    Strangers' rows before it are passed over. Blocks at most about twice `timeout_secs` seconds.
+    Foreign rows before it are skipped. Blocks at most about twice `timeout_secs` seconds.
 
     Raises:
       Unreachable: The server does not answer within the deadline.
@@ -139,8 +139,8 @@ def take_evaluation(
     return EvaluationRequest(snapshot, Purpose(int(row["purpose"])))
 
 
-class AtWork:
-    """Says from a thread that an evaluation is being made, as long as the `with` lasts."""
+class EvaluationHeartbeat:
+    """Sends an evaluation's heartbeat from a thread, as long as the `with` block lasts."""
 
     def __init__(self, address: str, progress: EvaluationProgress, interval_secs: float = 1.0):
         self._reporter = Reporter(address)
@@ -148,8 +148,8 @@ class AtWork:
         self._interval_secs = interval_secs
         self._closing = threading.Event()
 
-    def __enter__(self) -> AtWork:
-        threading.Thread(target=self._say, name="at work", daemon=True).start()
+    def __enter__(self) -> EvaluationHeartbeat:
+        threading.Thread(target=self._say, name="evaluation heartbeat", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -167,5 +167,5 @@ def take_evaluation_results(address: str, timeout_secs: float = 5.0) -> Sequence
 
 
 def take_evaluation_progress(address: str, timeout_secs: float = 5.0) -> Sequence[EvaluationProgress]:
-    """Returns the signs of life that arrived since the last call. Blocks and raises as `messages.take_current`."""
+    """Returns the heartbeats that arrived since the last call. Blocks and raises as `messages.take_current`."""
     return rows.take_current(address, EvaluationProgress, timeout_secs)

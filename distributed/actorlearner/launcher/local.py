@@ -2,17 +2,17 @@
 
                      +--> replay servers    each role: a process in a session of its own,
   [local launcher] --+--> learner           one log file, one colour in the merged stream;
-                     +--> eval actors       started again, with back-off, when it dies;
+                     +--> eval actors       restarted, with back-off, when it dies;
                      +--> collect actors    never outliving the launcher, not even after kill -9
 
 What a role's exit code tells the launcher:
 
-  0                the learner: training ended. An actor: its work is done, if training is over; else start it again.
-  64, 65, 73, 75   starting again cannot help (settings, data, root_dir, a second learner): stop all, return the code.
-  69               a peer was out of reach or the port taken: start again. A new replay server gets another port first.
-  anything else    a crash: show its last lines and start it again.
+  0                the learner: training ended. An actor: done, if training is over; otherwise restart it.
+  64, 65, 73, 75   a restart does not help (settings, data, root_dir, a second learner): stop all, return the code.
+  69               a peer was unreachable or the port taken: restart. A new replay server gets another port first.
+  anything else    a crash: show its last lines and restart it.
 
-A role that dies young several times in a row is given up; the launcher then stops all and returns 1.
+After several short runs in a row a role is given up; the launcher then stops all roles and returns 1.
 
 This module imports no TensorFlow, Reverb or gin, so the roles are started at once.
 """
@@ -91,8 +91,8 @@ class _Ending:
 def run_local(options: LocalOptions) -> int:
     """Runs all roles until training ends and returns the launcher's exit code. Call it from the main thread.
 
-    Returns 0 when training reached its end; 64, 65, 73 or 75 when a role found that starting again cannot help; 1 when
-    a role kept dying; 130, 143 or 129 after SIGINT, SIGTERM or SIGHUP. No process is left behind in any case.
+    Returns 0 when training reached its end; 64, 65, 73 or 75 when a role ended with that code; 1 when a role kept
+    dying; 130, 143 or 129 after SIGINT, SIGTERM or SIGHUP. No process is left behind in any case.
     """
     try:
         (options.root_dir / "logs").mkdir(parents=True, exist_ok=True)
@@ -168,7 +168,7 @@ class _Launcher:
             self._pump()
 
     def _on_exit(self, role: _Role) -> _Ending | None:
-        """Takes a dead role's leave: finished, to be started again later, or the end of the run."""
+        """Handles a role that exited: finished, to be restarted later, or the end of the run."""
         process, returncode = self._reap(role)
         lived_secs = time.monotonic() - process.started_at
         if role is self._learner and returncode == 0:
@@ -203,11 +203,11 @@ class _Launcher:
 
     def _restart(self, role: _Role) -> None:
         if self._is_done(role):
-            role.restart_at = None  # it ended just before the learner said that it is needed no more
+            role.restart_at = None  # it ended just before the learner reported that it is not needed
             return
         self._start(role)
         if role is self._learner and not self._has_ended():
-            # It goes on from its checkpoint, and may need again whom the one before it needed no more.
+            # It resumes from its checkpoint, and may need roles again that had finished.
             self._launched_at, self._status = time.time(), None
             for other in self._roles:
                 if other.process is None and other.restart_at is None:
@@ -219,7 +219,7 @@ class _Launcher:
         return role in self._replay_servers and is_new and self._num_ports_tried < NUM_PORTS_TO_TRY
 
     def _is_done(self, role: _Role) -> bool:
-        """Whether the run can reach its end without this role: evaluations outlast the collecting."""
+        """Whether the run can reach its end without this role: evaluations take longer than collecting."""
         if role is not self._learner and role.last_returncode == 0 and self._has_ended():
             return True  # before this start: its learner tells the others, and writes no status
         self._read_status()
@@ -243,7 +243,7 @@ class _Launcher:
         )
 
     def _start_all(self) -> None:
-        """Starts every role on a new port, with a clean record."""
+        """Starts every role on a new port, with restarts counted from 0."""
         self._ports = find_free_ports(self._options.num_replay_servers)
         self._num_ports_tried += 1
         for role in self._roles:
@@ -265,7 +265,7 @@ class _Launcher:
         )
 
     def _stop_in_order(self) -> None:
-        """Stops whom the others depend on last: actors, learner (which saves), replay server."""
+        """Stops actors first, then the learner (which saves), then replay servers: each depends on the next."""
         timing, deadline = self._timing, time.monotonic() + self._timing.stop_secs
         for roles, most_secs in (
             (self._actors, timing.stop_actors_secs),
@@ -326,7 +326,7 @@ class _Launcher:
     # Showing
 
     def _pump(self) -> None:
-        """Shows what there is to show, and lets a moment pass."""
+        """Shows new lines and the status, then sleeps for `poll_secs`."""
         self._show_lines()
         now = time.monotonic()
         for role in self._roles:

@@ -1,4 +1,4 @@
-"""A role's process: started so that it never outlives the launcher, its output read, its end noticed."""
+"""One process of a role: it never outlives the launcher, and its output goes to the log and the terminal."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ NUM_LAST_LINES = 15
 _HUNG_LINE = re.compile(r"^Timeout \(\d+:\d\d:\d\d")  # Python's fault handler's, before it ends the process
 ROLE_LOG_LINE = re.compile(r"^[DIWEF] \d\d:\d\d:\d\d ")
 
-# The guard kills what roles have started in their turn (ffmpeg, environments in processes): it is told every process
-# group that begins (+) or ends (-), and kills those left when its standard input closes, however the launcher died.
-# Then it removes the folder that all of them have for temporary files: TensorFlow leaves some in it at every kill.
+# The guard kills the children of roles (ffmpeg, environments in processes). It reads each process group that begins (+)
+# or ends (-), and kills those left when its standard input closes, however the launcher died. Then it removes the
+# folder for temporary files, because TensorFlow leaves some there at every kill.
 _GUARD = """
 import os, shutil, signal, sys
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -45,7 +45,7 @@ shutil.rmtree(sys.argv[1], ignore_errors=True)
 
 
 class Guard:
-    """Kills the process groups it was told about, and removes their temporary files, when the launcher is no more."""
+    """Kills the process groups that are left, and removes their temporary files, when the launcher has ended."""
 
     def __init__(self) -> None:
         self.temporary_folder = tempfile.mkdtemp(prefix="actorlearner-")
@@ -71,13 +71,13 @@ class Guard:
 
     def _tell(self, line: str) -> None:
         assert self._process.stdin is not None
-        with contextlib.suppress(OSError):  # somebody killed the guard: the kernel still ends the roles themselves
+        with contextlib.suppress(OSError):  # the guard was killed; the kernel still ends the roles themselves
             self._process.stdin.write(line.encode())
             self._process.stdin.flush()
 
 
 class RoleProcess:
-    """One life of a role. A thread moves its output to the log file, and the lines worth showing to `shown_lines`."""
+    """One process of a role. A thread copies its output to the log file, and lines worth showing to `shown_lines`."""
 
     def __init__(
         self,
@@ -110,11 +110,11 @@ class RoleProcess:
         self._reader.start()
 
     def has_exited(self) -> bool:
-        """Looks without reaping: until `reap`, the process id and group are this role's and nobody else's."""
+        """Does not reap: until `reap`, the process id and group cannot be reused."""
         return os.waitid(os.P_PID, self._popen.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def terminate(self) -> None:
-        """Asks the role to stop; what it has started in its turn is the role's to stop, or `reap`'s."""
+        """Asks the role to stop; its own children are stopped by the role, or by `reap`."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._popen.pid, signal.SIGTERM)
 

@@ -1,4 +1,4 @@
-"""When to start a dead role again, and when to give it up."""
+"""Who restarts a dead role, and when restarts stop: the one back-off policy, of `train` and of `keep-running`."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Timing:
     """How patient the launcher is, in seconds. The defaults are for people; tests shorten them."""
 
     poll_secs: float = 0.1
-    first_restart_secs: float = 1.0  # doubles with every death ...
-    longest_restart_secs: float = 30.0  # ... up to here ...
-    forgiven_after_secs: float = 60.0  # ... and starts anew after a life this long
+    first_restart_secs: float = 1.0  # doubles with every restart ...
+    longest_restart_secs: float = 30.0  # ... up to this ...
+    forgiven_after_secs: float = 60.0  # ... and is reset after a run this long
     short_life_secs: float = 30.0
-    num_short_lives: int = 5  # in a row; then the role is given up
-    num_kills: int = 25  # in a row, each in a short life; then too
+    num_short_lives: int = 5  # short runs in a row; then the role is given up
+    num_kills: int = 25  # in a row, each after a short run; then too
     end_by_themselves_secs: float = 15.0  # actors, once the learner has ended
     stop_actors_secs: float = 4.0  # from SIGTERM to SIGKILL
     stop_learner_secs: float = 8.0  # it saves a checkpoint
@@ -39,9 +39,9 @@ DEFAULT_TIMING = Timing()
 
 
 class Restarts:
-    """Says how long to wait before a dead role's next start, or to give it up.
+    """Back-off of one role: how long to wait before its restart, or to give it up.
 
-    The wait doubles with every death and starts anew after a long life. A run of short lives ends in giving up.
+    The wait doubles with every restart and is reset after a long run. Several short runs in a row end the restarts.
     """
 
     def __init__(self, timing: Timing):
@@ -51,10 +51,10 @@ class Restarts:
         self._num_kills = 0
 
     def secs_until_next(self, lived_secs: float, was_killed: bool = False) -> float | None:
-        """Returns the wait in seconds after a life of `lived_secs`, or None to give up. Call once per death.
+        """Returns the wait in seconds after a run of `lived_secs`, or None to give up. Call it once per exit.
 
-        Who is killed from outside (`was_killed`: SIGKILL, SIGTERM) did nothing wrong: it waits less, and is given up
-        much later, in case it is the kernel that kills it for its memory.
+        A role that was killed from outside (`was_killed`: SIGKILL, SIGTERM) is not at fault: it waits less and is given
+        up much later. It is given up at all because the kernel may be killing it for its memory use.
         """
         timing = self._timing
         if was_killed:

@@ -20,7 +20,7 @@ from actorlearner.environments.batch import EnvironmentBatch
 from actorlearner.environments.checks import UnfitData
 from actorlearner.evaluations.queue import (
     EVALUATIONS_TABLE,
-    AtWork,
+    EvaluationHeartbeat,
     EvaluationProgress,
     EvaluationRequest,
     EvaluationResult,
@@ -101,7 +101,7 @@ def run_eval_actor(
             stop.wait(poll_interval_secs)
             continue
         progress = EvaluationProgress(request.snapshot.train_step, int(request.purpose), cluster.task)
-        with AtWork(cluster.variables_address, progress):  # else the learner takes this process for dead
+        with EvaluationHeartbeat(cluster.variables_address, progress):  # else the learner takes this process for dead
             request.snapshot.assign_to(variables)
             num_episodes = _num_episodes(experiment, request.purpose)
             num_environments = min(num_episodes, max_environments)

@@ -1,4 +1,4 @@
-"""What starts any role as a process: its arguments, its signals, its way to its peers, and its exit code.
+"""Starts any role as a process: its arguments, signals, connections to peers, and exit code.
 
 Nothing heavy is imported before the arguments are known to be right.
 """
@@ -55,7 +55,7 @@ def _add_replay_server_arguments(parser: argparse.ArgumentParser) -> None:
     add_experiment_flags(parser)
     add_peer_flags(parser)
     parser.add_argument(
-        "--root_dir", type=Path, help="where the replay is saved and begins again from (default: it is not saved)"
+        "--root_dir", type=Path, help="where the replay is saved and restored from (default: it is not saved)"
     )
     parser.add_argument(
         "--port", type=int, default=None,
@@ -126,7 +126,7 @@ def _replay_server(arguments: argparse.Namespace) -> int:
 
 
 def _check_may_join(arguments: argparse.Namespace, may_join: Sequence[str]) -> None:
-    """Returns when these are addresses, and this server is the one to list them. Raises `ValueError`."""
+    """Returns if these are addresses and this server may list them. Raises `ValueError`."""
     for address in may_join:
         check_address("may_join", address, arguments.may_join)
     if may_join and arguments.advertise:
@@ -158,7 +158,7 @@ def _show_results(experiment: Experiment, root_dir: Path, num_video_episodes: in
     """Draws the curve and records the videos of a run that has ended.
 
     Raises:
-      RoleError: That failed; to start the learner again would not help (CANNOT_CREATE).
+      RoleError: That failed; a restart of the learner would not help (CANNOT_CREATE).
     """
     from actorlearner.tools.report import write_learning_curve
     from actorlearner.tools.video import record_videos
@@ -286,14 +286,14 @@ def _run_with_peers(arguments: argparse.Namespace, cluster: Cluster, run: Callab
 
 @contextlib.contextmanager
 def _telling_why(arguments: argparse.Namespace, cluster: Cluster) -> Iterator[None]:
-    """Leaves a word for the learner when an actor ends and starting it again cannot help."""
+    """Sends the learner the reason when an actor ends with an error that a restart does not help."""
     from actorlearner import reports
     try:
         yield
     except RoleError as error:
         if error.exit_code in FINAL_CODES:
-            words = reports.LastWords(arguments.command, cluster.task, int(error.exit_code), error.message)
-            reports.leave_last_words(cluster.variables_address, words)
+            words = reports.ExitReason(arguments.command, cluster.task, int(error.exit_code), error.message)
+            reports.send_exit_reason(cluster.variables_address, words)
         raise
 
 

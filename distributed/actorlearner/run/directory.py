@@ -102,7 +102,7 @@ class RunDirectory:
                 f"another learner is at work in --root_dir = '{self.root}'. Stop it, or give another directory.",
                 ExitCode.OCCUPIED,
             ) from error
-        for folder in (self.root, self.evaluated):  # of learners that were killed while they wrote
+        for folder in (self.root, self.evaluated):  # of learners that were killed while writing
             for leftover in folder.glob("*.tmp"):
                 leftover.unlink(missing_ok=True)
         for lines in (self.metrics, self.starts):
@@ -120,9 +120,9 @@ class RunDirectory:
         return False
 
     def claim_task(self, kind: str) -> int:
-        """Returns the lowest task number of `kind` that nobody at work here has, and holds it until this process ends.
+        """Returns the lowest task number of `kind` that no running process holds, and holds it until this process ends.
 
-        So whoever starts more of a kind need not count them, and a restarted one takes the number of one that is gone.
+        So launchers need not count, and a restarted process takes the number of one that has ended.
 
         Raises:
           RoleError: The directory cannot be written (CANNOT_CREATE).
@@ -143,18 +143,18 @@ class RunDirectory:
         raise AssertionError("unreachable")
 
     def note_end(self) -> None:
-        """Says in status.json that nothing more will come: the curve and the videos are there too."""
+        """Marks status.json as over: the learning curve and the videos are written too."""
         status = self.read_json(self.status) or {}
         self.write_json(self.status, {**status, "phase": OVER, "time": time.time()})
 
     def forget_end(self) -> None:
-        """Says in summary.json that the run goes on past the end that it had reached, if it had reached one."""
+        """Marks summary.json as not ended, if it was: the run resumes past its end."""
         summary = self.read_json(self.summary)
         if summary and summary.get("has_ended"):
             self.write_json(self.summary, {**summary, "has_ended": False})
 
     def past_learners(self) -> list[int]:
-        """Returns the numbers of the learners that held this directory before; all are dead, as this one holds it."""
+        """Returns the numbers of the learners that held this directory before; all have ended."""
         assert self._lock is not None, "hold first"
         self._lock.seek(0)
         return [int(line) for line in self._lock if line.strip().isdigit()]
@@ -190,7 +190,7 @@ class RunDirectory:
         return aside
 
     def check_identity(self, identity: dict[str, Any]) -> None:
-        """Writes who this run is, or compares it with who it was.
+        """Writes the identity of this run, or compares it with the one on disk.
 
         Args:
           identity: What must not change between two starts on one directory, as JSON.

@@ -1,4 +1,4 @@
-"""What a learner that comes back owes: the numbered policies up to its train step that its end left out."""
+"""Numbered policies that a killed learner had not written; the restarted one writes them."""
 
 from __future__ import annotations
 

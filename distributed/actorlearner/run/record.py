@@ -27,7 +27,7 @@ from actorlearner.runtime.row_checks import keep_plausible
 from actorlearner.runtime.telemetry import Events, Rate
 
 ALIVE_SECS = 15.0
-"""A collect actor that was heard of within this time is alive; it reports every few seconds, unless it is blocked."""
+"""A collect actor counts as alive if it reported within this time; it reports every few seconds unless blocked."""
 
 
 class RunRecord:
@@ -52,7 +52,7 @@ class RunRecord:
         self._replay: dict[str, Any] = {}  # its account of at most a second ago
         self._wall_secs_before = counts.get("wall_secs", 0.0)
         self._collected: dict[str, int] = keep_plausible(counts.get("collected", {}))
-        # What the replay got was collected, also where the report of it died with its actor.
+        # Steps in the replay count as collected even if the actor died before reporting them.
         before = keep_plausible({name: counts.get(name, 0) for name in ("environment_steps", "inserts")})
         self._least_steps: int = max([0, *before.values()])
         self._crashes: dict[str, int] = keep_plausible(counts.get("crashes", {}))
@@ -66,11 +66,11 @@ class RunRecord:
         self.attendance = reports.Attendance()
         self._train_rate, self._collect_rate = Rate(), Rate()
         self._rates_lock = threading.Lock()  # the loop and a thread both ask for them
-        self._taking = threading.Lock()  # whoever waits for it finds noted what the other took
-        self._status_lock = threading.Lock()  # both write the status, the newer one last
+        self._taking = threading.Lock()  # one thread takes reports at a time
+        self._status_lock = threading.Lock()  # two threads write the status
         self._train_events, self._eval_events = Events(directory.train_events), Events(directory.eval_events)
         self._closing = threading.Event()
-        # Each its own: two of them wait for a server that is away, and then above all the status must be true.
+        # A thread each: two of them wait while a server is down, and the status must stay true meanwhile.
         work = {"reports": self._take_reports, "evaluations": ledger.send_unsent, "status": self._write_status}
         self._threads = [
             threading.Thread(target=self._every_second, args=(name, do), name=name, daemon=True)
@@ -97,7 +97,7 @@ class RunRecord:
         return self._wall_secs_before + time.monotonic() - self._started_at
 
     def note_restored(self, step: int) -> None:
-        """Notes the train step that this learner goes on from; it made none yet."""
+        """Notes the train step that this learner resumes from."""
         self._train_step = step
         with self._rates_lock:
             self._train_rate.update(step)
@@ -121,7 +121,7 @@ class RunRecord:
         return f"actors: {num_alive} alive, {self._rates()['environment_steps_per_sec']:,.0f} steps/s"
 
     def note_phase(self, phase: str) -> None:
-        """Says so in status.json at once: the launcher tells by it whether an actor that ended has done its work."""
+        """Writes it to status.json at once: the launcher decides by it whether an actor that ended is restarted."""
         self._phase = phase
         self._write_status()
 
@@ -160,13 +160,13 @@ class RunRecord:
     def _try(self, name: str, do: Callable[[], None]) -> None:
         try:
             do()
-        except OSError as error:  # a full disk, say: the learner's own next write ends the run, and says so
+        except OSError as error:  # such as a full disk: the learner's next write ends the run with an error
             logging.warning("the record's %s: %s", name, error)
-        except Exception:  # the record must go on, whatever one row or one write brings
+        except Exception:  # one bad row or write must not stop the record
             logging.exception("the record's %s", name)
 
     def take_last_reports(self, secs: float = 1.0) -> None:
-        """Notes what the actors have said until now, as far as that takes `secs` seconds; raises nothing."""
+        """Takes the reports that have arrived; blocks at most `secs` seconds and raises nothing."""
         last = threading.Thread(target=self._try, args=("last reports", self._take_reports), daemon=True)
         last.start()
         last.join(secs)
@@ -177,9 +177,9 @@ class RunRecord:
 
     def _take_reports_alone(self) -> None:
         try:
-            # Asked first: a server that is back would be noticed late after a question that waits longer.
+            # A short probe first, so that a server that is back is noticed soon.
             messages.ask_for_life(self._cluster.variables_address, timeout_secs=2.0)
-            for words in reports.take_last_words(self._cluster.variables_address):
+            for words in reports.take_exit_reasons(self._cluster.variables_address):
                 self.attendance.note_end(words)
             for report in reports.take_collect_reports(self._cluster.variables_address):
                 self.attendance.note_life("collect-actor")
@@ -271,7 +271,7 @@ class RunRecord:
         self._directory.sync_metrics()
 
     def close(self) -> None:
-        """Stops, and says in status.json how far the run came; blocks at most 15 seconds."""
+        """Stops the threads and writes status.json a last time; blocks at most 15 seconds."""
         self._closing.set()
         deadline = time.monotonic() + 15
         for thread in self._threads:

@@ -106,7 +106,7 @@ LIMITS: Mapping[str, Mapping[str, Between]] = {
         "blocked_secs": _SECS,
         "wall_secs": _SECS,
     },
-    "last_words": {"text": Between(0, 255)},  # `reports.take_last_words` reads what it says
+    "last_words": {"text": Between(0, 255)},  # `reports.take_exit_reasons` reads what it says
     "replay_servers": {"addresses": Between(0, 255)},  # `replay.servers` knows which it may say
     "checkpoint_due": {"train_step": COUNT, "learner": _IDENTITY, "number": COUNT, "is_saved": Between(0, 1)},
     "checkpoint_done": {"train_step": COUNT, "learner": _IDENTITY, "number": COUNT, "is_saved": Between(0, 1)},

@@ -25,7 +25,7 @@ import time
 from collections.abc import Collection, Iterator
 
 LOOK_EVERY_SECS = 2.0
-"""Time between two looks for new connections."""
+"""Time between two scans for new connections."""
 
 _SO_ATTACH_FILTER = 26  # Python's socket module has no name for it
 _NETWORK_HEADER = -0x100000 & 0xFFFFFFFF  # offsets from here are counted from the start of the IP header
@@ -75,13 +75,13 @@ def own_tcp_sockets() -> Iterator[socket.socket]:
 
 
 def notice_dead_peers(ports: Collection[int], *, silent_secs: float = 20.0) -> None:
-    """Starts a thread that has the kernel end connections whose peer's host does not answer; never blocks.
+    """Starts a thread that enables TCP keep-alive on new connections; never blocks.
 
-    A host that answers for a process that is slow is alive, unless what is sent to it finds no room for that long.
+    A slow process on a host that answers counts as alive, unless its receive buffer stays full for that long.
 
     Args:
-      ports: Connections from or to these are looked after.
-      silent_secs: So long a peer's host may leave unanswered what is sent, or asked for when all is quiet, in seconds.
+      ports: Connections from or to these get TCP keep-alive.
+      silent_secs: Longest time without an answer from a peer's host, to data or to keep-alive probes, in seconds.
     """
     threading.Thread(
         target=_look_for_connections, args=(frozenset(ports), silent_secs), name="dead peers", daemon=True
@@ -94,14 +94,14 @@ def _look_for_connections(ports: Collection[int], silent_secs: float) -> None:
             for connection in own_tcp_sockets():
                 with contextlib.suppress(OSError):  # it listens, or has ended
                     if connection.getsockname()[1] in ports or connection.getpeername()[1] in ports:
-                        look_after(connection, silent_secs)
+                        enable_keepalive(connection, silent_secs)
             time.sleep(LOOK_EVERY_SECS)
     except OSError as error:
-        logging.warning("a peer that vanishes may go unnoticed: this process cannot list its sockets: %s", error)
+        logging.warning("a vanished peer may go unnoticed: this process cannot list its sockets: %s", error)
 
 
-def look_after(connection: socket.socket, silent_secs: float = 20.0) -> None:
-    """Has the kernel end `connection` when its peer's host does not answer for so long, in seconds."""
+def enable_keepalive(connection: socket.socket, silent_secs: float = 20.0) -> None:
+    """Enables TCP keep-alive: the kernel ends `connection` if the peer's host does not answer for `silent_secs`."""
     if connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE):
         return
     probe_secs = max(1, math.ceil(silent_secs / 4))

@@ -28,13 +28,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def await_end(root_dir: Path, stop: Stop, *, settle_secs: float = 120.0, every_secs: float = 1.0) -> ExitCode:
-    """Returns once the learner has said that nothing more will come; no deadline, as training may take weeks.
+    """Returns once the run is over; there is no deadline, as training may take weeks.
 
     Args:
       root_dir: The run directory; may be empty yet.
       stop: Ends the wait.
-      settle_secs: A run that was over before this call is taken for over after this time, in seconds: until then a
-        learner may be on its way that goes on with it.
+      settle_secs: A run that was over before this call counts as over after this time, in seconds: until then a learner
+        may be starting that resumes it.
       every_secs: Time between two looks, in seconds.
     """
     directory = RunDirectory(root_dir)

@@ -74,7 +74,7 @@ def _await_result(
     poll: Callable[[], bool], what: str, record: RunRecord, ledger: EvaluationLedger, stop: Stop, patience_secs: float
 ) -> None:
     def poll_and_send() -> bool:
-        record.attendance.require_hope("eval-actor")
+        record.attendance.raise_if_all_failed("eval-actor")
         ledger.send_unsent()
         return poll()
 

@@ -180,7 +180,7 @@ class TrainingLoop:
             nonlocal described
             described = self._source.describe()
             self._record.note_waiting(described)
-            self._record.attendance.require_hope("collect-actor")
+            self._record.attendance.raise_if_all_failed("collect-actor")
             is_ready = self._source.is_ready()
             if not is_ready:
                 self._end_turn(int(self._train_step.numpy()))
@@ -315,7 +315,7 @@ class TrainingLoop:
             self._source.renew()
 
     def _say_starved(self, since: float, described: str) -> None:
-        self._record.attendance.require_hope("collect-actor")
+        self._record.attendance.raise_if_all_failed("collect-actor")
         what = f"collect actors: no data from {self._replay}: {described}; {self._record.describe_actors()}"
         self._say_waiting(since, what, "Start collect actors, or raise it.")
 

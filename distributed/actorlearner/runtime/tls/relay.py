@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from actorlearner.runtime.sockets import look_after
+from actorlearner.runtime.sockets import enable_keepalive
 from actorlearner.runtime.tls.certificates import HANDSHAKE_SECS, describe_refusal, make_context
 
 CONNECTED, REFUSED, BROKEN = "connected", "refused", "broken"
@@ -146,7 +146,7 @@ def carry_from_peer(connection: socket.socket, folder: Path, host: str, port: in
 def _tune(connection: socket.socket) -> None:
     """Has a TCP connection send at once, and end when its peer's host is gone."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else each answer waits 40 ms for a confirmation
-    look_after(connection)
+    enable_keepalive(connection)
 
 
 def _close_with_the_last_word(secure: ssl.SSLSocket) -> None:

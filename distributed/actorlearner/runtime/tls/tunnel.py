@@ -1,4 +1,4 @@
-"""A role's ends of TLS tunnels: starts the relays, keeps them alive, and knows why a connection was refused.
+"""A role's ends of TLS tunnels: starts and restarts the relays, and knows why a connection was refused.
 
 Who makes a client of Reverb's gives it `reach(address)`: the address itself, or in a role that called
 `use_certificates` a tunnel's to there. A replay server lets its peers in with `open_to_peers`.
