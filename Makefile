@@ -1,5 +1,5 @@
 SHELL := bash
-.PHONY: setup test lint lock train bench
+.PHONY: setup test lint lock train bench drill
 
 setup:  ## makes .venv with the test tools
 	set -euo pipefail; . launch/environment.sh; set_up_environment test
@@ -15,6 +15,9 @@ lock:  ## writes requirements*.lock from setup.py and benchmarks/requirements.in
 
 bench:  ## measures speed against references; ARGS='--only learner' takes some of them
 	launch/bench.sh $(ARGS)
+
+drill:  ## does to a small run of EXPERIMENT (dqn_cartpole if left out) what happens to long ones; ARGS=--kills=20 kills roles
+	launch/drill.sh $(or $(EXPERIMENT),dqn_cartpole) $(ARGS)
 
 train:  ## trains EXPERIMENT (sac_minitaur if left out)
 	launch/local.sh $(EXPERIMENT) $(ARGS)
