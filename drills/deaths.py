@@ -45,7 +45,7 @@ def kill_role(
       role: Its name.
       number: Of the signal.
       while_saving: Waits until it is writing a checkpoint.
-      again_at: Its new life is killed too, as soon as it says this.
+      again_at: Its restarted process is killed too, as soon as it logs this.
     """
     is_dead_server = role == "replay-server-0" and number == signal.SIGKILL
     pid, saved = run.pid(role), run.saved_items()
@@ -72,7 +72,7 @@ def kill_role(
         judge_held(run, outcome, saved, since)
         if run.has_mirror() and not (while_saving or again_at):  # else `before` is from before its server's death
             judge_training_on(outcome, [before, *said], killed_at, run.configured("train.batch_size"))
-    await_(lambda: run.pid(role) not in (0, pid), f"new life of {role}")
+    await_(lambda: run.pid(role) not in (0, pid), f"restart of {role}")
     if role == "learner-0":
         after = run.await_training(killed_at)
         judge_recovery(outcome, since)
@@ -88,7 +88,7 @@ def kill_role(
     elif role == "eval-actor-0":
         await_(lambda: "ready to evaluate" in run.log(role), "eval actor that is ready")
         # While train steps are faster than episodes snapshots queue up: the first result is progress, the rest is work.
-        due = pending & set(run.status().get("pending_evaluations", []))  # less what its last life had sent
+        due = pending & set(run.status().get("pending_evaluations", []))  # less what its last process had sent
         done = await_results(run, due, min(1, len(due)))
         judge_recovery(outcome, since)
         if due - done:  # the one that died with its actor goes to the end of the queue
@@ -96,7 +96,7 @@ def kill_role(
         compare(run, outcome, before, run.status())
     else:
         word = "serving replay" if role == "replay-server-0" else "acting with the collect policy"
-        await_(lambda: word in run.log(role), f"sign of life of {role}")
+        await_(lambda: word in run.log(role), f"first words of {role}")
         steps = run.status().get("environment_steps", 0)
         await_(lambda: run.status().get("environment_steps", 0) > steps, "new environment steps")
         judge_recovery(outcome, since)

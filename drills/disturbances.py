@@ -44,7 +44,7 @@ for table in ("stream", "experience", "uniform_table"):
 
 
 def survive(run: Run, fault: str, inject: Callable[[], None]) -> Outcome:
-    """Does something and sees whether training goes on, in the same processes."""
+    """Does something and sees whether training continues, in the same processes."""
     outcome, before, _ = note_before(run, fault)
     lives = {role: run.pid(role) for role in ROLES}
     inject()

@@ -167,7 +167,7 @@ class Run:
         return any(next(checkpoints.glob(pattern), None) for pattern in patterns)
 
     def held_items(self) -> dict[str, int]:
-        """Returns what the replay server's newest life held of each table when it began to serve."""
+        """Returns what the replay server's newest process held of each table when it began to serve."""
         found = re.search(r"the replay holds (.*)", self.log("replay-server-0"))
         counts = re.findall(r"([\d,]+) in '(\w+)'", found[1]) if found else []
         return {table: int(count.replace(",", "")) for count, table in counts}
@@ -177,24 +177,24 @@ class Run:
         return "@resident_replay" in self._operative_config()
 
     def log(self, role: str) -> str:
-        """Returns what the newest life of a role has said."""
+        """Returns what the newest process of a role has logged."""
         try:
             return (self.root_dir / "logs" / f"{role}.log").read_text(errors="replace").rpartition("\n--- ")[2]
         except OSError:
             return ""
 
     def pid(self, role: str) -> int:
-        """Returns the process id of a role's newest life; 0 before the first."""
+        """Returns the process id of a role's newest process; 0 before the first."""
         match = re.match(r"(?:--- )?.* process (\d+): ", self.log(role))
         return int(match[1]) if match else 0
 
     def began_at(self, role: str) -> float:
-        """Returns when a role's newest life began, in unix seconds rounded up; 0 before the first."""
+        """Returns when a role's newest process began, in unix seconds rounded up; 0 before the first."""
         match = re.match(r"(?:--- )?(.*) process \d+: ", self.log(role))
         return time.mktime(time.strptime(match[1], "%Y-%m-%d %H:%M:%S")) + 1.0 if match else 0.0
 
     def port(self) -> int:
-        """Returns the port of the replay server's newest life; 0 as long as it does not listen."""
+        """Returns the port of the replay server's newest process; 0 as long as it does not listen."""
         match = re.search(r"serving replay and variables on port (\d+)", self.log("replay-server-0"))
         return int(match[1]) if match else 0
 
@@ -217,7 +217,7 @@ class Run:
         return dict(await_(newest, "status of the learner"))
 
     def await_training(self, since: float, first_step: Optional[int] = None) -> dict[str, Any]:
-        """Returns the status once a learner's life begun after `since` (unix seconds) trains. Raises `Hang`."""
+        """Returns the status once a learner started after `since` (unix seconds) trains. Raises `Hang`."""
         first: dict[int, int] = {}
 
         def trains() -> Optional[dict[str, Any]]:

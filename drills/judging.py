@@ -145,7 +145,7 @@ def find_ratio_error(status: dict[str, Any]) -> Optional[float]:
 
 
 def count_came_back(run: Run) -> Optional[int]:
-    """Returns what the replay's keeper, the learner or a server, began with in its newest life; None if it says not."""
+    """Returns what the replay's keeper (learner or server) started with; None if its log does not say."""
     if not run.has_mirror():
         return run.held_items().get("uniform_table")
     found = re.search(r"(\d+) windows came back", run.log("learner-0"))
@@ -153,7 +153,7 @@ def count_came_back(run: Run) -> Optional[int]:
 
 
 def restored_step(run: Run) -> int:
-    """Returns the train step that the newest life of the learner began at."""
+    """Returns the train step that the newest process of the learner began at."""
     found = re.search(r"restored .*ckpt-(\d+)", run.log("learner-0"))
     return int(found[1]) if found else 0
 
@@ -248,7 +248,7 @@ def await_new_server(run: Run, pid: int) -> list[dict[str, Any]]:
             said.append(status)
         return run.pid("replay-server-0") not in (0, pid) and "serving replay" in run.log("replay-server-0")
 
-    await_(serves, "new life of replay-server-0")
+    await_(serves, "restart of replay-server-0")
     return said
 
 

@@ -48,7 +48,7 @@ def test_a_killed_collect_actor_is_started_again_and_training_ends(troubled_run)
     """Elsewhere one crash kills the run, or leaves it waiting for an actor that never comes back."""
     root_dir, train, exit_code = troubled_run
     assert exit_code == 0, train.output
-    assert re.search(r"collect-actor-0 was killed by SIGKILL; starting it again", train.output)
+    assert re.search(r"collect-actor-0 was killed by SIGKILL; restarting it", train.output)
     assert len(role_pids(root_dir)["collect-actor-0"]) == 2
     assert json.loads((root_dir / "summary.json").read_text())["train_steps"] == 1200
 

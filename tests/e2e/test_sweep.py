@@ -89,7 +89,7 @@ def test_a_stopped_sweep_stops_its_trials_and_says_how_to_go_on(processes, tmp_p
     trial = tmp_path / "sweep" / VARIANTS[0] / "seed-0"
     sweep.send(signal.SIGTERM)
     assert sweep.wait(RUN_SECS) == 143, sweep.output
-    assert "the same command goes on" in sweep.output
+    assert "the same command continues" in sweep.output
     assert not any(is_alive(pid) for pid in _launchers(trial))
 
 

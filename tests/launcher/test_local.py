@@ -254,7 +254,7 @@ def test_each_of_several_replay_servers_is_started_again_by_itself_and_all_are_s
     launch.wait_for_all(5)
     os.kill(launch.pids("replay-server-1")[0], signal.SIGKILL)
     launch.pids("replay-server-1", num_starts=2)
-    launch.wait_for_output("replay-server-1 was killed by SIGKILL; starting it again")
+    launch.wait_for_output("replay-server-1 was killed by SIGKILL; restarting it")
     assert len(launch.words("started")) == 6
     launch.process.terminate()
     assert launch.finish() == 143
@@ -339,7 +339,7 @@ def test_an_actor_that_is_told_of_an_end_reached_before_is_not_started_again(lau
     )
     launch.go()
     assert launch.finish() == 0
-    assert "starting it again" not in launch.stdout + launch.stderr
+    assert "restarting it" not in launch.stdout + launch.stderr
     assert len(launch.words("started")) == 4
 
 
@@ -353,7 +353,7 @@ def test_a_killed_role_is_started_again(launch, role):
     os.kill(launch.pids(role)[0], signal.SIGKILL)
     first, second = launch.pids(role, num_starts=2)
     assert first != second
-    launch.wait_for_output("was killed by SIGKILL; starting it again")
+    launch.wait_for_output("was killed by SIGKILL; restarting it")
     assert len(launch.words("started")) == 5, "the others must not be touched"
     launch.process.terminate()
     assert launch.finish() == 143
@@ -394,7 +394,7 @@ def test_an_unreachable_peer_is_a_reason_to_try_again(launch):
 def test_a_crash_shows_its_last_lines_and_none_of_them_twice(launch):
     """The traceback is what a person needs, and it is not in the roles' log format."""
     launch.start({"collect-actor": "log('hello'); if_first(RuntimeError('no such joint'))"})
-    launch.wait_for_output("collect-actor-0 crashed with exit code 1; starting it again")
+    launch.wait_for_output("collect-actor-0 crashed with exit code 1; restarting it")
     before_the_restart = launch.stdout[: launch.stdout.index("crashed")]
     assert before_the_restart.count("collect-actor-0 | I 12:34:56 hello") == 1
     assert "collect-actor-0 | RuntimeError: no such joint\n" in before_the_restart
@@ -406,7 +406,7 @@ def test_a_role_that_hangs_is_started_again_and_its_stacks_are_pointed_to(launch
     """Its last lines are the outermost frames: nobody would learn from them where it hangs."""
     hangs_once = "import faulthandler; num_starts() == 1 and faulthandler.dump_traceback_later(0.2, exit=True)"
     launch.start({"collect-actor": hangs_once})
-    launch.wait_for_output("collect-actor-0 crashed with exit code 1; starting it again")
+    launch.wait_for_output("collect-actor-0 crashed with exit code 1; restarting it")
     assert 'collect-actor-0 hung (see --hang_secs): from "Timeout" on its log says' in launch.stdout
     assert "most recent call first" not in launch.stdout
     launch.process.terminate()
@@ -622,7 +622,7 @@ def test_status_is_a_live_line_on_a_terminal(launch):
 
     wait_until(lambda: read(b"I 12:34:56 hello", b"41 of 100 train steps (41%), 193/s", b"\x1b["), "the live line")
     launch.process.terminate()
-    wait_until(lambda: read(b"stopped by SIGTERM at 41 of 100", b"to go on"), "the last line")
+    wait_until(lambda: read(b"stopped by SIGTERM at 41 of 100", b"to resume"), "the last line")
     assert launch.finish() == 143
     os.close(ours)
 

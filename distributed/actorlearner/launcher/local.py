@@ -197,7 +197,7 @@ class _Launcher:
         secs = role.restarts.secs_until_next(lived_secs, was_killed=returncode in KILLED_CODES)
         if secs is None:
             return _Ending(GAVE_UP, self._why_given_up(role, process, returncode), is_failure=True)
-        self._say(f"{role.name} {describe_exit(returncode)}; starting it again in {secs:g} s (log: {role.log_path})")
+        self._say(f"{role.name} {describe_exit(returncode)}; restarting it in {secs:g} s (log: {role.log_path})")
         role.restart_at = time.monotonic() + secs
         return None
 
@@ -383,7 +383,7 @@ class _Launcher:
             if delivered is not None:
                 self._say(delivered)
         else:
-            self._say(f"to go on from its last checkpoint, start it again with --root_dir={root_dir}")
+            self._say(f"to resume from its last checkpoint, start it again with --root_dir={root_dir}")
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ def note_start(
 
     Args:
       directory: The run's; held.
-      train_step: The one that this start goes on from.
+      train_step: The one that this start resumes from.
       seed: The run's, or the one given for this start.
       versions: Of the packages at work.
       operative_config: What is in force, as gin.

@@ -48,10 +48,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 class Keeper:
-    """One command, in one life after another; used from the main thread.
+    """One command, restarted when it dies; used from the main thread.
 
-    SIGTERM and SIGINT end it: the first is handed on as SIGTERM, and a process saves then. Later ones are not: a role
-    that hears a second one stops at once, and Slurm tells every process of a job as well as its script.
+    SIGTERM and SIGINT end it: the first is passed on as SIGTERM, on which a role saves. Later ones are not passed on: a
+    role stops at once on a second one, and Slurm signals every process of a job as well as its script.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Keeper:
         self._child: Optional[subprocess.Popen[bytes]] = None
 
     def run(self) -> int:
-        """Returns the exit code of the last life, 143 where SIGTERM came between two."""
+        """Returns the exit code of the last run, 143 if SIGTERM came between two."""
         for number in (signal.SIGTERM, signal.SIGINT):
             if signal.getsignal(number) != signal.SIG_IGN:  # shells have their background jobs ignore SIGINT
                 signal.signal(number, self._on_signal)
@@ -91,7 +91,7 @@ class Keeper:
             if secs is None:
                 self._log(f"error: {self._name} died again and again soon after its start, for the reason above.")
                 return code
-            self._log(f"starting {self._name} again in {secs:g} s")
+            self._log(f"restarting {self._name} in {secs:g} s")
             self._stopping.wait(secs)
         return ExitCode.TERMINATED
 

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seeds", default="3", metavar="N", help="5: seeds 0 to 4; 3,7,9: those; 7,: that one alone (default: 3)"
     )
     parser.add_argument(
-        "--root_dir", type=Path, help="the sweep's folder (default: runs/sweep-<experiment>); given again, it goes on"
+        "--root_dir", type=Path, help="the sweep's folder (default: runs/sweep-<experiment>); given again, it continues"
     )
     parser.add_argument(
         "--jobs", type=int, metavar="N",
@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--race", action="store_true",
-        help="stop variants that are beaten with confidence, after three seeds (without it a beaten one goes on)",
+        help="stop variants that are beaten with confidence, after three seeds (without it a beaten one continues)",
     )  # fmt: skip
     parser.add_argument("--dry_run", action="store_true", help="print the trials and their commands; start nothing")
     parser.add_argument("--report", type=Path, metavar="DIR", help="write a sweep's table and picture as it is now")
@@ -162,7 +162,7 @@ def _check_train_flags(train_flags: Sequence[str]) -> None:
         if getattr(given, name) not in (None, []):
             raise ValueError(f"--{name} behind --: each trial has its own; expected {instead} before --")
     if given.fresh:
-        raise ValueError("--fresh behind --: a sweep goes on with what is there; give it another --root_dir instead")
+        raise ValueError("--fresh behind --: a sweep continues what is there; give it another --root_dir instead")
     for name in ("num_collect_actors", "num_eval_actors", "num_replay_servers"):
         if getattr(given, name) < 1:
             raise ValueError(f"--{name}={getattr(given, name)} behind --: expected 1 or more")

@@ -3,7 +3,7 @@
   a role's Reverb client --Unix socket--> [relay] ===TLS===> [relay] --loopback--> the replay server's Reverb
 
 Reverb 0.14 knows no TLS. Not in the role's process, because there its threads would wait for the interpreter lock. The
-role (tunnel.py) opens the listening socket and hands it over, so it outlives a relay that is started again.
+role (tunnel.py) opens the listening socket and hands it over, so it outlives a relay that is restarted.
 
 Standard input: nothing, until its end, with which the role has ended. Standard output: lines for the role, each a word
 (CONNECTED, REFUSED, BROKEN), a tab and a text.

@@ -76,7 +76,7 @@ class Tunnel:
                 self._hear(*line.rstrip("\n").split("\t", 1))
             if self._is_closed:
                 return
-            logging.warning("the TLS relay %s ended with %d; starting it again", self._name, self._relay.wait())
+            logging.warning("the TLS relay %s ended with %d; restarting it", self._name, self._relay.wait())
             time.sleep(1.0)
             self._relay = self._start_relay()
 

@@ -102,7 +102,7 @@ class Sweep:
 
         code = report_sweep(self._root, self._clock, self._steps)
         if self._signals:
-            self._say(f"stopped by {signal.Signals(self._signals[0]).name}; the same command goes on")
+            self._say(f"stopped by {signal.Signals(self._signals[0]).name}; the same command continues")
             return 128 + self._signals[0]
         return ExitCode.CRASH if self._failures else code
 
@@ -155,7 +155,7 @@ class Sweep:
         lock: Optional[IO[str]] = take_lock(trial, self._say, lambda: bool(self._signals))
         if lock is None:
             if not self._signals:
-                self._note_failure(trial, ExitCode.OCCUPIED, f"another training goes on in {trial.root_dir}")
+                self._note_failure(trial, ExitCode.OCCUPIED, f"another training runs in {trial.root_dir}")
             return None
         if trial.has_ended():  # the one that was waited for came to its end
             lock.close()
