@@ -226,3 +226,11 @@ def test_train_imports_nothing_heavy():
 def test_what_the_door_needs_before_a_role_starts_is_light(module):
     """A wrong flag must be answered before TensorFlow is imported."""
     assert heavy_modules_after(f"import actorlearner.{module}") == set()
+
+
+def test_a_tool_is_light_until_it_runs():
+    """`actorlearner TOOL --help`, and a wrong flag, must be answered before TensorFlow is imported."""
+    tools = [name for name, path in MODULES.items() if path.parent == PACKAGE / "tools" and path.stem != "__init__"]
+    assert "tools.video" in tools
+    code = "\n".join(f"import actorlearner.{tool} as tool; tool.add_arguments, tool.run" for tool in tools)
+    assert heavy_modules_after(code) == set()
