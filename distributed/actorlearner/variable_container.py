@@ -245,6 +245,12 @@ class Publisher:
         self._has_news.set()
         return snapshot
 
+    @property
+    def next_version(self) -> int:
+        """The version of the next snapshot."""
+        with self._lock:
+            return self._next_version
+
     def announce(self, phase: Phase, *, timeout_secs: float = 5.0) -> bool:
         """Tells every role how far training is; returns whether the container has it.
 

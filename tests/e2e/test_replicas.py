@@ -21,7 +21,7 @@ import tree
 from tf_agents.specs import tensor_spec
 from actorlearner.experiment import load_experiment
 from actorlearner.replay.server_sampled import ServerSampledSource
-from actorlearner.training.step import make_train_function
+from actorlearner.training.step import TrainFunction
 from actorlearner.runtime.devices import make_strategy
 
 GLOBAL_BATCH = 8
@@ -59,7 +59,7 @@ for strategy in strategies:
         return data.batch(context.get_per_replica_batch_size(GLOBAL_BATCH), drop_remainder=True)
 
     source = ServerSampledSource("localhost:1", GLOBAL_BATCH, strategy, make_dataset)
-    train = make_train_function(agent, train_step, source, strategy)
+    train = TrainFunction(agent, train_step, source, strategy)
     scalars = train(source.handle, tf.constant(1))
     assert int(train_step.numpy()) == 1
     result["replicas"].append(strategy.num_replicas_in_sync)

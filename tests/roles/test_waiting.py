@@ -19,7 +19,7 @@ from actorlearner.roles import collect_actor, eval_actor, learner, replay_server
 from actorlearner.runtime import lifecycle
 from actorlearner.runtime.lifecycle import Stop
 from actorlearner.runtime.rows import Reporter
-from actorlearner.training import loop
+from actorlearner.training import waiting
 from tests.replay.episodes import RANDOM
 
 BINDINGS = ["train.initial_collect_steps = 1000", "train.num_environments = 1", "dqn.fc_layer_params = (8,)"]
@@ -45,7 +45,7 @@ def cluster(server):
 def run(server, monkeypatch, caplog):
     """`run(role, ...)` runs a role in a thread, for which half a minute is short; it is stopped before its server."""
     caplog.set_level("INFO")
-    for module in (lifecycle, collect_actor, eval_actor, loop):
+    for module in (lifecycle, collect_actor, eval_actor, waiting):
         monkeypatch.setattr(module, "SAY_EVERY_SECS", SOON_SECS)
     stop = Stop()
     threads = []

@@ -13,7 +13,7 @@ from actorlearner.replay.chunk_checks import ChunkCheck
 from actorlearner.replay.mirror import Mirror
 from actorlearner.replay.resident_source import ResidentSource
 from actorlearner.replay.servers import ReplayServers
-from actorlearner.training.step import make_train_function
+from actorlearner.training.step import TrainFunction
 
 NUM_UPDATES = 7
 
@@ -59,7 +59,7 @@ def train(jit_compile, initial=None):
         error_buffer=1.0,
         check=ChunkCheck(spec, 100),
     )
-    function = make_train_function(agent, train_step, source, strategy, jit_compile=jit_compile)
+    function = TrainFunction(agent, train_step, source, strategy, jit_compile=jit_compile)
     scalars = function(source.handle, tf.constant(NUM_UPDATES))
     assert int(train_step) == NUM_UPDATES
     return initial, [variable.numpy() for variable in variables], {name: float(s) for name, s in scalars.items()}
@@ -113,7 +113,7 @@ def test_weights_reach_the_update_and_its_errors_reach_the_source(weight):
     )
     source = WithWeights(batch._replace(discount=tf.ones((2, 2))), weight)
     before = [variable.numpy() for variable in agent.collect_policy.variables()]
-    scalars = make_train_function(agent, train_step, source, tf.distribute.get_strategy())(None, tf.constant(3))
+    scalars = TrainFunction(agent, train_step, source, tf.distribute.get_strategy())(None, tf.constant(3))
     moved = max(np.abs(now.numpy() - was).max() for now, was in zip(agent.collect_policy.variables(), before))
     assert (moved > 0) == (float(scalars["loss"]) > 0) == (weight > 0)
     assert source.seen.numpy().tolist() == [3, 1]

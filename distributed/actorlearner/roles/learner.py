@@ -16,7 +16,6 @@ import gin
 import tensorflow as tf
 from tf_agents.specs import tensor_spec
 
-from actorlearner import variable_container
 from actorlearner.cluster import Cluster
 from actorlearner.evaluations.ledger import EvaluationLedger
 from actorlearner.evaluations.queue import EvaluationRequests
@@ -30,10 +29,12 @@ from actorlearner.run.starts import note_start
 from actorlearner.runtime.checkpoints import Checkpoints
 from actorlearner.runtime.configuration import NonNegativeFloat, NonNegativeInt, PositiveFloat, operative_config
 from actorlearner.runtime.devices import has_one_gpu
-from actorlearner.runtime.lifecycle import ExitCode, Stop, Stopped, wait_until
-from actorlearner.training.delivery import finish
+from actorlearner.runtime.lifecycle import ExitCode, Stop, Stopped
+from actorlearner.training.delivery import await_announced, finish
 from actorlearner.training.loop import TrainingLoop
-from actorlearner.training.step import check_batch, make_train_function
+from actorlearner.training.observations import Observations
+from actorlearner.training.saving import Saving
+from actorlearner.training.step import TrainFunction, check_batch
 from actorlearner.training.takeover import (
     furthest_step,
     has_ended,
@@ -43,7 +44,7 @@ from actorlearner.training.takeover import (
     say_it_is_over,
 )
 from actorlearner.training.timing import PublishInterval
-from actorlearner.variable_container import Phase, Publisher
+from actorlearner.variable_container import Phase, Publisher, await_container
 
 
 @gin.configurable(
@@ -94,49 +95,43 @@ def run_learner(
     """
     refuse_several(experiment.replay, cluster.replay_addresses)
     experiment.seed_process("learner")
+    schedule, patience_secs = experiment.schedule, cluster.peer_patience_secs
     directory = RunDirectory(root_dir)
     directory.hold()
-    schedule = experiment.schedule
     check_batch(schedule.batch_size, strategy.num_replicas_in_sync)
     with strategy.scope():
-        agent, train_step = experiment.make_agent()
-    variables = agent.collect_policy.variables()
-    directory.check_identity(identity_of(experiment, agent))
+        policies = experiment.policies()
+    agent, train_step = policies.agent, policies.train_step
+    directory.check_identity(identity_of(experiment, policies))
     if has_ended(directory, schedule.num_iterations):
         say_it_is_over(cluster, schedule.num_iterations, stop)
         return ExitCode.DONE
 
-    patience_secs = cluster.peer_patience_secs
-    signatures = experiment.replay.table_signatures(agent.collect_data_spec)
+    tables = experiment.replay.table_signatures(agent.collect_data_spec)
     servers = ReplayServers(cluster.replay_addresses)
-    servers.await_tables(signatures, stop=stop, deadline_secs=patience_secs)
-    variable_container.await_container(cluster.variables_address, variables, stop=stop, deadline_secs=patience_secs)
+    servers.await_tables(tables, stop=stop, deadline_secs=patience_secs)
+    await_container(cluster.variables_address, policies.variables, stop=stop, deadline_secs=patience_secs)
     servers.watch(cluster.variables_address)
     published = refuse_second_learner(
         cluster, directory.past_learners(), furthest_step(directory, schedule.num_iterations), stop
     )
 
-    source = experiment.replay.make_source(
-        servers,
-        tensor_spec.from_spec(agent.collect_data_spec),
-        experiment.sampling(agent),
-        strategy,
-    )
-    if getattr(agent, "observation_statistics", None) is not None:
-        source.count_observations()
+    step_spec = tensor_spec.from_spec(agent.collect_data_spec)
+    source = experiment.replay.make_source(servers, step_spec, experiment.sampling(agent), strategy)
+    observations = Observations(agent, source)
     fuses = jit_compile if jit_compile is not None else source.can_fuse and has_one_gpu(strategy)
-    train = make_train_function(agent, train_step, source, strategy, jit_compile=fuses)
+    train = TrainFunction(agent, train_step, source, strategy, jit_compile=fuses)
     checkpoints = Checkpoints(directory.checkpoints, train_step, {"agent": agent})
     counts = checkpoints.restore()
+    restore_replay(source, counts, cluster, stop)
+
     if directory.past_learners():
         experiment.pace.note_restart("a resumed run")
-    restore_replay(source, counts, cluster, stop)
     learner = secrets.randbits(62)
     directory.note_learner(learner)
     publisher = Publisher(
         cluster.variables_address, learner, first_version=counts.get("version", 0), published=published
     )
-    replay_checkpoints = CheckpointRequests(servers, learner)
     ledger = EvaluationLedger(
         EvaluationRequests(cluster.variables_address),
         directory.evaluated,
@@ -150,41 +145,37 @@ def run_learner(
     export = PolicyExport(
         agent, train_step, directory.policies, experiment.environment_action_spec, anew=bool(start["differs"])
     )
+    requests = CheckpointRequests(servers, learner)
+    saving = Saving(train_step, checkpoints, requests, export, record, source, observations, publisher)
     loop = TrainingLoop(
         experiment,
-        cluster,
-        agent,
-        train_step,
-        source,
+        policies,
         train,
+        source,
+        observations,
         publisher,
         ledger,
         record,
-        checkpoints,
-        replay_checkpoints,
-        export,
+        saving,
+        publish_interval=PublishInterval(publish_interval, publish_interval_secs),
+        checkpoint_interval_secs=checkpoint_interval_secs,
+        replay=f"the replay at {cluster.replay_address} (tables {', '.join(map(repr, tables))})",
+        patience_secs=patience_secs,
     )
     try:
-        publish = PublishInterval(publish_interval, publish_interval_secs)
-        directory.forget_end()  # else a launcher thinks at the next death of this one that nobody is needed any more
-        loop.run(stop, publish, checkpoint_interval_secs=checkpoint_interval_secs)
+        directory.forget_end()  # otherwise a launcher takes this learner's death for the end of the run
+        loop.run(stop)
         record.note_phase("final evaluation")
         publisher.announce(Phase.EVALUATING)
-        finish(experiment, agent, train_step, export, ledger, record, stop, evaluation_patience_secs)
-        wait_until(
-            lambda: publisher.announce(Phase.OVER),
-            lambda: f"the variable container at {cluster.variables_address} to take the news that training is over",
-            stop=stop,
-            deadline_secs=patience_secs,
-            setting="--peer_patience_secs",
-        )
+        finish(experiment, policies, export, ledger, record, stop, evaluation_patience_secs)
+        await_announced(publisher, Phase.OVER, stop, patience_secs)
     except Stopped as stopped:
         logging.info("%s at train step %d", stopped, int(train_step.numpy()))
         return stop.exit_code
     finally:
         record.close()
         servers.close()
-        replay_checkpoints.close()
+        requests.close()
         source.close()
     # The publisher goes on until this process ends: a replay server that is started again by then must hear of the end.
     return ExitCode.DONE

@@ -6,22 +6,19 @@ import functools
 import logging
 from collections.abc import Callable
 
-import tensorflow as tf
-from tf_agents.agents import tf_agent
-
+from actorlearner.agents.policies import Policies
 from actorlearner.evaluations.ledger import EvaluationLedger
 from actorlearner.evaluations.queue import Purpose
 from actorlearner.experiment import Experiment
 from actorlearner.run.policies import PolicyExport
 from actorlearner.run.record import RunRecord
 from actorlearner.runtime.lifecycle import Stop, wait_until
-from actorlearner.variable_container import Snapshot
+from actorlearner.variable_container import Phase, Publisher, Snapshot
 
 
 def finish(
     experiment: Experiment,
-    agent: tf_agent.TFAgent,
-    train_step: tf.Variable,
+    policies: Policies,
     export: PolicyExport,
     ledger: EvaluationLedger,
     record: RunRecord,
@@ -45,7 +42,7 @@ def finish(
                 stop,
                 patience_secs,
             )
-        variables = agent.collect_policy.variables()
+        variables, train_step = policies.variables, policies.train_step
         newest = Snapshot(-1, int(train_step.numpy()), [variable.numpy() for variable in variables])
         best = ledger.best() or newest
         if best is newest:
@@ -87,3 +84,19 @@ def _await_result(
         setting="learner.evaluation_patience_secs",
     )
     record.note_waiting(None)
+
+
+def await_announced(publisher: Publisher, phase: Phase, stop: Stop, patience_secs: float) -> None:
+    """Returns when the variable container says that training is in this phase.
+
+    Raises:
+      Stopped: `stop` was set.
+      RoleError: The container did not answer within `patience_secs` seconds (UNAVAILABLE).
+    """
+    wait_until(
+        lambda: publisher.announce(phase),
+        lambda: f"the variable container at {publisher.address} to take the news that training is over",
+        stop=stop,
+        deadline_secs=patience_secs,
+        setting="--peer_patience_secs",
+    )

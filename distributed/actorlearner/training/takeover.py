@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from typing import Any, Optional
 
 import tensorflow as tf
-from tf_agents.agents import tf_agent
 
 from actorlearner import variable_container
+from actorlearner.agents.policies import Policies
 from actorlearner.cluster import Cluster
 from actorlearner.experiment import Experiment
 from actorlearner.replay.base import BatchSource
@@ -31,21 +31,21 @@ NUM_HEARTBEATS = 3
 """So many heartbeats in a row make another learner: a row or two that say so may be any client's."""
 
 
-def identity_of(experiment: Experiment, agent: tf_agent.TFAgent) -> dict[str, Any]:
+def identity_of(experiment: Experiment, policies: Policies) -> dict[str, Any]:
     """What must not change between two starts on one run directory."""
     return {
-        "agent": type(agent).__name__,
+        "agent": type(policies.agent).__name__,
         "environment": experiment.environment.env_name,
         "observation": str(experiment.time_step_spec.observation),
         "action": str(experiment.action_spec),
-        "variables": [f"{v.name.split(':')[0]} {v.shape.as_list()}" for v in agent.collect_policy.variables()],
+        "variables": [f"{v.name.split(':')[0]} {v.shape.as_list()}" for v in policies.variables],
     }
 
 
 def has_ended(directory: RunDirectory, num_iterations: int) -> bool:
     """Returns whether a learner before this one did all there is to do but, maybe, the curve and the videos."""
     summary = directory.read_json(directory.summary)
-    return bool(summary and summary.get("has_ended") and summary["train_steps"] == num_iterations)
+    return bool(summary and summary.get("has_ended") and summary["train_steps"] >= num_iterations)
 
 
 def say_it_is_over(cluster: Cluster, num_iterations: int, stop: Stop, patience_secs: float = 60.0) -> None:

@@ -1,0 +1,28 @@
+"""What is due between two compiled calls is done once, whatever train steps a call comes to."""
+
+from __future__ import annotations
+
+from actorlearner.training.periodic import EverySecs, EverySteps, Reached
+
+
+def test_what_is_due_every_so_many_train_steps_is_done_once_for_each_multiple_that_a_call_passes():
+    """An agent that counts several train steps in an update would step over a multiple, and save nothing."""
+    done: list[int] = []
+    action = EverySteps(100, lambda reached: done.append(reached.step))
+    for before, step in ((0, 40), (40, 100), (100, 100), (100, 190), (190, 230), (230, 450)):
+        action(Reached(before, step, {}))
+    assert done == [100, 230, 450]
+
+
+def test_an_interval_of_none_is_never_due():
+    """eval_interval = 0 evaluates nothing."""
+    assert not Reached(0, 100, {}).passes(0)
+
+
+def test_what_is_due_every_so_many_seconds_is_done_after_the_first_update_and_only_where_one_was_made():
+    """Learners that die young, one after the other, would never save; one that waits would save all the time."""
+    now, done = 0.0, []
+    action = EverySecs(60.0, lambda reached: done.append(now), clock=lambda: now)
+    for now, moves in ((1.0, False), (2.0, True), (30.0, True), (61.9, True), (62.0, False), (70.0, True)):
+        action(Reached(5, 5 + moves, None))
+    assert done == [2.0, 70.0]
