@@ -64,6 +64,19 @@ MAY_IMPORT = {
     "run.policies": {"agents.exported", "runtime"},
     "run.missing_policies": {"evaluations", "run", "runtime", "variable_container"},
     "run": {"runtime"},
+    # The collect actor's inside.
+    "collecting": {
+        "agents.acting",
+        "agents.policies",
+        "cluster",
+        "collecting",
+        "environments.checks",
+        "experiment",
+        "replay",
+        "reports",
+        "runtime",
+        "variable_container",
+    },
     # The learner's inside.
     "training": {
         "agents.policies",
@@ -77,8 +90,8 @@ MAY_IMPORT = {
         "variable_container",
     },
     "roles": {
-        "agents.policies",
         "cluster",
+        "collecting",
         "environments.batch",
         "environments.checks",
         "evaluations",

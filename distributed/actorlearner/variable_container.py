@@ -352,6 +352,7 @@ class Subscriber:
     """
 
     def __init__(self, address: str, variables: Sequence[tf.Variable], *, refresh_interval_secs: float):
+        self.address = address
         self._versions = _make_version_reader(address)
         self._variables = BoardReader(address, VARIABLES_TABLE, variables_signature(variables))
         self._refresh_interval_secs = refresh_interval_secs

@@ -12,6 +12,7 @@ import tensorflow as tf
 import tree
 
 from actorlearner.cluster import Cluster
+from actorlearner.collecting import collector
 from actorlearner.experiment import load_experiment
 from actorlearner.replay.servers import ReplayServers
 from actorlearner.reports import CollectReport
@@ -45,7 +46,7 @@ def cluster(server):
 def run(server, monkeypatch, caplog):
     """`run(role, ...)` runs a role in a thread, for which half a minute is short; it is stopped before its server."""
     caplog.set_level("INFO")
-    for module in (lifecycle, collect_actor, eval_actor, waiting):
+    for module in (lifecycle, collector, eval_actor, waiting):
         monkeypatch.setattr(module, "SAY_EVERY_SECS", SOON_SECS)
     stop = Stop()
     threads = []

@@ -21,8 +21,12 @@ def test_an_interval_of_none_is_never_due():
 
 def test_what_is_due_every_so_many_seconds_is_done_after_the_first_update_and_only_where_one_was_made():
     """Learners that die young, one after the other, would never save; one that waits would save all the time."""
-    now, done = 0.0, []
-    action = EverySecs(60.0, lambda reached: done.append(now), clock=lambda: now)
-    for now, moves in ((1.0, False), (2.0, True), (30.0, True), (61.9, True), (62.0, False), (70.0, True)):
-        action(Reached(5, 5 + moves, None))
-    assert done == [2.0, 70.0]
+    times = [1.0, 2.0, 30.0, 61.9, 62.0, 70.0]
+    moves = [False, True, True, True, False, True]
+    now = iter(times)
+    done: list[Reached] = []
+    action = EverySecs(60.0, done.append, clock=lambda: next(now))
+    calls = [Reached(5, 5 + has_moved, None) for has_moved in moves]
+    for reached in calls:
+        action(reached)
+    assert [id(reached) for reached in done] == [id(calls[1]), id(calls[5])]

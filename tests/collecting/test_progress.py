@@ -6,10 +6,11 @@ from tf_agents.specs import tensor_spec
 
 from actorlearner import reports, variable_container
 from actorlearner.cluster import Cluster
+from actorlearner.collecting.collector import Collector
+from actorlearner.collecting.progress import Progress
 from actorlearner.experiment import load_experiment
 from actorlearner.replay.servers import ReplayServers
 from actorlearner.reports import NewestReport
-from actorlearner.roles.collect_actor import Collector, Progress
 from actorlearner.runtime.lifecycle import Stop
 from actorlearner.runtime.telemetry import Events
 from actorlearner.variable_container import Subscriber
