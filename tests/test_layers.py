@@ -110,11 +110,11 @@ MAY_IMPORT = {
     "tools": {"checkout", "cluster", "experiment", "flags", "replay", "run", "runtime", "tools", "variable_container"},
 }
 
-# Folders whose modules must not import one another.
-STRANGERS = ("roles", "agents")
+# Folders of nodes, which must not import one another.
+NODES = ("roles",)
 
-# Concrete suites and algorithms are named in gin files only; a suite may build on another one.
-NAMED_IN_GIN_ONLY = ("agents.sac", "agents.dqn", "environments.gym", "environments.pybullet")
+# Folders of things that gin files choose from: what a file binds there is named in gin files only.
+PLUGGABLE = ("agents", "environments", "replay")
 
 REVERB_CLIENTS = ("Client", "TimestepDataset", "TrajectoryDataset")
 
@@ -187,32 +187,43 @@ def test_reverbs_clients_are_led_to_where_reach_says(module):
                 assert given.startswith("reach("), f"{module} line {node.lineno}: expected reach({given})"
 
 
-@pytest.mark.parametrize("folder", STRANGERS)
-def test_neighbours_do_not_know_each_other(folder):
-    """Nodes meet only at edges: a role that imports another cannot be started without it."""
-    shared = {
-        "agents.base",
-        "agents.acting",
-        "agents.policies",
-        "agents.exported",
-        "agents.networks",
-        "agents.normalized",
-        "agents.n_step",
-        "agents.optimizers",
+def chosen_in_gin(folder: str) -> set[str]:
+    """Returns the modules of a folder that bind a name for gin files: an algorithm, a suite, a replay or a role."""
+    return {
+        name for name in MODULES if name.startswith(folder + ".") and "@gin.configurable(" in MODULES[name].read_text()
     }
-    starts_any = "roles.process"
-    for module in (name for name in MODULES if name.startswith(folder + ".") and name != starts_any):
-        neighbours = {name for name in imports_of(module) if name.startswith(folder + ".")} - shared
+
+
+@pytest.mark.parametrize("folder", NODES)
+def test_nodes_do_not_know_each_other(folder):
+    """Nodes meet only at edges: a role that imports another cannot be started without it."""
+    nodes = chosen_in_gin(folder)
+    assert len(nodes) >= 4, "they are found by listing the folder"
+    for module in nodes:
+        neighbours = imports_of(module) & nodes
         assert not neighbours, f"{module} must not import {', '.join(sorted(neighbours))}"
 
 
-def test_algorithms_and_suites_are_named_in_gin_files_only():
-    """A new algorithm must be one Python file and one gin file, and no existing line."""
+@pytest.mark.parametrize("folder", PLUGGABLE)
+def test_what_gin_files_choose_is_named_in_gin_files_only(folder):
+    """A new algorithm, suite or replay must be one Python file and one gin file, and no existing line.
+
+    A suite may build on another one.
+    """
+    chosen = chosen_in_gin(folder)
+    assert len(chosen) >= 2, "they are found by listing the folder"
     for module in MODULES:
-        named = imports_of(module) & set(NAMED_IN_GIN_ONLY)
-        if layer_of(module) == "environments":
+        named = imports_of(module) & chosen
+        if folder == "environments" and module.startswith("environments."):
             continue
         assert not named, f"{module} must not name {', '.join(sorted(named))}"
+
+
+def test_every_algorithm_and_suite_has_a_gin_file_that_imports_it():
+    """What no gin file imports cannot be bound: gin has never heard of it."""
+    files = [path.read_text() for path in (PACKAGE.parent.parent / "gin").rglob("*.gin")]
+    for module in set().union(*map(chosen_in_gin, PLUGGABLE)):
+        assert any(f"import actorlearner.{module}\n" in text for text in files), module
 
 
 def heavy_modules_after(code: str) -> set[str]:

@@ -134,8 +134,13 @@ class Process:
 class Processes:
     """Starts processes below one folder; all are killed when the `with` ends."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, modules: Path = FOLDER):
+        """Args:
+        folder: Where they work.
+        modules: Whose modules they can import, beside the package's.
+        """
         self._folder = folder
+        self._modules = modules
         self._all: list[Process] = []
 
     def __enter__(self) -> Processes:
@@ -152,14 +157,14 @@ class Processes:
         return self.start_python("-m", "actorlearner", *arguments, cwd=cwd)
 
     def start_python(self, *arguments: Any, cwd: Optional[Path] = None) -> Process:
-        """Starts this interpreter; the package and this folder's modules can be imported there."""
+        """Starts this interpreter; the package and the modules can be imported there."""
         return self.start_program(sys.executable, *arguments, cwd=cwd)
 
     def start_program(self, *command: Any, cwd: Optional[Path] = None) -> Process:
-        """Starts any program, in the folder `cwd`; Python programs can import the package and this folder's modules."""
+        """Starts any program, in the folder `cwd`; Python programs can import the package and the modules."""
         environment = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join(map(str, (SOURCE_ROOT, FOLDER))),
+            "PYTHONPATH": os.pathsep.join(map(str, (SOURCE_ROOT, self._modules))),
             "PYTHONUNBUFFERED": "1",
             "CUDA_VISIBLE_DEVICES": "-1",
         }
