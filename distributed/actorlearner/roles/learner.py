@@ -99,6 +99,8 @@ def run_learner(
     directory = RunDirectory(root_dir)
     directory.hold()
     check_batch(schedule.batch_size, strategy.num_replicas_in_sync)
+
+    # What is trained.
     with strategy.scope():
         policies = experiment.policies()
     agent, train_step = policies.agent, policies.train_step
@@ -107,6 +109,7 @@ def run_learner(
         say_it_is_over(cluster, schedule.num_iterations, stop)
         return ExitCode.DONE
 
+    # Who else is there.
     tables = experiment.replay.table_signatures(agent.collect_data_spec)
     servers = ReplayServers(cluster.replay_addresses)
     servers.await_tables(tables, stop=stop, deadline_secs=patience_secs)
@@ -116,6 +119,7 @@ def run_learner(
         cluster, directory.past_learners(), furthest_step(directory, schedule.num_iterations), stop
     )
 
+    # What it is trained on, from where the learner before this one came to.
     step_spec = tensor_spec.from_spec(agent.collect_data_spec)
     source = experiment.replay.make_source(servers, step_spec, experiment.sampling(agent), strategy)
     observations = Observations(agent, source)
@@ -125,6 +129,7 @@ def run_learner(
     counts = checkpoints.restore()
     restore_replay(source, counts, cluster, stop)
 
+    # What becomes of it: weights for actors, evaluations, numbers, files.
     if directory.past_learners():
         experiment.pace.note_restart("a resumed run")
     learner = secrets.randbits(62)
