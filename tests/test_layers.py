@@ -61,7 +61,7 @@ MAY_IMPORT = {
     "run.status": set(),
     "run.starts": {"run.directory"},
     "run.record": {"cluster", "evaluations", "experiment", "reports", "run", "runtime", "variable_container"},
-    "run.policies": {"agents.exported", "runtime"},
+    "run.policies": {"agents.exported", "agents.policies", "runtime"},
     "run.missing_policies": {"evaluations", "run", "runtime", "variable_container"},
     "run": {"runtime"},
     # The collect actor's inside.

@@ -37,6 +37,12 @@ class Policies:
     def collect(self) -> tf_policy.TFPolicy:
         return self.agent.collect_policy
 
+    @property
+    def plain(self) -> tf_policy.TFPolicy:
+        """What was trained: no exploration is added, and it is not made greedy."""
+        policy = self.agent.policy
+        return policy.wrapped_policy if isinstance(policy, greedy_policy.GreedyPolicy) else policy
+
     @functools.cached_property
     def greedy(self) -> tf_policy.TFPolicy:
         policy = self.agent.policy

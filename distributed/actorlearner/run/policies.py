@@ -13,9 +13,10 @@ from typing import Any
 
 import tensorflow as tf
 from tf_agents.agents import tf_agent
-from tf_agents.policies import greedy_policy, policy_saver, tf_policy
+from tf_agents.policies import policy_saver, tf_policy
 
 from actorlearner.agents.exported import with_environment_actions
+from actorlearner.agents.policies import Policies
 from actorlearner.runtime import durable_files
 
 _SPECS = "policy_specs.pbtxt"  # the last file of a SavedModel
@@ -53,14 +54,13 @@ class PolicyExport:
         action_spec: The environment's, where its actions are not the agent's own. See `Experiment.action_spec`.
         anew: SavedModels that are there were made with other settings: their graphs are of no use.
         """
-        greedy = agent.policy
-        raw = greedy.wrapped_policy if isinstance(greedy, greedy_policy.GreedyPolicy) else greedy
-        if raw is greedy:
-            greedy = greedy_policy.GreedyPolicy(raw)
-        self._policies: dict[str, tf_policy.TFPolicy] = dict(zip(NAMES, (raw, agent.collect_policy, greedy)))
+        policies = Policies(agent, train_step)
+        each = (policies.plain, policies.collect, policies.greedy)
+        self._policies: dict[str, tf_policy.TFPolicy] = dict(zip(NAMES, each))
         if action_spec is not None:
-            policies = self._policies.items()
-            self._policies = {name: with_environment_actions(policy, action_spec) for name, policy in policies}
+            self._policies = {
+                name: with_environment_actions(policy, action_spec) for name, policy in self._policies.items()
+            }
         self._train_step = train_step
         # Which of them has the same variables, in the same order: these are written once.
         self._like = {name: next(other for other in self._policies if self._has_equal(name, other)) for name in NAMES}

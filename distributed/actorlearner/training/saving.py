@@ -61,7 +61,7 @@ class Saving:
         self._policies_step = -1  # of the SavedModels
         self._disk = InBackground()
 
-    def save(self, reached: object = None) -> None:
+    def save(self, reached: Reached) -> None:
         """Saves agent, replay and policies."""
         self.save_checkpoint(with_replay=True)
         self.save_policies()
