@@ -8,6 +8,9 @@ from tf_agents.networks import sequential
 from tf_agents.specs import array_spec, tensor_spec
 from tf_agents.trajectories import time_step
 
+from actorlearner.replay.resident import ResidentReplay
+from tests.replay.episodes import sample
+
 
 @pytest.fixture(scope="module")
 def spec():
@@ -23,3 +26,15 @@ def spec():
         train_step_counter=tf.Variable(0, dtype=tf.int64),
     )
     return agent.collect_data_spec
+
+
+@pytest.fixture
+def replay():
+    """A small resident replay."""
+    return ResidentReplay(replay_buffer_capacity=1_000, chunk_length=8, stream_length=4)
+
+
+@pytest.fixture
+def address(serve, replay, spec):
+    """Of a server with its tables."""
+    return f"localhost:{serve(replay.make_tables(spec, sample())).port}"

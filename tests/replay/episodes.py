@@ -8,6 +8,7 @@ from tf_agents.trajectories import StepType, trajectory
 
 from actorlearner.replay.base import Sampling
 from actorlearner.replay.mirror import Mirror
+from actorlearner.replay.servers import ReplayServers
 
 RANDOM = -1
 
@@ -72,3 +73,16 @@ def sample(**changes):
         "samples_per_insert": 4.0,
     }
     return Sampling(**{**plan, **changes})
+
+
+def write(sink, *lanes, acted_at=RANDOM, crashes=()):
+    """Writes runs of steps of equal length, one for each environment; `crashes` are (row, environment)."""
+    for row, steps in enumerate(zip(*lanes)):
+        crashed = np.array([(row, index) in crashes for index in range(len(lanes))])
+        sink.append(columns(*steps), acted_at, crashed)
+        assert not sink.is_blocked()
+
+
+def make_source(replay, address, spec, **changes):
+    """Returns the learner's side of a replay."""
+    return replay.make_source(ReplayServers([address]), spec, sample(**changes), tf.distribute.get_strategy())
