@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "runtime": {"runtime"},
     "cluster": set(),
     "variable_container": {"runtime"},
+    "replay.checkpoint_service": {"replay", "runtime", "variable_container"},
     "replay.pace": {"replay", "runtime", "variable_container"},
     "replay": {"replay", "runtime"},
     "agents.base": {"runtime"},

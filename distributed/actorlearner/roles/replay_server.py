@@ -11,7 +11,6 @@ training is.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import socket
 import time
@@ -28,7 +27,7 @@ from actorlearner import reports, variable_container
 from actorlearner.evaluations import queue
 from actorlearner.experiment import Experiment
 from actorlearner.replay import checkpoint_requests, servers
-from actorlearner.replay.checkpoint_requests import DUE_TABLE, Answers, Due, read_due
+from actorlearner.replay.checkpoint_service import CHECKPOINT_SECS, CheckpointService
 from actorlearner.replay.checkpoints import TableCheckpoints
 from actorlearner.replay.servers import Announcement
 from actorlearner.replay.tables import check_tables
@@ -38,11 +37,7 @@ from actorlearner.runtime.health import beat, beat_meanwhile
 from actorlearner.runtime.lifecycle import ExitCode, RoleError, Stop
 from actorlearner.runtime.messages import Unreachable, read_server_info
 from actorlearner.runtime.sockets import close_to_other_machines
-from actorlearner.runtime.tls.tunnel import reach
 from actorlearner.variable_container import Belief, Phase, Version
-
-CHECKPOINT_SECS = 3600.0
-"""A checkpoint that takes longer to write or to read, in seconds, is taken for a hang."""
 
 VERSION_EVERY_SECS = 1.5
 """Time between two looks at how far training is; each costs some milliseconds and a line of Reverb's in the log."""
@@ -120,15 +115,17 @@ def run_replay_server(
     held = ", ".join(f"{tables[table.name].current_size:,} in '{table.name}'" for table in replay_tables)
     logging.info("the replay holds %s", held)
     logging.info("serving replay and variables on port %d%s", port, ", to this machine only" if is_closed else "")
-    keeper = Keeper(address, variables_address or address, checkpoints, [table.name for table in replay_tables])
-    first = _First(variables_address, replay_tables, advertise) if variables_address else None
+    checkpointing = CheckpointService(
+        address, variables_address or address, checkpoints, [table.name for table in replay_tables]
+    )
+    primary = PrimaryServer(variables_address, replay_tables, advertise) if variables_address else None
     over_since = None
     belief, is_over, looked_at = Belief(), False, 0.0
     while not stop.wait(0.25):
         try:
-            keeper.serve_request()
+            checkpointing.serve_request()
             if time.monotonic() - looked_at > VERSION_EVERY_SECS:
-                version = first.look() if first else variable_container.read_version(address)
+                version = primary.look() if primary else variable_container.read_version(address)
                 is_over = version is not None and belief.holds(version) and version.phase == Phase.OVER
                 looked_at = time.monotonic()
         except Unreachable as error:
@@ -142,12 +139,12 @@ def run_replay_server(
                 break
         else:
             over_since = None
-    keeper.save_what_is_new()
+    checkpointing.save_what_is_new()
     server.stop()
     return stop.exit_code if stop.is_set() else ExitCode.DONE
 
 
-class _First:
+class PrimaryServer:
     """The run's first replay server, as the others see it: the variable container, where a joined one is announced."""
 
     def __init__(self, address: str, tables: Sequence[reverb.Table], advertise: Optional[str]):
@@ -177,68 +174,6 @@ class _First:
         else:
             self._is_away = False
         return self._version
-
-
-class Keeper:
-    """Saves the tables when the learner asks, and at the end what has come since."""
-
-    def __init__(
-        self, address: str, variables_address: str, checkpoints: Optional[TableCheckpoints], tables: Sequence[str]
-    ):
-        self._address = address
-        self._variables_address = variables_address
-        self._checkpoints = checkpoints
-        self._tables = tables
-        self._client = reverb.Client(reach(address))
-        self._answers = Answers(address)
-        self._served: Optional[Due] = None
-        self._num_asked = 0
-        self._train_step = 0
-        self._saved_inserts = self._count_inserts()
-
-    def serve_request(self) -> None:
-        """Saves if the learner asked since the last look; blocks until that is written. Raises `Unreachable`."""
-        num_asked = read_server_info(self._address, timeout_secs=5)[DUE_TABLE].rate_limiter_info.insert_stats.completed
-        if num_asked == self._num_asked:
-            return
-        due = read_due(self._address)
-        self._num_asked = num_asked
-        if due is None or due == self._served:
-            return
-        is_saved = self._save(due.train_step)
-        self._served = due
-        self._answers.send(due, is_saved)
-
-    def save_what_is_new(self) -> None:
-        """Saves what was inserted since the last checkpoint, under the train step of the last request."""
-        version = None
-        with contextlib.suppress(Unreachable):
-            version = variable_container.read_version(self._variables_address, timeout_secs=1)
-        try:
-            due = read_due(self._address, timeout_secs=1)
-            if self._count_inserts() != self._saved_inserts or (due and due != self._served):
-                train_step = max(self._train_step, due.train_step if due else 0, version.train_step if version else 0)
-                self._save(train_step)
-        except Unreachable as error:
-            logging.warning("the replay was not saved at the end: %s", error)
-
-    def _save(self, train_step: int) -> bool:
-        if not self._checkpoints:
-            return False
-        self._train_step = train_step
-        inserts = self._count_inserts()
-        try:
-            with beat_meanwhile(CHECKPOINT_SECS):
-                self._checkpoints.save(self._client, train_step)
-        except RoleError as error:
-            logging.warning("%s", error.message)
-            return False
-        self._saved_inserts = inserts
-        return True
-
-    def _count_inserts(self) -> int:
-        info = read_server_info(self._address, timeout_secs=5)
-        return sum(info[table].rate_limiter_info.insert_stats.completed for table in self._tables)
 
 
 def _make_tables(experiment: Experiment, may_join: Sequence[str] = ()) -> tuple[list[reverb.Table], list[reverb.Table]]:
