@@ -158,6 +158,7 @@ class BatchSource:
           batch: What `unpack` returned.
           loss_info: The agent's `LossInfo`.
         """
+        del batch, loss_info  # AutoGraph cannot transform a function without statements
 
     def count_observations(self) -> None:
         """Begins to count observations for `take_moments`; called before `restore` and the first `draw`, if at all."""
