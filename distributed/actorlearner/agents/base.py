@@ -30,9 +30,11 @@ class AgentFactory(Protocol):
         Args:
           time_step_spec: TF-Agents `TimeStep` of tensor specs, without a batch dimension.
           action_spec: Bounded tensor spec of one action.
-          train_step: Scalar int64; the agent counts its updates there.
+          train_step: Scalar int64; the agent counts there, once in each update or as it likes.
 
-        The agent may say more than a `TFAgent` does, by two attributes:
+        Everything that acting needs is in the agent's `collect_policy.variables()`. An agent whose
+        `train_sequence_length` is None leaves it to the replay how long its windows are. It may say more than a
+        `TFAgent` does, by two attributes:
           observation_statistics: Has `update(moments)`; the learner calls it with what it takes in (`normalized.py`).
           windows_may_end_early: Whether it trains on windows in which an episode ends before their last step, and then
             looks at nothing that comes after.
