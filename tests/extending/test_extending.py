@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import tensorflow as tf
+import tf_agents.policies  # noqa: F401  (knows the types that a SavedModel of a policy has)
 
 from tests.e2e.processes import RUN_SECS, Processes
 
