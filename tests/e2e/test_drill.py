@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.drills import DRILL_SECS, TEST_SECS, Drill, broken, drill_with
+from tests.e2e.drilled_runs import DRILL_SECS, TEST_SECS, Drill, broken, drill_with
 from tests.e2e.processes import Processes, bind
 
 pytestmark = pytest.mark.timeout(TEST_SECS)

@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from actorlearner.experiment import load_experiment
 from actorlearner.runtime.checkpoints import Checkpoints
-from tests.e2e.drills import TEST_SECS, Drill, broken, drill_with
+from tests.e2e.drilled_runs import TEST_SECS, Drill, broken, drill_with
 from tests.e2e.processes import RUN_SECS, Processes, bind
 
 pytestmark = pytest.mark.timeout(TEST_SECS)
