@@ -1,11 +1,11 @@
 """One collect actor: on Minitaur against a raw gym loop, on CartPole against the tutorial's actor.
 
-Ours is the role as it is, writing to a real replay server whose queue is read, with new weights every second. Nothing
+Ours is the real role, writing to a real replay server whose queue is read, with new weights every second. Nothing
 trains.
 
-On Minitaur the weights are zeros: SAC then acts by the tanh of a standard normal, and its episodes last about as long
-as those of random actions. With initial weights they last 75 to 1,000 steps, as the seed has it; a reset takes the time
-of 20 steps, so that the figure would depend on how often the robot falls.
+On Minitaur the weights are zeros: SAC then acts by the tanh of a standard normal, and episodes are about as long as
+with random actions. With initial weights they last 75 to 1,000 steps, depending on the seed; a reset takes the time of
+20 steps, so the figure would depend on how often the robot falls.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from benchmarks.results import Row
 
 
 def compare_minitaur(settings: Settings) -> Sequence[Row]:
-    """Returns one row: what is left of the bare environment's speed."""
+    """Returns one row: our speed as a share of the bare environment's."""
     return _compare(
         settings, "collect-minitaur", "sac_minitaur_tutorial", "raw_gym", "a raw gym loop with random actions", 0.9
     )
@@ -48,7 +48,7 @@ def _compare(settings: Settings, name: str, experiment: str, program: str, refer
 
 @contextlib.contextmanager
 def ours(experiment_name: str) -> Iterator[Measure]:
-    """A replay server and a collect actor as processes; this one stands in for the learner."""
+    """A replay server and a collect actor as processes; this process stands in for the learner."""
     from actorlearner.launcher.command import COLLECT_ACTOR, REPLAY_SERVER
     from benchmarks.roles import AS_THE_TUTORIAL, OURS, UNLIMITED, Roles, measure_collecting, standing_in_for_learner
 
@@ -72,7 +72,7 @@ def ours(experiment_name: str) -> Iterator[Measure]:
 
 @contextlib.contextmanager
 def raw_gym() -> Iterator[Measure]:
-    """Minitaur stepped with random actions and nothing around it."""
+    """Minitaur alone, stepped with random actions."""
     import gym
     import pybullet_envs  # noqa: F401  (registers it)
 

@@ -1,8 +1,8 @@
-"""Hours of dqn_cartpole at full speed: does the learner slow down, does a role's memory grow?
+"""Hours of dqn_cartpole at full speed: does the learner slow down, and does a role's memory grow?
 
 Not part of the default: `actorlearner bench --only endurance --minutes=120`. The reference is the second minute of the
-same run, and for memory the end of its first quarter, when the replay is full. A machine that others use as well is not
-as fast two hours later: so the end of the run is also held against the beginning of one that is started right after.
+same run, and for memory the end of its first quarter, when the replay is full. A shared machine may be slower or faster
+two hours later, so the end of the run is also compared with the start of a run that starts right after it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from benchmarks.measuring import Figures, Measure, Settings, Side, run_program
 from benchmarks.results import Row
 
 SAMPLE_SECS = 5.0
-NUM_WINDOWS = 5  # at the end of the run, and in the one after it
+NUM_WINDOWS = 5  # at the end of the run, and in the run after it
 
 
 def compare(settings: Settings) -> Sequence[Row]:
@@ -27,7 +27,7 @@ def compare(settings: Settings) -> Sequence[Row]:
     minute, window = min(60.0, secs / 4), min(60.0, secs / (2 * NUM_WINDOWS))
     samples = _run("endurance", settings, secs)
     anew = _run("endurance-anew", settings, (NUM_WINDOWS + 1) * window)
-    # One minute differs from the next by a tenth on a machine that others use too.
+    # On a shared machine, one minute differs from the next by a tenth.
     last = [rate_between(samples, secs - (n + 1) * window, secs - n * window) for n in range(NUM_WINDOWS)]
     measure = f"learner's rate in the last {NUM_WINDOWS * window / 60:g} minutes of {settings.minutes:g}"
     rate_row = Row(
@@ -87,11 +87,11 @@ def rate_between(samples: Sequence[Figures], begin: float, end: float) -> float:
 
 @contextlib.contextmanager
 def cartpole() -> Iterator[Measure]:
-    """Every role of dqn_cartpole as a process; this one looks on."""
+    """Every role of dqn_cartpole as a process; this process observes."""
     from actorlearner.launcher.command import COLLECT_ACTOR, EVAL_ACTOR, LEARNER, REPLAY_SERVER
     from benchmarks.roles import FOREVER, Roles
 
-    evaluations = (  # which cost the same from first to last: a policy that has learned makes no longer episodes
+    evaluations = (  # all evaluations cost the same: episodes do not get longer as the policy learns
         "train.eval_interval = 4_000",
         "gym_environment.max_episode_steps = 200",
     )
@@ -116,7 +116,7 @@ def cartpole() -> Iterator[Measure]:
 
 
 def read_counts(root_dir: Path) -> Figures:
-    """Returns the train step that status.json has, and when it was written."""
+    """Returns the train step in status.json, and when it was written."""
     from actorlearner.run.status import read_status
 
     status = read_status(root_dir / "status.json")
@@ -129,7 +129,7 @@ def read_resident_mb(pid: int) -> float:
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return round(int(line.split()[1]) * 1024 / 1e6, 1)
-    raise RuntimeError(f"process {pid} has no memory of its own")
+    raise RuntimeError(f"process {pid} has no resident memory")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Learner updates per second: SAC 28 -> 8, 256x256, batch 256, with the replay in the loop.
 
-ours       the learner role as it is, its replay filled through a real server and sink
-stock      TF-Agents' Learner with ReverbReplayBuffer, as the tutorial writes them
+ours       the real learner role, its replay filled through a real server and sink
+stock      TF-Agents' Learner with ReverbReplayBuffer, as in the tutorial
 sb3, sbx   the `train` of Stable-Baselines3's and SBX's SAC, in an environment of their own
 
-Every replay holds 10,000 transitions of noise. On a GPU ours takes in 2,000 environment steps/s meanwhile; the stock
-learner, under MirroredStrategy, has to take in nothing.
+Every replay holds 10,000 transitions of noise. On a GPU ours also receives 2,000 environment steps/s meanwhile; the
+stock learner, under MirroredStrategy, receives none.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ MEASURE = "learner updates, SAC 28 -> 8, 256x256, batch 256, replay in the loop"
 UNIT = "updates/s"
 CAPACITY = 10_000
 BATCH_SIZE = 256
-LOG_INTERVAL = 500  # train steps between two points in metrics.jsonl, by which ours is timed
+LOG_INTERVAL = 500  # train steps between two points in metrics.jsonl, from which ours is timed
 GPU_INGEST = 2_000  # environment steps/s
-LEAST_INGESTED = 0.95  # the part of it that must really be taken in, or the updates do not count
+LEAST_INGESTED = 0.95  # the share that must be ingested for the updates to count
 GPU_BAR = 1_500  # updates/s
 
 
@@ -65,7 +65,7 @@ PLAIN = (
 
 
 def compare_recipe(settings: Settings) -> Sequence[Row]:
-    """Returns what normalisation, n-step returns and LayerNorm cost: a row."""
+    """Returns one row: the cost of normalisation, n-step returns and LayerNorm."""
     start = functools.partial(Side, settings=settings)
     sides = [
         lambda: start("learner-recipe", program=("learner", "recipe")),
@@ -77,10 +77,10 @@ def compare_recipe(settings: Settings) -> Sequence[Row]:
 
 
 def compare_on_gpu(settings: Settings) -> Sequence[Row]:
-    """Returns ours against the stock learner, and against the figure that is asked for."""
+    """Returns ours against the stock learner, and against the required figure."""
     if find_gpu() is None:
         return judge_gpu(not_measured="no GPU here; on a machine with one: actorlearner bench --only learner-gpu")
-    if not finds_gpu_in_tensorflow():  # both sides would be measured on the processor
+    if not finds_gpu_in_tensorflow():  # otherwise both sides would run on the processor
         return judge_gpu(
             not_measured="TensorFlow finds no GPU: .venv/bin/python -m pip install --no-deps -r requirements-gpu.lock, "
             "then: actorlearner bench --only learner-gpu"
@@ -97,7 +97,7 @@ def compare_on_gpu(settings: Settings) -> Sequence[Row]:
 def judge_gpu(
     ours: Sequence[Figures] = (), theirs: Sequence[Figures] = (), not_measured: str | None = None
 ) -> Sequence[Row]:
-    """Returns the rows of these figures: not reached where less was taken in than asked for, however fast it was."""
+    """Returns the rows for these figures; a bar is missed if too few steps were ingested, however fast training was."""
     ingested = [figures["environment_steps_per_sec"] for figures in ours]
     unmet = None
     if ingested and statistics.median(ingested) < LEAST_INGESTED * GPU_INGEST:
@@ -133,7 +133,7 @@ def _rates(found: Sequence[Figures]) -> Sequence[float]:
 
 @contextlib.contextmanager
 def ours(steps_per_sec: str) -> Iterator[Measure]:
-    """The replay server and the learner as processes; this one plays the actors."""
+    """The replay server and the learner as processes; this process plays the actors."""
     from benchmarks.roles import AS_THE_TUTORIAL, OURS
 
     with _learner_role(AS_THE_TUTORIAL, OURS, steps_per_sec) as measure:
@@ -142,7 +142,7 @@ def ours(steps_per_sec: str) -> Iterator[Measure]:
 
 @contextlib.contextmanager
 def recipe(*bindings: str) -> Iterator[Measure]:
-    """The learner of `sac_minitaur` with these bindings on top."""
+    """The learner of `sac_minitaur` with these bindings applied."""
     with _learner_role("sac_minitaur", bindings, "0") as measure:
         yield measure
 
@@ -181,7 +181,7 @@ def _learner_role(name: str, more: Sequence[str], steps_per_sec: str) -> Iterato
 
 @contextlib.contextmanager
 def stock(device: str) -> Iterator[Measure]:
-    """The tutorial's learner on its replay, 100 updates a call: the tutorial's own way, one a call, is slower."""
+    """The tutorial's learner on its replay, with 100 updates a call; the tutorial's own way, one a call, is slower."""
     from tf_agents.environments import suite_pybullet
     from tf_agents.train.utils import strategy_utils
 
@@ -225,7 +225,7 @@ def _training(algorithm: Any, **arguments: Any) -> contextlib.AbstractContextMan
     from stable_baselines3.common.logger import configure
 
     class Specs(gymnasium.Env):
-        """Nothing but Minitaur's shapes."""
+        """An environment with Minitaur's shapes only."""
 
         observation_space = gymnasium.spaces.Box(-10, 10, (28,), np.float32)
         action_space = gymnasium.spaces.Box(-1, 1, (8,), np.float32)

@@ -1,4 +1,4 @@
-"""What was measured on: processor, memory, GPU, versions."""
+"""Describes the machine: processor, memory, GPU, versions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PEER_PACKAGES = ("stable-baselines3", "torch", "sbx-rl", "jax")
 
 
 def describe_machine(peers_python: Path) -> dict[str, Any]:
-    """Returns this machine and the versions at work, as JSON."""
+    """Returns this machine and the versions in use, as JSON."""
     return {
         "cpu": _find(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()),
         "cores": len(os.sched_getaffinity(0)),
@@ -38,7 +38,7 @@ def describe_date() -> str:
 
 
 def find_gpu() -> Optional[str]:
-    """Returns the name of the first GPU that may be used, or None; asks the driver, not TensorFlow."""
+    """Returns the name of the first usable GPU, or None; asks the driver, not TensorFlow."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return None
     names = _run("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
@@ -54,7 +54,7 @@ def finds_gpu_in_tensorflow() -> bool:
 
 
 def peer_versions(python: Path) -> dict[str, str]:
-    """Returns the versions of Stable-Baselines3, SBX and what they compute with; empty where they cannot be used."""
+    """Returns the versions of Stable-Baselines3, SBX and their frameworks; empty if they are not installed."""
     stamp = python.parent.parent / "setup-stamp"
     if not python.is_file() or (stamp.is_file() and stamp.read_text().startswith("incomplete")):
         return {}
@@ -75,7 +75,7 @@ def _versions() -> dict[str, str]:
 
 
 def _run(*command: str) -> Optional[str]:
-    """Returns what a command prints, or None where it cannot be run."""
+    """Returns the output of a command, or None if it cannot be run."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
     except (OSError, subprocess.SubprocessError):

@@ -1,11 +1,11 @@
-"""Measures programs in turns, A B A B ...: each side has processes of its own, started anew for each turn.
+"""Measures programs in turns, A B A B ...: each side has processes of its own, restarted for each turn.
 
 [actorlearner bench] --a request, one line of JSON--> [a side's program and its children]
                      <--figures, one line of JSON----
 
-(To keep both alive and stop the one without a turn is no way: Reverb's connections need 20 s to recover from that.)
+(Keeping both alive and pausing one does not work: Reverb's connections need 20 s to recover from that.)
 
-This file is read by both ends, and by Pythons that have nothing installed: it imports the standard library only.
+Both ends import this file, also Pythons with nothing installed, so it imports only the standard library.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 SOURCE_ROOT = CHECKOUT / "distributed"
 
 READY_SECS = 300.0
-"""Longest wait for a side to be set up and warm, in seconds; on a GPU the first compilation takes most of a minute."""
+"""Longest wait for a side to be set up and warmed up, in seconds; on a GPU, compiling takes most of a minute."""
 
 GRACE_SECS = 300.0
-"""How much longer than its window a measurement may take, in seconds."""
+"""Time beyond its window that a measurement may take, in seconds."""
 
 CLOSE_SECS = 10.0
 """How long a side may take to stop its own processes before all of them are killed, in seconds."""
@@ -43,20 +43,20 @@ Figures = dict[str, Any]
 
 
 class SideFailed(Exception):
-    """A side ended, or did not answer in time; the message ends with its last words."""
+    """A side ended, or did not answer in time; the message ends with its last output."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How to measure.
+    """The settings of a measurement.
 
     Attributes:
-      folder: Logs and run directories of the sides go here.
+      folder: Holds the sides' logs and run directories.
       peers_python: The interpreter of the environment that has Stable-Baselines3 and SBX.
       repeats: How often each side is measured.
-      window_secs: Least length of a timed window, in seconds; None leaves it to the subject.
+      window_secs: Shortest timed window, in seconds; None leaves it to the subject.
       minutes: Length of the endurance run.
-      say: Tells the user how it goes.
+      say: Reports progress to the user.
     """
 
     folder: Path
@@ -67,7 +67,7 @@ class Settings:
     say: Callable[[str], None] = print
 
     def window(self, secs: float) -> float:
-        """Returns how long a window of a subject is that proposes `secs` seconds."""
+        """Returns the length of a window for a subject that proposes `secs` seconds."""
         return self.window_secs or secs
 
 
@@ -86,14 +86,14 @@ class Side:
         python: str = sys.executable,
         environment: Mapping[str, str] = NO_GPU,
     ):
-        """Starts it.
+        """Starts the program.
 
         Args:
-          name: For people, and for its log file.
-          settings: Where the log goes.
+          name: Name for people, and for its log file.
+          settings: Has the folder for the log.
           program: Subject's module, program and arguments, e.g. `("learner", "ours")`.
           python: Interpreter that runs it.
-          environment: Variables on top of this process's own.
+          environment: Variables added to this process's own.
         """
         from actorlearner.runtime.processes import die_with_parent  # here: peers' interpreters have no actorlearner
 
@@ -118,7 +118,7 @@ class Side:
                     "PYTHONPATH": os.pathsep.join(paths),
                     "PYTHONUNBUFFERED": "1",
                     "SDL_VIDEODRIVER": "dummy",
-                    "TMPDIR": str(folder),  # its processes are killed, and leave what they have there
+                    "TMPDIR": str(folder),  # its processes are killed, and leave files there
                     **environment,
                 },
                 start_new_session=True,
@@ -127,7 +127,7 @@ class Side:
         self._unread = b""
 
     def await_ready(self) -> Figures:
-        """Returns what it says of itself once it is set up and warm. Raises `SideFailed`."""
+        """Waits until the side is set up and warmed up, and returns its description. Raises `SideFailed`."""
         return self._read_line(READY_SECS)
 
     def measure(self, **request: Any) -> Figures:
@@ -137,7 +137,7 @@ class Side:
             self._popen.stdin.write(json.dumps(request).encode() + b"\n")
             self._popen.stdin.flush()
         except BrokenPipeError:
-            pass  # it has ended; reading says so
+            pass  # it has ended; reading reports that
         return self._read_line(request.get("window_secs", 0.0) + GRACE_SECS)
 
     def close(self) -> None:
@@ -149,7 +149,7 @@ class Side:
             self._popen.wait(CLOSE_SECS)
         self._popen.kill()
         self._popen.wait()
-        for pid in family[1:]:  # it stops its children itself, unless it was in trouble
+        for pid in family[1:]:  # normally it has stopped its children itself
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
@@ -176,12 +176,12 @@ def alternate(settings: Settings, sides: Sequence[Callable[[], Side]], **request
     """Returns each side's figures, one for each repeat.
 
     Args:
-      settings: How often, and whom to tell.
-      sides: Start the sides; one has ended before the next is started.
-      request: Handed to each side's `measure`, e.g. `window_secs`.
+      settings: Number of repeats, and where to report progress.
+      sides: Start the sides; one ends before the next is started.
+      request: Passed to each side's `measure`, e.g. `window_secs`.
 
     Raises:
-      SideFailed: One of them ended or did not answer.
+      SideFailed: A side ended or did not answer.
     """
     figures: list[list[Figures]] = [[] for _ in sides]
     for repeat in range(settings.repeats):
@@ -194,7 +194,7 @@ def alternate(settings: Settings, sides: Sequence[Callable[[], Side]], **request
 
 
 def describe(figures: Figures) -> str:
-    """Returns the numbers among figures in words."""
+    """Returns the numeric figures in words."""
     numbers = {name: value for name, value in figures.items() if isinstance(value, (int, float))}
     return ", ".join(f"{name.replace('_', ' ')} {value:,.4g}" for name, value in numbers.items())
 
@@ -221,10 +221,10 @@ Measure = Callable[..., Figures]
 def run_program(**programs: Callable[..., contextlib.AbstractContextManager[Measure]]) -> None:
     """Runs the program that the command line names, answering requests until stdin closes; ends the process.
 
-    A program is a context manager: entering sets it up and warms it, and gives the function that measures.
+    A program is a context manager: entering it sets it up, warms it up, and returns the function that measures.
     """
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no figure
+    os.dup2(2, 1)  # keep libraries' output out of the figures
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
     def answer(figures: Figures) -> None:
@@ -242,12 +242,12 @@ def run_program(**programs: Callable[..., contextlib.AbstractContextManager[Meas
 
 @contextlib.contextmanager
 def repeating(call: Callable[[], int], unit: str, warm_up_secs: float = 3.0) -> Iterator[Measure]:
-    """Gives a measure of how fast `call` goes, after having called it for a while.
+    """Yields a function that measures the rate of `call`, after a warm-up.
 
     Args:
-      call: Returns how many of what is counted it made.
+      call: Returns the number of counted units that it made.
       unit: Name of the figure, e.g. "updates_per_sec".
-      warm_up_secs: How long it is called beforehand, in seconds, after the first call.
+      warm_up_secs: Length of the warm-up after the first call, in seconds.
     """
     call()  # compiles
     count_per_sec(call, warm_up_secs)
@@ -255,7 +255,7 @@ def repeating(call: Callable[[], int], unit: str, warm_up_secs: float = 3.0) -> 
 
 
 def count_per_sec(call: Callable[[], int], window_secs: float) -> float:
-    """Returns how many a second `call` makes, over at least `window_secs` seconds and one call."""
+    """Returns the rate of `call` per second, over at least `window_secs` seconds and one call."""
     count, start = 0, time.perf_counter()
     while True:
         count += call()

@@ -1,7 +1,7 @@
 """End to end on Minitaur at one update per environment step: the real roles against the tutorial's loop.
 
 Both have an environment that steps and a learner that trains; neither evaluates, and both warm up with 1,000 random
-steps where the tutorial makes 10,000. Ours collects and trains at once, so what counts is the slower of the two.
+steps instead of the tutorial's 10,000. Ours collects and trains at once, so the slower of the two counts.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def ours() -> Iterator[Measure]:
     with Roles(AS_THE_TUTORIAL, [*FOREVER, *OURS, *BINDINGS]) as roles:
         for kind in (REPLAY_SERVER, LEARNER, COLLECT_ACTOR):
             roles.start(kind)
-        roles.follow_training(secs=10.0)  # past what the actor had collected ahead
+        roles.follow_training(secs=10.0)  # until the actor's lead is used up
 
         def measure(window_secs: float) -> Figures:
             rates = roles.measure_training(window_secs)

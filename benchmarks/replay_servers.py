@@ -1,8 +1,8 @@
 """Transitions per second from four writers through 1, 2 and 4 replay servers into one learner's mirror.
 
-Writers, servers and the reader are processes of their own, with the sinks, tables and source of resident_replay, and go
-as fast as they can; nothing trains and nothing is collected. What two servers bring over one is what that machine has
-left when one is busy: on two cores, which five processes share already, expect little.
+Writers, servers and the reader are processes of their own, with the sinks, tables and source of resident_replay, and
+run as fast as they can; nothing trains and nothing is collected. Two servers can only use what one leaves of the
+machine: on two cores, which five processes share already, expect little.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ NUM_ENVIRONMENTS = 4  # of each writer
 START_SECS = 240.0
 STEPS = {"small": "28 numbers, as Minitaur's", "images": "84 x 84 x 4 bytes"}
 PROGRAM = ("replay_servers", "through")
-BAR = 1.0  # several are to be no slower than one
+BAR = 1.0  # several must not be slower than one
 
 
 def compare(settings: Settings, kinds: Sequence[str] = tuple(STEPS)) -> Sequence[Row]:
-    """Returns a row for each size of step and each number of servers but one."""
+    """Returns a row for each size of step and each number of servers above one."""
     rows = []
     for kind in kinds:
         sides = [
@@ -57,7 +57,7 @@ def compare(settings: Settings, kinds: Sequence[str] = tuple(STEPS)) -> Sequence
 
 @contextlib.contextmanager
 def through(kind: str, num_servers: str) -> Iterator[Measure]:
-    """Servers and writers as processes; this one reads as the learner does."""
+    """Servers and writers as processes; this process reads as the learner does."""
     from actorlearner.runtime.ports import find_free_ports
 
     ports = [str(port) for port in find_free_ports(int(num_servers))]
@@ -80,7 +80,7 @@ def through(kind: str, num_servers: str) -> Iterator[Measure]:
         def take_in(secs: float) -> Figures:
             began_at, before = time.monotonic(), source.counts()["inserts"]
             while (elapsed := time.monotonic() - began_at) < secs:
-                source.is_ready()  # takes in what has arrived
+                source.is_ready()  # reads what has arrived
                 source.await_data(secs=0.05)
             rate = (source.counts()["inserts"] - before) / elapsed
             return {"transitions_per_sec": rate, "mb_per_sec": rate * bytes_per_step / 1e6}
@@ -89,7 +89,7 @@ def through(kind: str, num_servers: str) -> Iterator[Measure]:
         while len(list(Path().glob("writer-*"))) < NUM_WRITERS:
             take_in(0.1)
             if time.monotonic() > deadline:
-                raise RuntimeError(f"not all writers were at work within {START_SECS:g} s")
+                raise RuntimeError(f"not all writers started within {START_SECS:g} s")
         take_in(2.0)  # warm
         yield lambda window_secs: take_in(window_secs)
     finally:
@@ -118,7 +118,7 @@ def serve(kind: str, port: str) -> None:
 
 
 def write(kind: str, addresses: str, task: str) -> None:
-    """Writes steps of noise, always the same, as fast as they are taken, until it is killed."""
+    """Writes the same steps of noise as fast as they are accepted, until it is killed."""
     import numpy as np
     import tensorflow as tf
     from tf_agents.trajectories import StepType

@@ -1,4 +1,4 @@
-"""Rows of the table: what was measured, against what, and whether it is enough."""
+"""Rows of the results table: the measure, the reference, and whether the bar is reached."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class Row:
     """One comparison.
 
     Attributes:
-      name: Of the subject and the reference, for programs.
+      name: Name of the subject and the reference, for programs.
       measure, reference: What was measured and against what, in words.
-      unit: Of both figures.
-      bar: The ratio of medians, ours to the reference's, that is asked for.
-      ours, theirs: A figure for each repeat; a reference that is a mere number stands once.
-      is_at_most: The ratio is to stay below the bar, not above it.
-      details: Whatever else was found, as JSON.
-      not_measured: Why there are no figures and what would make them; None if there are.
-      unmet: What else was asked for and not kept: then it is not reached, whatever the ratio. None if all was kept.
+      unit: Unit of both figures.
+      bar: Required ratio of medians, ours to the reference's.
+      ours, theirs: A figure for each repeat; a reference that is a fixed number stands once.
+      is_at_most: Whether the ratio must stay below the bar instead of above it.
+      details: Further findings, as JSON.
+      not_measured: Why there are no figures, and what would produce them; None if there are.
+      unmet: Another requirement that failed; then the bar is missed whatever the ratio. None if all held.
     """
 
     name: str
@@ -66,12 +66,12 @@ class Row:
 
 
 def row_from_json(content: Mapping[str, Any]) -> Row:
-    """Returns the row that `Row.to_json` wrote, maybe before some field was there."""
+    """Returns the row that `Row.to_json` wrote, perhaps in an earlier version with fewer fields."""
     return Row(**{field.name: content[field.name] for field in dataclasses.fields(Row) if field.name in content})
 
 
 def make_table(rows: Sequence[Row], title: str) -> Table:
-    """Returns the rows for a terminal."""
+    """Returns the rows as a table for a terminal."""
     table = Table(title=title, title_justify="left")
     for heading in HEADINGS:
         table.add_column(heading, justify="left" if heading in ("measure", "reference") else "right")

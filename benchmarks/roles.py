@@ -1,4 +1,4 @@
-"""Our side: the processes that `actorlearner train` starts, with a place to read what they do.
+"""Our side: the processes that `actorlearner train` starts, and ways to measure them.
 
 The learner is measured by its metrics.jsonl, actors by their reports, as any user could.
 """
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
     from actorlearner.experiment import Experiment
 
 START_SECS = 240.0
-"""Longest wait for roles to come to work, in seconds."""
+"""Longest wait for roles to start working, in seconds."""
 
 FOREVER = (
     "train.num_iterations = 1_000_000_000",
     "train.eval_interval = 0",
 )
-"""Bindings of a run that somebody else ends."""
+"""Bindings of a run that does not end by itself."""
 
 UNLIMITED = ("resident_replay.error_buffer = 1e15",)
-"""Bindings that let the learner and the actors each go at their own speed, whatever the other does."""
+"""Bindings that let learner and actors run at their own speed, without samples per insert."""
 
 
 AS_THE_TUTORIAL = "sac_minitaur_tutorial"
-"""The experiment with the numbers that the tutorial's own pieces have, which ours is measured against."""
+"""The experiment with the numbers of the tutorial's own pieces, the reference."""
 
 OURS = (
     "train.num_environments = 8",
@@ -49,11 +49,11 @@ OURS = (
     "learner.publish_interval_secs = 0.1",
     "collect_actor.refresh_interval_secs = 0.05",
 )
-"""Bindings under which it is run as `sac_minitaur` is: none changes what an update or an environment step is."""
+"""Bindings that run it as `sac_minitaur` is run; none changes the work of an update or an environment step."""
 
 
 class Roles:
-    """The roles of one run as children of this process; all are killed when the `with` ends."""
+    """The roles of one run as children of this process; all are killed when the `with` block ends."""
 
     def __init__(self, experiment: str, bindings: Sequence[str] = (), root_dir: Path = Path("run")):
         """Args:
@@ -77,7 +77,7 @@ class Roles:
             process.wait()
 
     def start(self, kind: str, task: int = 0) -> None:
-        """Starts one role, as `actorlearner train` does; what it says goes to stderr."""
+        """Starts one role, as `actorlearner train` does; its output goes to stderr."""
         flags = (f"--port={self.port}", "--local_only") if kind == REPLAY_SERVER else ()
         self.processes[f"{kind} {task}"] = subprocess.Popen(
             role_command(
@@ -101,15 +101,15 @@ class Roles:
         return sum(name.startswith(kind) for name in self.processes)
 
     def check(self) -> None:
-        """Raises `RuntimeError` when a role has ended."""
+        """Raises `RuntimeError` if a role has ended."""
         for name, process in self.processes.items():
             if process.poll() is not None:
                 raise RuntimeError(f"the {name} ended with exit status {process.returncode}")
 
     def follow_training(self, secs: float, deadline_secs: float = START_SECS) -> Sequence[Figures]:
-        """Returns the points of training written from now on that span at least `secs` seconds.
+        """Returns the training points written from now on that span at least `secs` seconds.
 
-        Each has `time`, `train_step` and `environment_steps`; the first is the moment that the window begins.
+        Each has `time`, `train_step` and `environment_steps`; the first marks the start of the window.
         """
         path = self.root_dir / "metrics.jsonl"
         offset = path.stat().st_size if path.is_file() else 0
@@ -130,7 +130,7 @@ class Roles:
         return points
 
     def measure_training(self, window_secs: float) -> Figures:
-        """Returns train steps and environment steps per second, between two points that the learner wrote."""
+        """Returns train steps and environment steps per second, between two of the learner's points."""
         points = self.follow_training(window_secs)
         secs = points[-1]["time"] - points[0]["time"]
         return {
@@ -141,14 +141,14 @@ class Roles:
 
 @contextlib.contextmanager
 def standing_in_for_learner(experiment: Experiment, address: str, zero_weights: bool = False) -> Iterator[None]:
-    """Publishes weights every second and takes in all that actors send, but trains nothing.
+    """Publishes weights every second and reads all that actors send, but trains nothing.
 
-    So actors meet what they meet beside a learner, and leave the processor to nobody but each other.
+    So actors work as they do with a learner, and share the processor only with each other.
 
     Args:
-      experiment: What the roles run.
-      address: Of the replay server.
-      zero_weights: Publishes zeros in place of the agent's initial weights.
+      experiment: The experiment of the roles.
+      address: Address of the replay server.
+      zero_weights: Publishes zeros instead of the agent's initial weights.
     """
     import secrets
 
@@ -184,7 +184,7 @@ def standing_in_for_learner(experiment: Experiment, address: str, zero_weights: 
     def stand_in() -> None:
         train_step, published_at = 0, time.monotonic()
         while not closing.wait(0.02):  # a call of train steps takes about as long
-            source.is_ready()  # takes in what has arrived
+            source.is_ready()  # reads what has arrived
             if time.monotonic() - published_at >= 1.0:
                 train_step, published_at = train_step + 1, time.monotonic()
                 publisher.take_snapshot(train_step, variables)
@@ -205,11 +205,11 @@ def measure_collecting(
 ) -> Figures:
     """Returns environment steps per second of `num_actors` collect actors together, by their own reports.
 
-    Each actor's window begins and ends with a report and is at least `window_secs` long.
+    Each actor's window starts and ends with a report and is at least `window_secs` long.
     """
     from actorlearner import reports
 
-    reports.take_collect_reports(roles.address)  # what was sent before
+    reports.take_collect_reports(roles.address)  # discard earlier reports
     seen: dict[int, list[tuple[float, Any]]] = {}
     deadline = time.monotonic() + window_secs + deadline_secs
     while sum(found[-1][0] - found[0][0] >= window_secs for found in seen.values()) < num_actors:
@@ -228,7 +228,7 @@ def measure_collecting(
 
 
 class Feeder:
-    """Writes an episode again and again to replay through the experiment's own sink; `with` ends its thread."""
+    """Writes an episode repeatedly to the replay through the experiment's own sink; `with` ends its thread."""
 
     def __init__(self, experiment: Experiment, address: str):
         import numpy as np
@@ -257,19 +257,19 @@ class Feeder:
         self._sink.close(timeout_secs=1.0)
 
     def fill(self, num_steps: int, deadline_secs: float = START_SECS) -> None:
-        """Returns when so many steps have been taken; a learner must be reading."""
+        """Writes `num_steps` steps and blocks until they are accepted; a learner must be reading."""
         deadline = time.monotonic() + deadline_secs
         for _ in range(num_steps):
             self._feed(deadline)
 
     def feed_in_background(self, steps_per_sec: float) -> None:
-        """Goes on at this pace from a thread."""
+        """Continues at this rate from a thread."""
 
         def feed() -> None:
             start, count = time.monotonic(), 0
             while not self._closing.wait(0.01):
                 now = time.monotonic()
-                if now - start - count / steps_per_sec > 1.0:  # it was held back: no catching up
+                if now - start - count / steps_per_sec > 1.0:  # it was blocked: do not catch up
                     start, count = now, 0
                 while count < (now - start) * steps_per_sec and not self._closing.is_set():
                     self._feed(now + START_SECS)
@@ -287,11 +287,11 @@ class Feeder:
         self.num_steps += 1
         while self._sink.is_blocked():
             if time.monotonic() > deadline:
-                raise RuntimeError("the replay server takes no more: nobody reads")
+                raise RuntimeError("the replay server accepts no more: no process reads")
 
 
 def make_noise_episode(data_spec: Any, num_steps: int = 1_000) -> Sequence[Any]:
-    """Returns an episode of `num_steps` trajectory steps and its boundary, filled with noise in -1 to 1."""
+    """Returns an episode of `num_steps` trajectory steps and its boundary step, filled with noise in -1 to 1."""
     import numpy as np
     import tensorflow as tf
     from tf_agents.trajectories import StepType

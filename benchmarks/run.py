@@ -47,16 +47,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--repeats", type=positive, default=5, metavar="N", help="turns of each side (default: 5)")
     parser.add_argument(
-        "--window_secs", type=float, metavar="SECS", help="least length of a timed window (default: the subject's own)"
+        "--window_secs", type=float, metavar="SECS", help="shortest timed window (default: the subject's own)"
     )
     parser.add_argument(
         "--minutes", type=float, default=60.0, metavar="N", help="length of the endurance run (default: 60)"
     )
     parser.add_argument(
-        "--output", type=Path, default=Path("bench.json"), metavar="FILE", help="figures go here (default: bench.json)"
+        "--output", type=Path, default=Path("bench.json"), metavar="FILE", help="output file (default: bench.json)"
     )
     parser.add_argument(
-        "--markdown", type=Path, metavar="FILE", help="measure nothing: print the table of an earlier run's --output"
+        "--markdown", type=Path, metavar="FILE", help="measure nothing; print the table of an earlier --output"
     )
     parser.add_argument(
         "--peers_python", type=Path, default=CHECKOUT / ".venv-bench" / "bin" / "python", metavar="PYTHON",
@@ -65,14 +65,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the command with its parsed flags and returns its exit status: 1 when a subject could not be measured."""
+    """Runs the command with its parsed flags and returns its exit status: 1 if a subject could not be measured."""
     if arguments.markdown:
         return print_markdown(arguments.markdown)
     unknown = sorted(set(arguments.only or ()) - set(SUBJECTS))
     if unknown:
         print(f"error: --only: there is no {', '.join(unknown)}; there are {', '.join(SUBJECTS)}", file=sys.stderr)
         return ExitCode.USAGE
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the sides are closed on the way out
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # exit normally, so that the sides are closed
     folder = Path(tempfile.mkdtemp(prefix="actorlearner-bench-"))
     console = Console(width=None if sys.stdout.isatty() else 160)
     settings = Settings(
@@ -104,19 +104,20 @@ def run(arguments: argparse.Namespace) -> int:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         report["rows"] = [row.to_json() for row in rows]
-        arguments.output.write_text(json.dumps(report, indent=2) + "\n")  # now: the next one may be interrupted
+        # written now, because the next subject may be interrupted
+        arguments.output.write_text(json.dumps(report, indent=2) + "\n")
     machine = report["machine"]
     console.print(make_table(rows, f"{machine['cpu']}, {machine['cores']} cores; {machine['gpu'] or 'no GPU'}"))
     console.print(f"written to {arguments.output}", markup=False, highlight=False)
     if report["failures"]:
-        console.print(f"what the processes said is in {folder}", markup=False, highlight=False)
+        console.print(f"the processes' logs are in {folder}", markup=False, highlight=False)
         return ExitCode.CRASH
     shutil.rmtree(folder, ignore_errors=True)
     return 0
 
 
 def print_markdown(path: Path) -> int:
-    """Prints the table of a JSON file that an earlier run wrote."""
+    """Prints the table of an earlier run's JSON file."""
     try:
         report = json.loads(path.read_text())
     except (OSError, ValueError) as error:

@@ -1,6 +1,6 @@
 """Environment steps per second with 1, 2, 4, 8 and 16 collect actors, on an environment that sleeps 5 ms a step.
 
-In each repeat actors join those at work until all are there. Linear is the rate of one, in the same repeat, times their
+In each repeat actors are added until all are running. Linear is the rate of one actor, in the same repeat, times their
 number.
 """
 
@@ -17,7 +17,7 @@ BAR = 0.9  # of linear, with all of them
 
 
 def compare(settings: Settings, num_actors: Sequence[int] = NUM_ACTORS) -> Sequence[Row]:
-    """Returns a row for each number of actors but one."""
+    """Returns a row for each number of actors above one."""
     rates: dict[int, list[float]] = {number: [] for number in num_actors}
     for repeat in range(settings.repeats):
         with contextlib.closing(Side("scaling", settings, ("scaling", "actors"))) as side:
@@ -43,7 +43,7 @@ def compare(settings: Settings, num_actors: Sequence[int] = NUM_ACTORS) -> Seque
 
 @contextlib.contextmanager
 def actors() -> Iterator[Measure]:
-    """A replay server and collect actors as processes; this one stands in for the learner."""
+    """A replay server and collect actors as processes; this process stands in for the learner."""
     from actorlearner.launcher.command import COLLECT_ACTOR, REPLAY_SERVER
     from benchmarks.roles import UNLIMITED, Roles, measure_collecting, standing_in_for_learner
 
@@ -61,7 +61,7 @@ def actors() -> Iterator[Measure]:
             def measure(window_secs: float, num_actors: int) -> Figures:
                 for task in range(roles.count(COLLECT_ACTOR), num_actors):
                     roles.start(COLLECT_ACTOR, task)
-                measure_collecting(roles, 2.0, num_actors, poll_secs=0.25)  # until all are at work
+                measure_collecting(roles, 2.0, num_actors, poll_secs=0.25)  # until all are working
                 return measure_collecting(roles, window_secs, num_actors, poll_secs=0.1)
 
             yield measure

@@ -1,4 +1,4 @@
-"""A gym environment that sleeps five milliseconds a step, so that the cores are no limit; its shapes are Minitaur's."""
+"""A gym environment that sleeps five milliseconds a step, so that cores are not the limit; with Minitaur's shapes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Sleeping(gym.Env):
         return self._observation, 0.0, False, {}
 
     def seed(self, seed: Any = None) -> list[Any]:
-        return [seed]  # nothing here is drawn
+        return [seed]  # nothing here is random
 
 
 gym.register("Sleeping-v0", entry_point=Sleeping, max_episode_steps=1_000)

@@ -1,11 +1,11 @@
-"""What TLS costs: chunks inserted and sampled per second, and the time of a look at the tables.
+"""What TLS costs: chunks inserted and sampled per second, and the latency of a table look-up.
 
 clear      Reverb's client and server, over loopback
-ours       the same through the relays that --tls_dir puts beside both
-stunnel    the same through two stunnels with the same certificates, where that is installed
+ours       the same through the relays that --tls_dir starts on both ends
+stunnel    the same through two stunnels with the same certificates, if that is installed
 
 A chunk is 100 steps of Minitaur, 15 KB of noise, which Reverb cannot compress. Client, server and both ends of the
-tunnel share this machine's cores, so a figure says more about their work than about a network.
+tunnel share this machine's cores, so a figure measures their work rather than a network.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from benchmarks.results import Row
 TABLE = "chunks"
 NUM_STEPS, WIDTH = 100, 37
 CAPACITY = 500
-AT_ONCE = 20  # chunks between two confirmations, and in one request for samples
+AT_ONCE = 20  # chunks per confirmation, and per request for samples
 
 FIGURES = (
     ("insert", "chunks inserted", "chunks/s"),
     ("sample", "chunks sampled", "chunks/s"),
-    ("look", "time of a look at the tables", "ms"),
+    ("look", "latency of a table look-up", "ms"),
 )
-BARS = {"clear": (0.3, 4.0), "stunnel": (0.75, 1.5)}  # least share of the throughput, most times the latency
+BARS = {"clear": (0.3, 4.0), "stunnel": (0.75, 1.5)}  # smallest share of the throughput, largest factor of the latency
 
 
 def compare(settings: Settings) -> Sequence[Row]:
@@ -123,7 +123,7 @@ def through(way: str) -> Iterator[Measure]:
 
 @contextlib.contextmanager
 def reach_server(way: str) -> Iterator[str]:
-    """Starts a server, and what is between it and this process; gives the address for Reverb's client."""
+    """Starts a server and the tunnel between it and this process; yields the address for Reverb's client."""
     from actorlearner.runtime.ports import find_free_port
     from actorlearner.runtime.tls import tunnel as tls_tunnel
     from actorlearner.runtime.tls.authority import make_certificates

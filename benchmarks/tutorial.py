@@ -1,6 +1,6 @@
-"""Their side: the pieces of TF-Agents' "SAC minitaur with the Actor-Learner API" tutorial, as it writes them.
+"""The reference: the pieces of TF-Agents' "SAC minitaur with the Actor-Learner API" tutorial, unchanged.
 
-Names, numbers and order are the tutorial's; what it writes in cells stands here in functions. Source:
+Names, numbers and order are the tutorial's; its cells are functions here. Source:
 https://www.tensorflow.org/agents/tutorials/7_SAC_minitaur_tutorial
 """
 
@@ -115,7 +115,7 @@ def make_collect_actor(
     rb_observer: Callable[[Any], None],
     tempdir: str,
 ) -> actor.Actor:
-    """Returns the actor that makes one step a call with the collect policy."""
+    """Returns the actor that makes one step per call with the collect policy."""
     tf_collect_policy = tf_agent.collect_policy
     collect_policy = py_tf_eager_policy.PyTFEagerPolicy(tf_collect_policy, use_tf_function=True)
     env_step_metric = py_metrics.EnvironmentSteps()

@@ -1,16 +1,16 @@
-"""Weights on their way to a collect actor: bytes per environment step, and how old those are that it acts with.
+"""Weights on their way to a collect actor: bytes per environment step, and the age of the acting weights.
 
-Measured in a real run of sac_minitaur_tutorial. Bytes: what the server counts as read from the variable container's
-tables (the version board's reads include the server's own two a second), times the size of what one read brings. The
-reference is the stock distributed example's: one full pull at every environment step, its size that of a real pull by
-TF-Agents' own client from the same container.
+Measured in a real run of sac_minitaur_tutorial. Bytes: the server's count of reads from the variable container's tables
+(the version board's reads include the server's own two a second), times the size of one read. The reference is the
+stock distributed example's: one full pull at every environment step, with the size of a real pull by TF-Agents' own
+client from the same container.
 
-Age: from the moment the learner had these weights (its metrics say when it was at which train step) to the moment the
-actor acts with them (its TensorBoard events say with which).
+Age: from the time the learner had these weights (its metrics have the time of each train step) to the time the actor
+acts with them (its TensorBoard events have their train step).
 
-The average has a bar, one second. The longest is told beside it and has none, as the design cannot promise one: weights
-go out after so many train steps, however long a machine takes for them, and the replay server, which hands them on,
-answers nobody while it writes a checkpoint; of a full replay that is half a minute.
+The average has a bar, one second. The longest age is reported too, without a bar, because the design cannot promise
+one: weights are published after so many train steps, however long a machine takes for them, and the replay server
+answers no request while it writes a checkpoint; for a full replay that is half a minute.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def compare(settings: Settings) -> Sequence[Row]:
 
 
 def judge(found: Sequence[Figures]) -> Sequence[Row]:
-    """Returns the rows of these figures."""
+    """Returns the rows for these figures."""
     longest = [figures["longest_age_secs"] for figures in found]
     return [
         Row(
@@ -63,7 +63,7 @@ def judge(found: Sequence[Figures]) -> Sequence[Row]:
 
 @contextlib.contextmanager
 def real_run() -> Iterator[Measure]:
-    """Server, learner and collect actor of the tutorial's experiment as processes; this one looks on."""
+    """Server, learner and collect actor of the tutorial's experiment as processes; this process observes."""
     from actorlearner.launcher.command import COLLECT_ACTOR, LEARNER, REPLAY_SERVER
     from benchmarks.roles import AS_THE_TUTORIAL, FOREVER, OURS, Roles
 
@@ -73,7 +73,7 @@ def real_run() -> Iterator[Measure]:
         "train.initial_collect_steps = 1_000",
         "train.log_interval = 25",
         "collect_actor.report_interval_secs = 0.3",
-        "collect_actor.events_interval_secs = 0.1",  # each report with its event
+        "collect_actor.events_interval_secs = 0.1",  # one event per report
     ]
     with Roles(AS_THE_TUTORIAL, bindings) as roles:
         for kind in (REPLAY_SERVER, LEARNER, COLLECT_ACTOR):
@@ -119,7 +119,7 @@ def real_run() -> Iterator[Measure]:
 
 
 def count_bytes(values: object) -> int:
-    """Returns the size of all arrays of a nest."""
+    """Returns the size of all arrays in a nest."""
     import numpy as np
     import tree
 
@@ -130,7 +130,7 @@ def find_ages(root_dir: Path, points: Sequence[Figures]) -> Sequence[float]:
     """Returns the age of the acting weights, in seconds, at each event of the collect actor within the window.
 
     Raises:
-      RuntimeError: There was no such event.
+      RuntimeError: There was no event.
     """
     import numpy as np
     import tensorflow as tf
@@ -149,7 +149,7 @@ def find_ages(root_dir: Path, points: Sequence[Figures]) -> Sequence[float]:
 
 
 def read_history(root_dir: Path) -> Sequence[tuple[float, int]]:
-    """Returns when the learner was at which train step."""
+    """Returns when the learner reached which train step."""
     import json
 
     lines = (root_dir / "metrics.jsonl").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""Faults in files and settings: a start must end with one clear error, or take what is whole."""
+"""Faults in files and settings: a start must end with one clear error, or restore what is undamaged."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from drills.judging import (
     resume,
 )
 
-READ_ONLY = Path("/sys/kernel")  # nobody makes a file here, root neither
+READ_ONLY = Path("/sys/kernel")  # not even root can make a file here
 
 
 def damage_checkpoints(run: Run) -> Outcome:
-    """Overwrites bytes in the newest checkpoints of learner and replay: those before them must be taken."""
+    """Overwrites bytes in the newest checkpoints of learner and replay: the previous ones must be restored."""
     checkpoints = run.root_dir / "checkpoints"
     newest: list[Path] = []
 
@@ -41,13 +41,13 @@ def damage_checkpoints(run: Run) -> Outcome:
     outcome = stop(run, "damaged checkpoints", damage=damage, may_lose=True)
     for role, path in zip(("learner-0", "replay-server-0"), newest):
         name = path.name.partition(".data")[0]
-        if not re.search(rf"passing over .*{re.escape(name)}", run.log(role)):
-            outcome.broken.append(f"{role} did not say that it passed over {name}")
+        if not re.search(rf"skipping .*{re.escape(name)}", run.log(role)):
+            outcome.broken.append(f"{role} did not log that it skipped {name}")
     return outcome
 
 
 def fill_disk(run: Run) -> Outcome:
-    """Lets the learner's next line of metrics meet a full disk: it must end with one clear error."""
+    """Makes the learner's next line of metrics fail on a full disk: it must end with one clear error."""
     metrics = run.root_dir / "metrics.jsonl"
 
     def damage(outcome: Outcome) -> None:
@@ -58,7 +58,7 @@ def fill_disk(run: Run) -> Outcome:
 
 
 def make_read_only(run: Run) -> Outcome:
-    """Lets a folder turn read-only under a run, then starts it in one: each must end with one clear error."""
+    """Makes a run's folder read-only while it runs, then at its start: each must end with one clear error."""
     outcome, before, _ = note_before(run, "read-only directory")
     turned_at = time.time()
     evaluated = run.root_dir / "checkpoints" / "evaluated"
@@ -80,19 +80,19 @@ def expect_end(
     starts: bool = True,
     experiment: Optional[str] = None,
 ) -> None:
-    """The run must end with an exit code and an error of these words (a pattern), and leave no process."""
+    """Checks that the run ends with an exit code and an error that matches `words`, and leaves no process."""
     num_said = len(run.output())
     if starts:
         run.start(MANY_ITERATIONS, *bindings, experiment=experiment)
     ended_with = run.wait(PATIENCE_SECS)
     errors = re.findall(r"^error: .*(?:\n[ \t].*)*", run.output()[num_said:], re.MULTILINE)
     if ended_with != code or not any(re.search(words, error) for error in errors):
-        outcome.broken.append(f"exit code {ended_with}, expected {code} and an error that says '{words}'")
+        outcome.broken.append(f"exit code {ended_with}, expected {code} and an error with '{words}'")
     await_no_process(run, outcome, 1.0)
 
 
 def change_settings(run: Run) -> Outcome:
-    """Starts with another replay capacity than the checkpoint has: it must end with the difference, the run intact."""
+    """Starts with another replay capacity than the checkpoint's: it must end with the difference, the run unchanged."""
     setting = f"{'resident' if run.has_mirror() else 'uniform'}_replay.replay_buffer_capacity"
     capacity = run.configured("train.initial_collect_steps") + 7
 
@@ -103,7 +103,7 @@ def change_settings(run: Run) -> Outcome:
 
 
 def change_experiment(run: Run) -> Outcome:
-    """Starts another experiment on the run's directory: it must end with the difference, the run intact."""
+    """Starts another experiment in the run's directory: it must end with the difference, the run unchanged."""
     other = "sac_minitaur" if run.factory("agent") == "dqn" else "dqn_cartpole"
 
     def damage(outcome: Outcome) -> None:
@@ -114,7 +114,7 @@ def change_experiment(run: Run) -> Outcome:
 
 
 def observe_not_finite(run: Run) -> Outcome:
-    """Lets every environment observe a NaN: the run must end with its place. In the replay it would end the next."""
+    """Makes every environment return a NaN: the run must end and name it, and must not store it in the replay."""
     fault, factory = "NaN observation", run.factory("environment")
     if factory is None:
         return Outcome(fault, not_done="experiment.environment is not bound to a configurable")
@@ -131,7 +131,7 @@ def observe_not_finite(run: Run) -> Outcome:
 
 
 def diverge(run: Run) -> Outcome:
-    """Lets the loss overflow: the run must end with the train step, and keep its last good checkpoint."""
+    """Makes the loss overflow: the run must end with the train step, and keep its last good checkpoint."""
     fault, factory = "loss that overflows", run.factory("agent")
     setting = f"{factory}.reward_scale_factor"
     if factory is None or not run.is_configured(setting):

@@ -1,4 +1,4 @@
-"""Faults that end processes: kills, stops and power cuts; then the run must go on, or be resumed."""
+"""Faults that end processes: kills, stops and power cuts; then the run must continue, or be resumed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from drills.judging import (
     resume,
 )
 
-POWER_CUT_SECS = 30.0  # promised: a power cut takes no older train steps than the checkpoint interval and this
+POWER_CUT_SECS = 30.0  # promised: a power cut loses at most the checkpoint interval plus this
 
 
 def kill_role(
@@ -50,9 +50,9 @@ def kill_role(
     is_dead_server = role == "replay-server-0" and number == signal.SIGKILL
     pid, saved = run.pid(role), run.saved_items()
     if while_saving:
-        await_(lambda: _stop_while_saving(run, role, pid), f"checkpoint that {role} is writing", every_secs=0.001)
+        await_(lambda: _stop_while_saving(run, role, pid), f"checkpoint written by {role}", every_secs=0.001)
     elif is_dead_server:
-        run.await_status(time.time())  # train steps after this one are made without a server
+        run.await_status(time.time())  # later train steps are made without a server
     how = " while it saves" if while_saving else " twice" if again_at else ""
     outcome, before, since = note_before(run, f"{signal.Signals(number).name} {role}{how}")
     pending = set(before.get("pending_evaluations", []))
@@ -70,7 +70,7 @@ def kill_role(
     if is_dead_server:
         said = await_new_server(run, pid)
         judge_held(run, outcome, saved, since)
-        if run.has_mirror() and not (while_saving or again_at):  # else `before` is from before its server's death
+        if run.has_mirror() and not (while_saving or again_at):  # otherwise `before` is older than the server's death
             judge_training_on(outcome, [before, *said], killed_at, run.configured("train.batch_size"))
     await_(lambda: run.pid(role) not in (0, pid), f"restart of {role}")
     if role == "learner-0":
@@ -87,11 +87,11 @@ def kill_role(
                 outcome.broken.append(f"only {came_back} of {before['replay']['held']} transitions came back")
     elif role == "eval-actor-0":
         await_(lambda: "ready to evaluate" in run.log(role), "eval actor that is ready")
-        # While train steps are faster than episodes snapshots queue up: the first result is progress, the rest is work.
+        # If train steps are faster than episodes, snapshots queue up; the first result already shows progress.
         due = pending & set(run.status().get("pending_evaluations", []))  # less what its last process had sent
         done = await_results(run, due, min(1, len(due)))
         judge_recovery(outcome, since)
-        if due - done:  # the one that died with its actor goes to the end of the queue
+        if due - done:  # the evaluation that died with its actor goes to the end of the queue
             await_results(run, due, len(due))
         compare(run, outcome, before, run.status())
     else:
@@ -107,7 +107,7 @@ def kill_role(
 
 
 def _stop_while_saving(run: Run, role: str, pid: int) -> bool:
-    """Returns whether a process is at its checkpoint; then it has been stopped there, and may be killed at leisure."""
+    """Returns whether a process is writing its checkpoint; then it is stopped (SIGSTOP) there, ready to be killed."""
     if not run.is_saving(role):
         return False
     os.kill(pid, signal.SIGSTOP)
@@ -118,7 +118,7 @@ def _stop_while_saving(run: Run, role: str, pid: int) -> bool:
 
 
 def kill_everything(run: Run, fault: str = "SIGKILL everything", *, roles: bool = True) -> Outcome:
-    """Kills the launcher and every role at once, as a power cut would, and starts again."""
+    """Kills the launcher and every role at once, and starts again."""
     outcome, before, _ = note_before(run, fault)
     killed_at = time.time()
     assert run.launcher is not None
@@ -133,7 +133,7 @@ def kill_everything(run: Run, fault: str = "SIGKILL everything", *, roles: bool 
 
 
 def kill_launcher(run: Run) -> Outcome:
-    """Kills the launcher alone: no role may outlive it."""
+    """Kills only the launcher: no role may outlive it."""
     return kill_everything(run, "SIGKILL launcher", roles=False)
 
 
@@ -145,7 +145,7 @@ def stop(
     damage: Optional[Callable[[Outcome], None]] = None,
     may_lose: bool = False,
 ) -> Outcome:
-    """Stops the run, which saves, does something to its files, after which it `may_lose` some, and starts it again."""
+    """Stops the run, which saves; applies `damage` to its files, after which it `may_lose` data; starts it again."""
     outcome, before, since = note_before(run, fault)
     code = run.stop(number)
     if time.monotonic() - since > STOP_SECS:
@@ -164,7 +164,7 @@ def stop(
 
 
 def stop_twice(run: Run) -> Outcome:
-    """A second signal stops at once."""
+    """Sends a second signal, which must stop the run immediately."""
     outcome, before, since = note_before(run, "SIGTERM launcher twice")
     killed_at = time.time()
     assert run.launcher is not None
@@ -181,7 +181,7 @@ def stop_twice(run: Run) -> Outcome:
 
 
 def cut_power(run: Run) -> Outcome:
-    """Takes the power from the run's disk in mid-training, and resumes from what a machine would find there.
+    """Cuts the power of the run's disk during training, and resumes from what remains.
 
     The run is moved to a disk of the drill's own for it, and back.
     """
@@ -202,7 +202,7 @@ def cut_power(run: Run) -> Outcome:
             shutil.rmtree(run.root_dir)
             (run.folder / "run.back").rename(run.root_dir)
         except BaseException:
-            run.kill_processes()  # else the disk is in use
+            run.kill_processes()  # otherwise the disk is in use
             raise
     shutil.rmtree(disk.folder)
     started_at = time.time()
@@ -212,7 +212,7 @@ def cut_power(run: Run) -> Outcome:
 
 
 def _lose_power(run: Run, fault: str, disk: Disk) -> Outcome:
-    """Starts the run on the disk, cuts its power at a random moment, and starts it on what is left."""
+    """Starts the run on the disk, cuts its power at a random time, and resumes from what remains."""
     interval_secs = run.configured("learner.checkpoint_interval_secs")
     started_at, first_save = time.time(), run.saved_replay().get("time")
     run.start(MANY_ITERATIONS)
@@ -228,7 +228,7 @@ def _lose_power(run: Run, fault: str, disk: Disk) -> Outcome:
     run.kill_processes()
     run.launcher.wait(PATIENCE_SECS)
     await_(lambda: not run.processes(), "end of all processes")
-    for path in run.temporary.iterdir():  # a machine clears them when it starts
+    for path in run.temporary.iterdir():  # a machine clears them at its start
         shutil.rmtree(path, ignore_errors=True)
     disk.come_back()
     since = time.time()

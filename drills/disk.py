@@ -1,7 +1,7 @@
-"""A disk that a drill can take the power from: a file system in an image, of which only what was synced is left.
+"""A disk whose power a drill can cut: a file system in an image, of which only synced data remains.
 
-The cut is ext4's own, made for testing it (`FS_IOC_SHUTDOWN` without a last write of its journal): from then on nothing
-reaches the image, and what is mounted afterwards is what a machine would find. It needs root and a loop device.
+The cut is ext4's own shutdown for tests (`FS_IOC_SHUTDOWN`, without flushing the journal): from then on nothing reaches
+the image, and a later mount shows what a machine would find after a power cut. It needs root and a loop device.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ _COMMAND_SECS = 60.0
 
 
 class CannotMount(Exception):
-    """This machine, or this user, cannot mount an image; the message says why."""
+    """This machine or user cannot mount an image; the message says why."""
 
 
 class Disk:
-    """An ext4 file system in a file, mounted as long as the `with` block lasts."""
+    """An ext4 file system in a file, mounted within the `with` block."""
 
     def __init__(self, image: Path, folder: Path, num_bytes: int = 2 << 30):
         """Args:
-        image: The file; made.
+        image: Path of the file; made.
         folder: Where it is mounted; made.
-        num_bytes: Its size; the file takes as much disk as is written to it.
+        num_bytes: Size of the file system; the file takes only as much disk as is written to it.
 
         Raises:
           CannotMount: It cannot be made or mounted here.
@@ -60,7 +60,7 @@ class Disk:
         _run("mount", "-o", "loop", self._image, self.folder)
 
     def cut_power(self) -> None:
-        """Lets nothing more reach the image, at once: every later write and sync of its files fails."""
+        """Stops all writes to the image immediately: every later write and sync of its files fails."""
         descriptor = os.open(self.folder, os.O_RDONLY)
         try:
             fcntl.ioctl(descriptor, _FS_IOC_SHUTDOWN, struct.pack("I", _WITHOUT_JOURNAL))
@@ -68,10 +68,10 @@ class Disk:
             os.close(descriptor)
 
     def come_back(self) -> None:
-        """Mounts the image again, as a machine does whose power is back.
+        """Mounts the image again, as a machine does after a power cut.
 
         Raises:
-          CannotMount: Somebody still uses its files after a minute: processes that were killed take a moment to end.
+          CannotMount: A process still uses its files after a minute; killed processes take a moment to end.
         """
         deadline = time.monotonic() + _COMMAND_SECS
         while True:

@@ -1,4 +1,4 @@
-"""Faults that must end nobody: hosts that hang, broken networks, and what strangers send to the port."""
+"""Faults that must end no role: hung hosts, broken networks, and foreign data sent to the port."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from drills.judging import (
     note_before,
 )
 
-STALL_SECS = 30.0  # longer than it takes to notice a host that has vanished
+STALL_SECS = 30.0  # longer than it takes to detect a vanished host
 PARTITION_SECS = 60.0
-MAX_KINDS = 60  # of rows that do not fit: some for each table
+MAX_KINDS = 60  # most kinds of rows that do not fit: some for each table
 _STRAY = """
 import sys, numpy as np, reverb
 client = reverb.Client(sys.argv[1])
 for table in ("stream", "experience", "uniform_table"):
     try:
         with client.trajectory_writer(num_keep_alive_refs=1, validate_items=False) as writer:
-            for _ in range(100 if table == "uniform_table" else 1):  # of 100,000 items one is seldom drawn
+            for _ in range(100 if table == "uniform_table" else 1):  # a single one of 100,000 items is seldom drawn
                 writer.append({"nothing": np.zeros(3, np.float32)})
                 writer.create_item(table, 1.0, {"nothing": writer.history["nothing"][-1:]})
             writer.flush(timeout_ms=3000)
@@ -59,7 +59,7 @@ def survive(run: Run, fault: str, inject: Callable[[], None]) -> Outcome:
 
 
 def stall_role(run: Run, role: str) -> Outcome:
-    """Stops a role's process for a while, as a host that hangs does: nobody may give up, all go on."""
+    """Stops a role's process (SIGSTOP) for a while, as on a hung host: no role may give up, and all continue."""
 
     def inject() -> None:
         pid = run.pid(role)
@@ -73,10 +73,10 @@ def stall_role(run: Run, role: str) -> Outcome:
 
 
 def break_network(run: Run, how: str) -> Outcome:
-    """Breaks the wire between the replay server and all others for a while: the learner says that it waits, all go on.
+    """Breaks the network between the replay server and all other roles for a while: they must wait, and continue.
 
     "stalled": nothing arrives, and then all of it. "lost": nothing arrives, and then each connection is found dead.
-    "cut": each connection ends, and each new one at once.
+    "cut": each connection ends, and each new one immediately.
     """
     wire = run.wire
     assert wire is not None
@@ -101,28 +101,28 @@ def break_network(run: Run, how: str) -> Outcome:
 
     outcome = survive(run, f"network {how} for {PARTITION_SECS:.0f} s", inject)
     if not has_said:
-        outcome.broken.append("the learner did not say that it waits")
+        outcome.broken.append("the learner did not log that it waits")
     due = set(await_(lambda: run.status().get("pending_evaluations"), "evaluation under way"))
     await_results(run, due, 1)
     return outcome
 
 
 def send_garbage(run: Run) -> Outcome:
-    """Sends what is no gRPC to the port."""
+    """Sends bytes that are not gRPC to the port."""
 
     def inject() -> None:
         port = run.port()
         assert port
         for opening in (b"", b"GET / HTTP/1.1\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"):
             connection = socket.create_connection(("127.0.0.1", port), timeout=5.0)
-            with connection, contextlib.suppress(OSError):  # the server may hang up on the way
+            with connection, contextlib.suppress(OSError):  # the server may close the connection meanwhile
                 connection.sendall(opening + random.Random(0).randbytes(1 << 16))
 
     return survive(run, "garbage to the port", inject)
 
 
 def insert_stray(run: Run) -> Outcome:
-    """Lets a client insert what does not fit the tables' signatures."""
+    """Inserts an item that does not fit the tables' signatures."""
 
     def inject() -> None:
         assert run.port()
@@ -135,14 +135,14 @@ def insert_stray(run: Run) -> Outcome:
         outcome.broken.append(f"nothing was inserted (see {run.folder / 'stray.log'})")
     else:
         try:
-            await_(lambda: "not this experiment's" in run.log("learner-0"), "word of a stranger's item", RECOVERY_SECS)
+            await_(lambda: "not this experiment's" in run.log("learner-0"), "log of a foreign item", RECOVERY_SECS)
         except Hang:
-            outcome.broken.append("the learner did not say that an item is not its own")
+            outcome.broken.append("the learner did not log the foreign item")
     return outcome
 
 
 def insert_hostile(run: Run) -> Outcome:
-    """Lets a client write rows of the right types that cannot be true into every table; then stops and resumes."""
+    """Writes implausible rows of the right types into every table; then stops and resumes the run."""
 
     def inject() -> None:
         assert run.port()
@@ -153,13 +153,13 @@ def insert_hostile(run: Run) -> Outcome:
     outcome = survive(run, "hostile rows in every table", inject)
     took = re.findall(r"^(\w+) took (\d+)", (run.folder / "strangers.log").read_text(), re.MULTILINE)
     if not took or not all(int(number) for _, number in took):
-        outcome.broken.append(f"not every table took rows (see {run.folder / 'strangers.log'})")
+        outcome.broken.append(f"not every table accepted rows (see {run.folder / 'strangers.log'})")
     said = run.log("learner-0").count("held a row that does not fit")
     if not said or said > MAX_KINDS:
-        outcome.broken.append(f"the learner said {said} times that rows do not fit, expected each kind of them once")
+        outcome.broken.append(f"the learner warned {said} times of rows that do not fit, expected once for each kind")
     resumed = stop(run)
     outcome.broken += resumed.broken
     outcome.train_step_after = resumed.train_step_after
     if run.status().get("environment_steps", 0) > 1e12:
-        outcome.broken.append("counts that cannot be true are in the checkpoint")
+        outcome.broken.append("implausible counts are in the checkpoint")
     return outcome

@@ -1,4 +1,4 @@
-"""The run that a drill breaks: its launcher, what its roles say of themselves, and waiting for what they do.
+"""The run that a drill breaks: its launcher, its roles' logs and status, and waits for them.
 
 Imports nothing heavy.
 """
@@ -26,11 +26,11 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 """For the roles of a drilled run, which import its environment from here."""
 
 ROLES = ("learner-0", "replay-server-0", "collect-actor-0", "eval-actor-0")
-PATIENCE_SECS = 300.0  # for anything to happen at all; then the drill has found a hang
+PATIENCE_SECS = 300.0  # longest wait for anything; after it the drill reports a hang
 MANY_ITERATIONS = 1_000_000
 EVAL_INTERVAL = 2_000  # train steps
 
-# Small enough to be over soon, often enough saved to lose little.
+# A short run that is saved often, so that little is lost.
 BINDINGS = (
     f"train.eval_interval = {EVAL_INTERVAL}",
     "train.log_interval = 500",
@@ -42,11 +42,11 @@ BINDINGS = (
 )
 
 class Hang(Exception):
-    """Something that had to happen did not, within `PATIENCE_SECS`."""
+    """Something expected did not happen within `PATIENCE_SECS`."""
 
 
 class Run:
-    """One run directory, and the launcher at work on it, if any."""
+    """One run directory, and its running launcher, if any."""
 
     def __init__(self, experiment: str, folder: Path, gin_bindings: Sequence[str], seed: int):
         self.experiment = experiment
@@ -62,16 +62,16 @@ class Run:
         self._output_path = folder / "launcher.log"
 
     def evaluate_every(self, num_steps: int) -> None:
-        """Changes the drill's own setting, from the next start on; the user's stands."""
+        """Changes the drill's evaluation interval from the next start on; the user's own setting has priority."""
         self._bindings.insert(len(BINDINGS), f"train.eval_interval = {num_steps}")
 
     def start(self, num_iterations: int, *bindings_of_this_start: str, experiment: Optional[str] = None) -> None:
-        """Starts `actorlearner train` on the directory; returns at once.
+        """Starts `actorlearner train` in the directory; returns at once.
 
         Args:
           num_iterations: Train steps until training ends.
-          bindings_of_this_start: On top of all others.
-          experiment: Another than the drill's; the user's bindings are not for it.
+          bindings_of_this_start: Applied after all others.
+          experiment: Another experiment instead of the drill's, without the user's bindings.
         """
         bindings = [*(BINDINGS if experiment else self._bindings), f"train.num_iterations = {num_iterations}"]
         bindings += bindings_of_this_start
@@ -95,7 +95,7 @@ class Run:
             )  # fmt: skip
 
     def output(self) -> str:
-        """Returns what all launchers so far have shown."""
+        """Returns the output of all launchers so far."""
         return self._output_path.read_text(errors="replace")
 
     def wait(self, secs: float) -> int:
@@ -107,32 +107,32 @@ class Run:
             raise Hang(f"the launcher did not end within {secs:.0f} s") from None
 
     def status(self) -> dict[str, Any]:
-        """Returns the learner's last account of itself; empty when there is none."""
+        """Returns the learner's last status; empty if there is none."""
         status = read_status(self.root_dir / "status.json")
         return status.to_json() if status else {}
 
     def configured(self, setting: str) -> int:
-        """Returns a whole number of the run's operative configuration; 0 when there is none yet."""
+        """Returns an integer setting of the run's operative configuration; 0 if there is none yet."""
         found = re.search(rf"^{re.escape(setting)} = (\d+)", self._operative_config(), re.MULTILINE)
         return int(found[1]) if found else 0
 
     def is_configured(self, setting: str) -> bool:
-        """Returns whether the run's operative configuration has a setting."""
+        """Returns whether the run's operative configuration has this setting."""
         return bool(re.search(rf"^{re.escape(setting)} = ", self._operative_config(), re.MULTILINE))
 
     def factory(self, part: str) -> Optional[str]:
-        """Returns what makes a part of the experiment, e.g. "dqn" for its agent; None when gin alone cannot tell."""
+        """Returns the configurable of a part of the experiment, e.g. "dqn" for the agent; None if gin binds none."""
         found = re.search(rf"^experiment\.{part} = @([\w./]+)\(\)$", self._operative_config(), re.MULTILINE)
         return found[1] if found else None
 
     def _operative_config(self) -> str:
         try:
             return (self.root_dir / "operative_config.gin").read_text()
-        except OSError:  # none is written yet
+        except OSError:  # not written yet
             return ""
 
     def metrics(self, kind: str) -> list[dict[str, Any]]:
-        """Returns the points of a kind in the run's metrics, the oldest first; a line under way is left out."""
+        """Returns the points of a kind in metrics.jsonl, oldest first, without an unfinished line."""
         points = []
         with contextlib.suppress(OSError):
             for line in (self.root_dir / "metrics.jsonl").read_text().splitlines():
@@ -141,18 +141,18 @@ class Run:
         return [point for point in points if point["kind"] == kind]
 
     def saved_replay(self) -> dict[str, Any]:
-        """Returns what the newest checkpoint of the replay says of itself; empty before the first."""
+        """Returns the description file of the replay's newest checkpoint; empty before the first."""
         abouts = []
         for path in (self.root_dir / "checkpoints" / "replay").glob("*/about.json"):
             if re.fullmatch(r"\d+-\d+", path.parent.name):
-                with contextlib.suppress(FileNotFoundError):  # an older one, removed just now
+                with contextlib.suppress(FileNotFoundError):  # an older one that was just removed
                     abouts.append(json.loads(path.read_text()))
         return max(abouts, key=lambda about: about["time"], default={})
 
     def saved_items(self) -> dict[str, int]:
-        """Returns how many items the newest checkpoint of the replay holds of each table; empty before the first.
+        """Returns the number of items of each table in the replay's newest checkpoint; empty before the first.
 
-        Queues are left out: they are read as soon as their server is there.
+        Queues are left out: they are read as soon as their server is back.
         """
         newest = self.saved_replay()
         if not newest:
@@ -161,7 +161,7 @@ class Run:
         return {table: count for table, count in newest["items"].items() if table not in queues}
 
     def is_saving(self, role: str) -> bool:
-        """Returns whether the learner or the replay server has begun a checkpoint that is not whole."""
+        """Returns whether the learner or the replay server is writing a checkpoint."""
         checkpoints = self.root_dir / "checkpoints"
         patterns = ("ckpt-*_temp",) if role == "learner-0" else ("replay/writing/*", "replay/*.new")
         return any(next(checkpoints.glob(pattern), None) for pattern in patterns)
@@ -173,7 +173,7 @@ class Run:
         return {table: int(count.replace(",", "")) for count, table in counts}
 
     def has_mirror(self) -> bool:
-        """Returns whether the learner holds the replay, and can give it back to its server."""
+        """Returns whether the learner holds the replay, and can refill its server."""
         return "@resident_replay" in self._operative_config()
 
     def log(self, role: str) -> str:
@@ -199,7 +199,7 @@ class Run:
         return int(match[1]) if match else 0
 
     def processes(self) -> list[int]:
-        """Returns every living process that came from this drill's launchers."""
+        """Returns every running process that this drill's launchers started."""
         found = []
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError, ValueError):
@@ -208,7 +208,7 @@ class Run:
         return found
 
     def await_status(self, since: float) -> dict[str, Any]:
-        """Returns the learner's first account of itself after `since` (unix seconds), or its last. Raises `Hang`."""
+        """Returns the learner's first status after `since` (unix seconds), or a finished run's last. Raises `Hang`."""
 
         def newest() -> Optional[dict[str, Any]]:
             status = self.status()
@@ -231,7 +231,7 @@ class Run:
         return await_(trains, "training")
 
     def await_steps(self, num_steps: int) -> None:
-        """Waits for more train steps than so many. Raises `Hang`."""
+        """Waits until `num_steps` more train steps are made. Raises `Hang`."""
         self.await_step(self.status().get("train_step", 0) + num_steps + 1)
 
     def await_step(self, step: int) -> None:
@@ -242,7 +242,7 @@ class Run:
         """Stops the launcher, which saves, and returns its exit code. Raises `Hang`.
 
         Args:
-          number: Of the signal; SIGINT goes to all that a terminal's Ctrl-C would reach.
+          number: Signal number; SIGINT goes to every process that a terminal's Ctrl-C would reach.
         """
         assert self.launcher is not None
         if number == signal.SIGINT:
@@ -252,7 +252,7 @@ class Run:
         return self.wait(PATIENCE_SECS)
 
     def kill_processes(self) -> None:
-        """Kills every living process that came from this drill's launchers."""
+        """Kills every running process that this drill's launchers started."""
         for pid in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -261,7 +261,7 @@ class Run:
 def await_(
     condition: Callable[[], Any], what: str, secs: float = PATIENCE_SECS, *, every_secs: float = 0.05
 ) -> Any:
-    """Returns the first true result of `condition`, asked every so often. Raises `Hang` after `secs` seconds."""
+    """Polls `condition` and returns its first true result. Raises `Hang` after `secs` seconds."""
     deadline = time.monotonic() + secs
     while time.monotonic() < deadline:
         result = condition()
@@ -272,12 +272,12 @@ def await_(
 
 
 def has_trained(status: dict[str, Any]) -> bool:
-    """Returns whether an account of the learner says that training is over."""
+    """Returns whether a status says that training is over."""
     return status.get("phase", "waiting") not in ("training", "waiting")
 
 
 def is_alive(pid: int) -> bool:
-    """Returns whether a process lives; one that ended and was not awaited does not."""
+    """Returns whether a process is running; a zombie is not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

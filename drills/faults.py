@@ -1,4 +1,4 @@
-"""What a drill does to a run, by name.
+"""The drill's faults, by name.
 
 Every fault is real: processes are killed, files damaged, connections cut, bytes sent to the port.
 """
@@ -28,7 +28,7 @@ END_SECS = 1_200.0
 
 
 def await_end(run: Run, num_iterations: int) -> Outcome:
-    """Waits for the end of training and looks for what is missing and what was left."""
+    """Waits for the end of training, and checks for missing results and leftovers."""
     outcome = Outcome("the end", train_step_before=run.status().get("train_step"))
     code = run.wait(END_SECS)
     if code:

@@ -1,4 +1,4 @@
-"""What a fault did to a run, and which promises it broke."""
+"""The outcome of a fault, and the promises that it broke."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from drills.drilled_run import MANY_ITERATIONS, Hang, Run, await_, has_trained
 
 RECOVERY_SECS = 30.0  # promised
 STOP_SECS = 20.0  # promised
-STANDSTILL_SECS = 1.0  # promised at most, of a learner whose replay server is dead, while it may train
+STANDSTILL_SECS = 1.0  # promised: longest pause of a learner without its replay server, while it may train
 MAX_RATIO_ERROR = 0.01  # promised
-SAVE_SECS = 2.0  # a small replay is saved within this time
-REPORT_SECS = 3.0  # an actor's report is in the learner's account after this time
-UNKNOWN_STEPS = 4_000  # a dead learner was so much further than it had said at most: two seconds at 2,000 train steps/s
-GIVEN_BACK = re.compile(r"(\d+) chunks that it had lost were given back")  # says a learner of a server that began anew
-SAVES_GIVEN_BACK = re.compile(r"asking to save what replay servers were given back, under train step (\d+)")
+SAVE_SECS = 2.0  # time to save a small replay
+REPORT_SECS = 3.0  # time until an actor's report is in the learner's status
+UNKNOWN_STEPS = 4_000  # upper bound on the train steps made since the killed learner's last report: 2 s at 2,000/s
+GIVEN_BACK = re.compile(r"refilled with (\d+) chunks that it had lost")  # the learner's log about a restarted server
+SAVES_GIVEN_BACK = re.compile(r"asking to save the refilled replay under train step (\d+)")
 
 
 @dataclasses.dataclass
 class Outcome:
-    """What one fault did. None: not applicable."""
+    """The outcome of one fault. None: not applicable."""
 
     fault: str
     recovery_secs: Optional[float] = None
@@ -34,11 +34,11 @@ class Outcome:
     train_step_after: Optional[int] = None
     ratio_error: Optional[float] = None
     mirror_steps: Optional[int] = None  # train steps made while the replay server was dead
-    mirror_secs: Optional[float] = None  # from its death to the last of them
-    held_again_secs: Optional[float] = None  # until it held again what it had saved
-    lost_secs: Optional[float] = None  # of training before a power cut, at most
+    mirror_secs: Optional[float] = None  # from its death to the last of these train steps
+    held_again_secs: Optional[float] = None  # until the server held its checkpoint again
+    lost_secs: Optional[float] = None  # training lost by a power cut, at most
     broken: list[str] = dataclasses.field(default_factory=list)
-    not_done: str = ""  # why there was nothing to hold
+    not_done: str = ""  # why the fault could not be tested
 
     @property
     def verdict(self) -> str:
@@ -46,7 +46,7 @@ class Outcome:
 
     @property
     def remarks(self) -> str:
-        """What the columns have no room for; may be empty."""
+        """Further figures, in words; may be empty."""
         found = []
         if self.mirror_steps is not None:
             found.append(f"{self.mirror_steps:,} train steps from the mirror in {self.mirror_secs or 0.0:.1f} s")
@@ -66,14 +66,14 @@ def note_before(run: Run, fault: str) -> tuple[Outcome, dict[str, Any], float]:
 
 
 def compare(run: Run, outcome: Outcome, before: dict[str, Any], after: dict[str, Any]) -> None:
-    """Notes what is different between the last account before a fault and one after it."""
+    """Records the differences between the last status before a fault and one after it."""
     outcome.train_step_after = after.get("train_step")
     held = [status.get("replay", {}).get("held") for status in (before, after)]
     if None not in held:
         outcome.transitions_lost = max(0, held[0] - held[1])
     outcome.broken += find_doubled(run, before, after)
-    # What was collected for train steps that were lost counts already: the account fits once they are made again. How
-    # many they were nobody knows: the killed learner was further than its last account says.
+    # Data collected for lost train steps counts already: the account fits once these are made again. Their number is
+    # unknown, because the killed learner was further than its last status says.
     run.await_step(before.get("train_step", 0))
     status = run.status()
 
@@ -91,15 +91,15 @@ def compare(run: Run, outcome: Outcome, before: dict[str, Any], after: dict[str,
     elif outcome.ratio_error > MAX_RATIO_ERROR:
         outcome.broken.append(f"samples per insert off by {outcome.ratio_error:.1%}")
     if find_miscounts(run, status):
-        # Its parts are not from one moment: a call may lie between, and reports of a young run's thousands of steps.
+        # The status is not of one moment: a call, and reports of thousands of steps in a young run, may lie between.
         outcome.broken += find_miscounts(run, run.await_status(status["time"] + REPORT_SECS))
 
 
 def find_doubled(run: Run, before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """Returns what an account just after a fault has too much: inserts that it had counted before.
+    """Returns inserts that were counted twice, according to a status just after a fault.
 
-    A learner's own may be ahead by what was collected for train steps that died with it; they are made again. What is
-    less than that, and `UNKNOWN_STEPS`, is not noticed: nothing is in a run's first seconds.
+    A learner may be ahead by data collected for train steps that died with it, which are made again. Smaller errors
+    than that and `UNKNOWN_STEPS` are not detected, so none is in a run's first seconds.
     """
     account = after.get("replay", {})
     lost = before.get("train_step", 0) - restored_step(run) if after.get("process") != before.get("process") else 0
@@ -111,10 +111,10 @@ def find_doubled(run: Run, before: dict[str, Any], after: dict[str, Any]) -> lis
 
 
 def find_miscounts(run: Run, status: dict[str, Any]) -> list[str]:
-    """Returns what the account counts otherwise than the train steps, or less than the environment steps.
+    """Returns counts of the account that differ from the train steps, or are below the environment steps.
 
-    The account keeps itself within its buffer, also when it has lost what came before. Train steps are a second old at
-    most and reports of environment steps two.
+    The account stays within its buffer even if it lost its past. Train steps in the status are at most a second old,
+    reports of environment steps two.
     """
     account = status.get("replay", {})
     samples, inserts = account.get("samples", 0), account.get("inserts", 0)
@@ -124,19 +124,19 @@ def find_miscounts(run: Run, status: dict[str, Any]) -> list[str]:
     if run.has_mirror():  # the learner counts both, and saves them with its train step
         call = run.configured("train.num_updates_per_call") * run.configured("train.batch_size")
         is_off, unknown_inserts = abs(samples - trained) > call, 0
-    else:  # the server does: train steps that died with a learner too, and a dead server counts from its checkpoint on
+    else:  # the server counts: also train steps lost with a learner, and from its checkpoint after a restart
         unknown = UNKNOWN_STEPS * run.configured("train.batch_size")
         is_off = not trained / 1.5 - unknown <= samples <= trained * 1.5 + unknown
         unknown_inserts = UNKNOWN_STEPS * run.configured("train.collect_steps_per_iteration")
     if is_off:
-        found.append(f"{samples:,} samples counted where some {trained:,} were made")
-    if inserts < stepped / 1.5 - unknown_inserts:  # windows are fewer than steps, by a fifth in short episodes
-        found.append(f"{inserts:,} inserts counted where some {stepped:,} were made")
+        found.append(f"{samples:,} samples counted, but about {trained:,} were made")
+    if inserts < stepped / 1.5 - unknown_inserts:  # there are fewer windows than steps, by a fifth in short episodes
+        found.append(f"{inserts:,} inserts counted, but about {stepped:,} were made")
     return found
 
 
 def find_ratio_error(status: dict[str, Any]) -> Optional[float]:
-    """Returns by what share of all samples the account is off, beyond the error buffer; None where there is none."""
+    """Returns the account's error beyond the error buffer, as a share of all samples; None without an account."""
     account = status.get("replay", {})
     if not account.get("samples"):
         return None
@@ -166,11 +166,11 @@ def judge_recovery(outcome: Outcome, since: float) -> None:
 
 
 def judge_training_on(outcome: Outcome, said: Sequence[dict[str, Any]], killed_at: float, batch_size: int) -> None:
-    """The learner draws from its mirror: without its server it trains on, as far as samples per insert allow.
+    """Checks that the learner trained on from its mirror without its server, as far as samples per insert allow.
 
     Args:
-      outcome: Gets what is found.
-      said: The learner's accounts of itself, from one just before the server's death to its return.
+      outcome: Receives the findings.
+      said: The learner's statuses, from just before the server's death to its return.
       killed_at: When the server died, in unix seconds.
       batch_size: Samples in a train step.
     """
@@ -189,7 +189,7 @@ def judge_training_on(outcome: Outcome, said: Sequence[dict[str, Any]], killed_a
 
 
 def judge_held(run: Run, outcome: Outcome, saved: dict[str, int], since: float) -> None:
-    """A server that serves again holds what its last checkpoint did."""
+    """Checks that a restarted server holds what its last checkpoint did."""
     secs = time.monotonic() - since
     held = run.held_items()
     if saved:
@@ -202,10 +202,10 @@ def judge_held(run: Run, outcome: Outcome, saved: dict[str, int], since: float) 
 
 
 def judge_loss(run: Run, outcome: Outcome, before: dict[str, Any], killed_at: float) -> None:
-    """What was there `checkpoint_interval_secs` before a death of all, at `killed_at`, must be there again.
+    """Checks that what was saved `checkpoint_interval_secs` before the death of all, at `killed_at`, is there again.
 
-    A learner that was younger must bring back what it began with: that is saved as soon as it trains. So must a server
-    that holds the replay alone: it began with a checkpoint.
+    A younger learner must restore what it started with, because it saves as soon as it trains. So must a server that
+    alone holds the replay: it started with a checkpoint.
     """
     if count_came_back(run) is None:
         outcome.not_done = "the replay server's log does not say what its 'uniform_table' began with"
@@ -221,7 +221,7 @@ def judge_loss(run: Run, outcome: Outcome, before: dict[str, Any], killed_at: fl
 
 
 def resume(run: Run, outcome: Outcome, before: dict[str, Any], within_secs: float = 120.0) -> None:
-    """Starts the launcher again and notes what came back."""
+    """Starts the launcher again and records what came back."""
     since, started_at = time.monotonic(), time.time()
     run.start(MANY_ITERATIONS)
     after = run.await_training(started_at)
@@ -239,7 +239,7 @@ def resume(run: Run, outcome: Outcome, before: dict[str, Any], within_secs: floa
 
 
 def await_new_server(run: Run, pid: int) -> list[dict[str, Any]]:
-    """Returns what the learner said of itself until a replay server serves that is not process `pid`. Raises `Hang`."""
+    """Returns the learner's statuses until a replay server other than process `pid` serves. Raises `Hang`."""
     said: list[dict[str, Any]] = []
 
     def serves() -> bool:
@@ -253,7 +253,7 @@ def await_new_server(run: Run, pid: int) -> list[dict[str, Any]]:
 
 
 def await_results(run: Run, due: set[int], num_results: int) -> set[int]:
-    """Returns which evaluations of those `due` are done, once so many are. Raises `Hang`."""
+    """Waits until `num_results` of the evaluations `due` are done, and returns those. Raises `Hang`."""
 
     def done() -> set[int]:
         return due - set(run.status().get("pending_evaluations", []))
@@ -263,12 +263,12 @@ def await_results(run: Run, due: set[int], num_results: int) -> set[int]:
 
 
 def await_return(run: Run, outcome: Outcome, log_before: str) -> None:
-    """Waits until the server has saved what the learner gave back to it, if that lives and trains for so long.
+    """Waits until the server has saved its refill, if the learner lives and trains that long.
 
     Args:
-      run: The server's.
-      outcome: Gets what is found.
-      log_before: The learner's before the server died.
+      run: The run.
+      outcome: Receives the findings.
+      log_before: The learner's log before the server died.
     """
     learner = run.pid("learner-0")
 
@@ -283,9 +283,9 @@ def await_return(run: Run, outcome: Outcome, log_before: str) -> None:
         return has_ended() or bool(asked and run.saved_replay().get("train_step", 0) >= asked[-1])
 
     try:
-        await_(lambda: has_ended() or news(GIVEN_BACK), "replay that is given back", RECOVERY_SECS)
-        if any(news(GIVEN_BACK)) or news(SAVES_GIVEN_BACK):  # the latter of an attempt that did not end well
-            await_(is_saved, "checkpoint of what was given back", RECOVERY_SECS)
+        await_(lambda: has_ended() or news(GIVEN_BACK), "refill of the replay server", RECOVERY_SECS)
+        if any(news(GIVEN_BACK)) or news(SAVES_GIVEN_BACK):  # the latter after a failed attempt
+            await_(is_saved, "checkpoint of the refill", RECOVERY_SECS)
     except Hang as hang:
         outcome.broken.append(str(hang))
 

@@ -1,4 +1,4 @@
-"""An environment that a drill spoils: after a while its observations are NaN, as after a division by zero."""
+"""An environment for the drill whose observations become NaN after some steps, as after a division by zero."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from actorlearner.environments.base import EnvironmentFactory
 @gin.configurable("not_finite_environment", module="actorlearner")
 @dataclasses.dataclass(frozen=True)
 class NotFiniteEnvironment:
-    """Makes another factory's environments, which observe NaN from some step on.
+    """Makes another factory's environments, whose observations are NaN from some step on.
 
     Attributes:
       environment: The other factory.
@@ -51,7 +51,7 @@ class _NotFinite(wrappers.PyEnvironmentBaseWrapper):
         self._steps_to_go -= 1
         if self._steps_to_go > 0:
             return time_step
-        # Images are of whole numbers, which have no NaN.
+        # Whole numbers, as in images, have no NaN.
         reward = np.full_like(time_step.reward, np.nan)
         return time_step._replace(reward=reward, observation=tree.map_structure(_spoil, time_step.observation))
 

@@ -1,7 +1,7 @@
-"""Do to a small run what happens to long ones, and say which promises held.
+"""Inject faults into a small run and report which promises held.
 
-Network faults come last, when the other roles reach the replay server by a wire of the drill's own. Imports nothing
-heavy.
+Network faults come last, when the other roles reach the replay server through the drill's own TCP proxy. Imports
+nothing heavy.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from drills.faults import FAULTS, NETWORK_FAULTS, await_end
 from drills.judging import Outcome
 from drills.wire import Wire
 
-MEDIAN_SECS = 15.0  # promised, of many kills
-SECS_PER_KILL = 20.0  # of training: until it is over the next role is killed
+MEDIAN_SECS = 15.0  # promised median over many kills
+SECS_PER_KILL = 20.0  # of training per kill, so that training lasts until the last kill
 MEASURE_SECS = 8.0
-EVALUATION_SECS = 5.0  # of training between two; three long episodes take one or two
+EVALUATION_SECS = 5.0  # of training between two evaluations; three long episodes take one or two
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,35 +45,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("experiment", metavar="EXPERIMENT", help="a shipped experiment or a gin file")
     parser.add_argument(
         "--fault", action="append", default=[], metavar="NAME",
-        help="such as kill-learner; may be repeated; any other word lists them (default: all, some 15 minutes)",
+        help="such as kill-learner; may be repeated; an unknown name lists all (default: all, about 15 minutes)",
     )  # fmt: skip
     parser.add_argument(
         "--kills", type=non_negative, default=0, metavar="N",
-        help="instead: N times SIGKILL to a random role of one run",
+        help="instead: send SIGKILL to random roles of one run, N times",
     )  # fmt: skip
     parser.add_argument(
-        "--random", type=non_negative, default=0, metavar="N", help="instead: N of the faults, drawn at random"
+        "--random", type=non_negative, default=0, metavar="N", help="instead: N faults drawn at random"
     )
     parser.add_argument(
         "--num_iterations", type=positive, metavar="N",
-        help="train steps of the run with --kills (default: as many as take 20 s for each)",
+        help="train steps of the run with --kills (default: enough for 20 s per kill)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=non_negative, default=0, help="of roles, moments and the run (default: 0)")
+    parser.add_argument("--seed", type=non_negative, default=0, help="seed of the run and the faults (default: 0)")
     parser.add_argument("--gin_bindings", action="append", default=[], metavar="BINDING", help="may be repeated")
-    parser.add_argument("--root_dir", type=Path, help="keeps the run there (default: a temporary directory)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="writes the outcomes there too")
+    parser.add_argument("--root_dir", type=Path, help="keep the run in this directory (default: a temporary one)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the outcomes to this file")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Returns 0 when every promise held, 1 when one did not, 64 where the arguments contradict each other."""
+    """Returns 0 if every promise held, 1 if one did not, 64 if the arguments contradict each other."""
     unknown = [name for name in arguments.fault if name not in FAULTS]
     if unknown:
         print(f"error: --fault={unknown[0]}: expected one of {', '.join(FAULTS)}", file=sys.stderr)
         return ExitCode.USAGE
     if sum(map(bool, (arguments.fault, arguments.kills, arguments.random))) > 1:
-        print("error: --fault, --kills and --random: expected one of them, the others left out", file=sys.stderr)
+        print("error: give only one of --fault, --kills and --random", file=sys.stderr)
         return ExitCode.USAGE
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what it started is ended on the way out
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends what it started
     drawn = random.Random(arguments.seed).sample(tuple(FAULTS), min(arguments.random, len(FAULTS)))
     return run_drill(
         arguments.experiment,
@@ -98,20 +98,21 @@ def run_drill(
     folder: Optional[Path] = None,
     json_path: Optional[Path] = None,
 ) -> int:
-    """Returns 0 when every promise held, 1 when one did not; prints a table.
+    """Runs the drill and prints a table; returns 0 if every promise held, else 1.
 
-    Blocks for about half a minute per fault on two cores, a minute and a half for those of the network.
+    Blocks for about half a minute per fault on two cores, and a minute and a half for network faults.
 
     Args:
       experiment: A shipped experiment or a gin file.
-      faults: Names from `FAULTS`, in this order, those of the network last; empty for all, unless `num_kills` is given.
-      num_kills: So many SIGKILLs of random roles during one run that then must end by itself.
-      num_iterations: Train steps of the run with kills; by default as many as it makes in `SECS_PER_KILL` for each, at
+      faults: Names from `FAULTS`, run in this order with network faults last; empty for all, unless `num_kills` is
+        given.
+      num_kills: Number of SIGKILLs to random roles during one run, which then must end by itself.
+      num_iterations: Train steps of the run with kills; by default as many as it makes in `SECS_PER_KILL` per kill, at
         the speed of its first seconds.
-      seed: Of the choice of roles and moments, and of the run.
-      gin_bindings: On top of the drill's own.
-      folder: Keeps the run there; else it is in a temporary directory, removed when every promise held.
-      json_path: The outcomes go there too.
+      seed: Seed of the run and of the choice of roles and times.
+      gin_bindings: Applied after the drill's own.
+      folder: Keeps the run there; by default it is in a temporary directory, removed if every promise held.
+      json_path: Also writes the outcomes there.
     """
     place = folder or Path(tempfile.mkdtemp(prefix="drill-"))
     run = Run(experiment, place / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}", gin_bindings, seed)
@@ -142,7 +143,7 @@ def run_drill(
         )
     not_done = [outcome.fault for outcome in outcomes if outcome.not_done]
     if not_done:
-        console.print(f"not done here, so nothing is known of: {', '.join(not_done)}")
+        console.print(f"not tested here: {', '.join(not_done)}")
     held = all(not outcome.broken for outcome in outcomes)
     if json_path:
         content = {
@@ -175,7 +176,7 @@ def _inject(run: Run, faults: Sequence[str]) -> Iterator[Outcome]:
                     yield FAULTS[name](run)
                 run.stop()
     run.wire = None
-    # The end, soon: the same run with few train steps left.
+    # Let the run end soon: the same run with few train steps left.
     num_iterations = (int(run.status()["train_step"]) // 1_000 + 2) * 1_000
     run.start(num_iterations)
     yield await_end(run, num_iterations)
@@ -197,9 +198,9 @@ def _kill_at_random(run: Run, num_kills: int, num_iterations: Optional[int], see
 
 
 def _fit_to_machine(run: Run, secs: float) -> int:
-    """Returns how many train steps take about so long here, and spaces evaluations: machines differ by ten times.
+    """Returns how many train steps take about `secs` seconds on this machine, and adapts the evaluation interval.
 
-    Begins the run, and stops it.
+    It starts the run, and stops it again.
     """
     started_at = time.time()
     run.start(MANY_ITERATIONS)
@@ -208,7 +209,7 @@ def _fit_to_machine(run: Run, secs: float) -> int:
     last, until = run.status()["train_step"], time.monotonic()
     run.stop()
     steps_per_sec = (last - first) / (until - since)
-    # Its multiples were evaluated in this beginning, too.
+    # Multiples of it were evaluated in this short run too.
     run.evaluate_every(EVAL_INTERVAL * max(1, math.ceil(EVALUATION_SECS * steps_per_sec / EVAL_INTERVAL)))
     return 1_000 * math.ceil((last + secs * steps_per_sec) / 1_000)
 
@@ -221,7 +222,7 @@ def _describe(outcome: Outcome) -> str:
 
 
 def make_table(outcomes: Sequence[Outcome]) -> Table:
-    """Returns the outcomes as a table for people."""
+    """Returns the outcomes as a table."""
     table = Table("fault", "recovered", "transitions lost", "evaluations lost", "train step", "ratio error", "verdict")
     for outcome in outcomes:
         table.add_row(

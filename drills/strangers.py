@@ -1,6 +1,6 @@
-"""A stranger who reaches the port of a run and writes rows of valid types into every table; for the drill and tests.
+"""A hostile client that writes implausible rows of valid types into every table; for the drill and tests.
 
-`python -m drills.strangers HOST:PORT` writes them all once and prints how many each table took.
+`python -m drills.strangers HOST:PORT` writes all of them once and prints how many each table accepted.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NUMBERS = (2**61, 2**62)
 UNKNOWN = dict.fromkeys(("phase", "purpose", "is_saved", "step_type", "next_step_type", "action"), 99)
 FLOATS = (np.nan, np.inf, -np.inf)
 MAX_CHUNK_STEPS = 200_000
-TIMEOUT_SECS = 20.0  # for a queue of which the learner takes one after the other
+TIMEOUT_SECS = 20.0  # for queues that the learner reads row by row
 
 WORDS = (
     ["collect-actor", 0, 0, "training is over"],
@@ -38,12 +38,12 @@ WORDS = (
 
 
 def hostile_rows(table: str, signature: Any, num_steps: int = 2) -> Iterator[Any]:
-    """Yields rows of a table's types, each with one number that cannot be true.
+    """Yields rows of a table's types, each with one implausible number.
 
     Args:
-      table: Its name.
+      table: Name of the table.
       signature: Its nest of tensor specs.
-      num_steps: Steps in an item of a table of windows.
+      num_steps: Steps in an item, for a table of windows.
     """
     if table == EXIT_REASONS_TABLE:
         yield from (_text(signature, json.dumps(words)) for words in WORDS)
@@ -56,7 +56,7 @@ def hostile_rows(table: str, signature: Any, num_steps: int = 2) -> Iterator[Any
 
 
 def hostile_chunks(signature: Any, num_rows: int = 8) -> Iterator[Any]:
-    """Yields chunks, each with one number that cannot be true, and one that is too large."""
+    """Yields chunks, each with one implausible number, and a chunk that is too large."""
     chunk = {**plausible(signature, num_rows), "length": np.int64(num_rows)}
     yield from _variations(chunk)
     step = chunk["step"]
@@ -65,7 +65,7 @@ def hostile_chunks(signature: Any, num_rows: int = 8) -> Iterator[Any]:
 
 
 def plausible(signature: Any, num_rows: int) -> Any:
-    """Returns a row of zeros; of unknown dimensions the last is `num_rows`, others are 1."""
+    """Returns a row of zeros; the last unknown dimension becomes `num_rows`, others 1."""
 
     def zeros(spec: Any) -> np.ndarray:
         unknown = [axis for axis, size in enumerate(spec.shape) if size is None]
@@ -95,13 +95,13 @@ def _text(signature: Any, text: str) -> Any:
 
 
 def insert(address: str, table: str, *rows: Any) -> None:
-    """Puts rows into a table, unchecked, as a client of Reverb's can.
+    """Inserts rows into a table without checks, as any Reverb client can.
 
     Raises:
-      reverb.errors.ReverbError, RuntimeError: The server did not take one within `TIMEOUT_SECS`.
+      reverb.errors.ReverbError, RuntimeError: The server did not accept one within `TIMEOUT_SECS`.
     """
-    is_whole = table in (EXPERIENCE_TABLE, STREAM_TABLE, REPLAY_TABLE)  # its leaves have their own time dimension
-    # By shape: a writer's columns keep theirs. One for all rows of a shape, as each takes a second to close.
+    is_whole = table in (EXPERIENCE_TABLE, STREAM_TABLE, REPLAY_TABLE)  # leaves of these tables have a time dimension
+    # One writer per shape, because its columns cannot change theirs and each writer takes a second to close.
     writers: dict[Any, reverb.TrajectoryWriter] = {}
     with contextlib.ExitStack() as stack:
         for row in rows:
@@ -118,7 +118,7 @@ def insert(address: str, table: str, *rows: Any) -> None:
 
 
 def claim_the_end(address: str) -> None:
-    """Says once, under the learner's own number, that training is over and its weights are of a version far ahead."""
+    """Announces once, under the learner's own number, that training is over and its version is far ahead."""
     now = read_version(address)
     claimed: Mapping[str, int] = {
         "version": 10**9,
@@ -132,7 +132,7 @@ def claim_the_end(address: str) -> None:
 
 
 def insert_everywhere(address: str) -> dict[str, int]:
-    """Returns how many hostile rows each table took, in which all found room."""
+    """Writes hostile rows into every table, and returns how many each table accepted."""
     taken = {}
     for name, table in read_server_info(address, timeout_secs=TIMEOUT_SECS).items():
         taken[name] = 0
@@ -157,4 +157,4 @@ def _window_length(address: str, table: Any) -> int:
 
 if __name__ == "__main__":
     for table_name, num_taken in insert_everywhere(sys.argv[1]).items():
-        print(f"{table_name} took {num_taken}")
+        print(f"{table_name} accepted {num_taken}")

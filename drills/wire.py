@@ -1,6 +1,6 @@
-"""A wire between processes that can be stalled, cut and mended: a TCP proxy.
+"""A TCP proxy between processes, whose connections can be stalled, cut and restored.
 
-peers --> [wire, on a port of its own] --> the port that `find_port` names at that moment
+peers --> [wire, on a port of its own] --> the port that `find_port` returns at that moment
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any, Optional
 
 
 class Wire:
-    """Carries every connection to its own address on to a port of this machine, until told otherwise.
+    """Forwards every connection to its address to a port of this machine, until it is stalled or cut.
 
     Args:
-      find_port: Returns the port, for each new connection; 0 as long as nobody listens.
+      find_port: Returns the port, for each new connection; 0 while no process listens.
     """
 
     def __init__(self, find_port: Callable[[], int]):
@@ -45,15 +45,15 @@ class Wire:
         return f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
 
     def stall(self) -> None:
-        """Lets nothing through, not even that one side has gone: connections stay open, and new ones are taken."""
+        """Stops all data, even the end of a connection: connections stay open, and new ones are accepted."""
         self._run(self._set(flows=False, cut=False))
 
     def cut(self) -> None:
-        """Ends every connection at once, and each new one."""
+        """Ends every connection immediately, and every new one."""
         self._run(self._set(flows=True, cut=True))
 
     def mend(self) -> None:
-        """Lets everything through again, beginning with what a stall held back; a cut has lost that."""
+        """Forwards data again, starting with what a stall held back; after a cut that is lost."""
         self._run(self._set(flows=True, cut=False))
 
     def _run(self, coroutine: Coroutine[Any, Any, None]) -> None:
@@ -93,9 +93,9 @@ class Wire:
         try:
             await self._flows.wait()
             if near.transport.is_closing() or near_reader.at_eof():
-                raise ConnectionAbortedError("it has gone meanwhile")
+                raise ConnectionAbortedError("the server has gone meanwhile")
             far_reader, far = await asyncio.open_connection("127.0.0.1", self._find_port())
-        except (OSError, asyncio.CancelledError):  # nobody listens there, or one end or the wire is closed
+        except (OSError, asyncio.CancelledError):  # no server listens, or one end or the proxy is closed
             near.transport.abort()
             self._writers.discard(near)
             return
@@ -117,7 +117,7 @@ class Wire:
                     break
                 writer.write(data)
                 await writer.drain()
-            writer.close()  # once what was written is out
+            writer.close()  # after the written data is sent
         except (OSError, asyncio.CancelledError):
             writer.transport.abort()
         finally:

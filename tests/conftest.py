@@ -59,7 +59,7 @@ def serve():
 
 @pytest.fixture
 def unused_address():
-    """An address at which nobody listens."""
+    """An address on which no process listens."""
     return UNUSED_ADDRESS
 
 

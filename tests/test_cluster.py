@@ -31,7 +31,7 @@ def test_what_is_no_address_is_refused_with_its_flag(flag, address):
         ("a:1,b", "'b': expected HOST:PORT"),
         ("a:1,", "'': expected HOST:PORT"),
         ("a:1, b:2", "' b:2': expected HOST:PORT"),
-        ("a:1,b:2,a:1", "'a:1' is there twice"),
+        ("a:1,b:2,a:1", "'a:1' is listed twice"),
         ("a:1;b:2", "expected HOST:PORT"),
     ],
 )

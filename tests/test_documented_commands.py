@@ -44,13 +44,13 @@ def texts_in(name: str) -> set[str]:
 
 
 def test_every_section_with_commands_is_known_here():
-    """A new page of the manual would go untested without a word."""
+    """A new page of the manual would silently stay untested."""
     assert set(documented_sections()) == set(TESTED_BY)
 
 
 @pytest.mark.parametrize("section", [section for section in TESTED_BY if section not in NO_PLATFORM])
 def test_every_documented_command_is_in_a_test(section: str):
-    """A command that nobody has run is wrong sooner or later, and its reader finds out."""
+    """A command that is never run is wrong sooner or later, and a reader finds out."""
     commands = set(documented_commands(section))
     tested = commands & {text for name in TESTED_BY[section] for text in texts_in(name)}
     assert commands - tested == commands & set(NOT_RUN)

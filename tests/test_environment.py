@@ -243,12 +243,12 @@ def test_benchmarks_go_on_without_peers_that_cannot_be_installed(checkout):
     "asked", [["--only", "learner-gpu"], ["--only=endurance", "--minutes=60"], ["--markdown=bench.json"]]
 )
 def test_benchmarks_without_peers_fetch_none(checkout, asked):
-    """They are a gigabyte, and whoever reads a table again or measures an endurance waits for it in vain."""
+    """They are a gigabyte that printing a table or an endurance run does not need."""
     assert bench(checkout, *asked).stderr == ""
 
 
 def test_ctrl_c_while_peers_are_installed_starts_no_benchmark(checkout):
-    """pip and uv end at it as if they had failed, and half an hour of measuring would begin."""
+    """At Ctrl-C pip and uv exit as if they had failed, and half an hour of measuring would start."""
     uv = checkout.parent / "slow" / "uv"
     uv.parent.mkdir()
     uv.write_text("#!/bin/bash\ntrap 'exit 1' INT\necho at work >&2\nfor _ in {1..300}; do sleep 0.1; done\n")

@@ -60,7 +60,7 @@ def bound(name):
 
 @pytest.mark.parametrize("name", TUTORIAL)
 def test_sac_minitaur_tutorial_has_the_tutorials_value_under_the_tutorials_name(name):
-    """Who knows the tutorial must find its settings, and get its run."""
+    """Users who know the tutorial must find its settings, and get its run."""
     load_experiment("sac_minitaur_tutorial")
     assert bound(name) == [TUTORIAL[name]]
 
@@ -99,7 +99,7 @@ def test_dqn_cartpole_lasts_longer_than_the_forty_seconds_asked(experiment):
 
 
 def test_every_shipped_experiment_loads():
-    """A gin file that nobody parses rots."""
+    """A gin file that is never parsed breaks unseen."""
     names = {path.stem for path in shipped_experiments_folder().glob("*.gin")} - {"base"}
     assert names >= {"sac_minitaur", "dqn_cartpole"}
     for name in names:
@@ -143,7 +143,7 @@ def test_an_incomplete_experiment_is_refused_with_what_is_missing(tmp_path, text
 
 def test_a_replay_too_small_for_the_first_sample_is_refused():
     """Learner and actors would wait for each other for ever."""
-    with pytest.raises(RoleError, match="initial_collect_steps = 500.*training would never begin") as raised:
+    with pytest.raises(RoleError, match="initial_collect_steps = 500.*training would never start") as raised:
         load_experiment("dqn_cartpole", ["replay_buffer_max_length = 100", "train.initial_collect_steps = 500"])
     assert raised.value.exit_code == ExitCode.USAGE
 
@@ -218,7 +218,7 @@ def test_every_role_makes_an_agent_of_the_same_specs(experiment):
 
 
 def test_lock_step_refuses_a_replay_that_draws_otherwise_in_every_run():
-    """Reverb's selectors cannot be seeded: two runs would differ, and nobody would know why."""
+    """Reverb's selectors cannot be seeded: two runs would differ for no visible reason."""
     with pytest.raises(RoleError, match=r"train\.lock_step = True needs .*@resident_replay\(\)") as refused:
         load_experiment("dqn_cartpole", ["train.lock_step = True", "experiment.replay = @uniform_replay()"])
     assert refused.value.exit_code == ExitCode.USAGE

@@ -1,4 +1,4 @@
-"""Who may import whom: the arrows of the design, read from the code's own imports."""
+"""Which module may import which: the arrows of the design, checked against the code's imports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What somebody who reaches the port can read, spoil, stop and run: each line of the table in docs/operations.md."""
+"""What a client at the port can read, spoil, stop and run: each line of the table in docs/operations.md."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Outsider:
         self.address, self.inside, self.is_let_in, self.of_a_role = address, inside, is_let_in, of_a_role
 
     def expect(self) -> contextlib.AbstractContextManager[object]:
-        """What comes of something that only who is let in can do."""
+        """Checks the outcome of an action that only an admitted client can do."""
         if self.is_let_in:
             return contextlib.nullcontext()
         return pytest.raises((Unreachable, reverb.errors.ReverbError, RuntimeError))
@@ -156,7 +156,7 @@ def test_a_flood_of_refused_connections_keeps_nobody_out_for_good(outsider):
 
 
 def test_nobody_sends_the_roles_to_an_address_of_his_own(outsider, eventually, caplog):
-    """A client of Reverb's takes a server's answer for pointers into its own memory: whoever is one may run code."""
+    """A Reverb client uses a server's answer as pointers into its own memory, so a hostile server may run code."""
     callers: list[object] = []
     with socket.create_server(("127.0.0.1", 0)) as mine:
 

@@ -64,7 +64,7 @@ def test_wheel_holds_every_experiment(source, wheel):
 
 
 def test_wheel_holds_every_module_and_nothing_beside_the_package(source, wheel):
-    """A directory without __init__.py is left out of the wheel without a word."""
+    """A directory without __init__.py is silently left out of the wheel."""
     ours = {str(path.relative_to(source / "distributed")) for path in source.glob("distributed/**/*.py")}
     assert {name for name in wheel.namelist() if name.endswith(".py")} == ours
     assert {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" not in name} == {"actorlearner"}

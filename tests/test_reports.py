@@ -70,7 +70,7 @@ def test_an_average_before_the_first_episode_is_not_a_number(address):
 
 
 def test_a_report_to_a_server_that_is_away_is_no_error_of_the_actor(unused_address):
-    """Collecting goes on while the server restarts."""
+    """Collecting continues while the server restarts."""
     assert Reporter(unused_address).send(REPORT, timeout_secs=0.2) is False
     with pytest.raises(Unreachable):
         reports.take_collect_reports(unused_address, timeout_secs=1)
@@ -105,7 +105,7 @@ def test_last_words_arrive_whole_or_cut_to_the_room_there_is(address):
     ],
 )
 def test_a_strangers_last_words_are_left_out(address, text):
-    """Whoever reaches the port could end the run with one row, or hide the reason that an actor gives."""
+    """A client at the port could end the run with one row, or hide an actor's reason."""
     row = np.frombuffer(text.ljust(2_000, b"\0"), np.uint8)
     messages.Sender(address).put(reports.EXIT_REASONS_TABLE, {"text": row}, 30)
     assert reports.send_exit_reason(address, WORDS, timeout_secs=30)
@@ -113,7 +113,7 @@ def test_a_strangers_last_words_are_left_out(address, text):
 
 
 def test_last_words_cannot_write_to_the_terminal(address):
-    """Whoever follows the log would see what a stranger draws over it."""
+    """A foreign row could overwrite the log on a reader's terminal."""
     assert reports.send_exit_reason(address, dataclasses.replace(WORDS, message="\x1b[2J\x07gone"), timeout_secs=30)
     (words,) = reports.take_exit_reasons(address)
     assert words.message == "?[2J?gone"
@@ -131,7 +131,7 @@ class Clock:
 
 
 def test_nobody_waits_for_actors_that_have_all_ended_for_good():
-    """A learner that starves after a NaN was started again for ever, on a machine that others wait for."""
+    """A learner that starves after a NaN would be restarted for ever, on a machine that others wait for."""
     clock = Clock()
     attendance = Attendance(60.0, clock)
     attendance.raise_if_all_failed("collect-actor")
@@ -143,7 +143,7 @@ def test_nobody_waits_for_actors_that_have_all_ended_for_good():
     attendance.raise_if_all_failed("collect-actor")
     attendance.raise_if_all_failed("eval-actor")
     clock.now = 162.0
-    with pytest.raises(RoleError, match=r"collect-actor 3 ended for good .* observation\[2\] = nan") as raised:
+    with pytest.raises(RoleError, match=r"collect-actor 3 failed for good .* observation\[2\] = nan") as raised:
         attendance.raise_if_all_failed("collect-actor")
     assert raised.value.exit_code == ExitCode.DATA
 

@@ -106,7 +106,7 @@ def test_later_updates_do_not_change_a_snapshot(address, publish):
 
 
 def test_a_server_that_comes_back_empty_is_filled_again(serve, publish, eventually):
-    """Actors would wait for weights that the learner believes it has published: nobody moves."""
+    """Actors would wait for weights that the learner believes it has published: a deadlock."""
     port = portpicker.pick_unused_port()
     address = f"localhost:{port}"
     server = serve(variable_container.make_tables(VARIABLES), port)
@@ -122,13 +122,13 @@ def test_a_server_that_comes_back_empty_is_filled_again(serve, publish, eventual
 
 
 def test_a_publisher_outlives_a_server_that_is_away(unused_address, publish):
-    """The learner goes on training while the server restarts."""
+    """The learner continues training while the server restarts."""
     snapshot = publish(unused_address).publish(1, VARIABLES, timeout_secs=0.2)
     assert snapshot.train_step == 1
 
 
 def test_the_phase_reaches_every_subscriber(address, publish, subscriber, eventually):
-    """With a rate limiter, actors block for ever when the learner is gone and nobody tells them."""
+    """With a rate limiter, actors block for ever if they do not learn that the learner is gone."""
     publisher = publish(address)
     publisher.publish(0, VARIABLES)
     for phase in (Phase.EVALUATING, Phase.OVER):
@@ -137,7 +137,7 @@ def test_the_phase_reaches_every_subscriber(address, publish, subscriber, eventu
 
 
 def test_the_end_reaches_a_subscriber_that_could_not_pull_the_weights_at_once(address, eventually):
-    """Whoever has read of the end once and forgets it with an error goes on collecting for nobody."""
+    """An actor that forgets the end because of an error would keep collecting for no one."""
     messages.Sender(address).put(variable_container.VARIABLES_TABLE, {"stray": np.zeros(5, np.float32)}, 30)
     sender = messages.Sender(address)
     news = {"version": 9, "train_step": 3, "phase": Phase.OVER, "learner": 4, "heartbeat": 1, "num_chunks": 0}
@@ -197,7 +197,7 @@ def board_row(**values):
 
 @pytest.mark.parametrize("stranger", [{"version": 10**9}, {"version": 2**61}, {"version": 10**9, "learner": 7}])
 def test_weights_of_a_version_far_ahead_do_not_stay(address, publish, subscriber, eventually, stranger):
-    """The learner's own versions are lower for ever: its actors would act on what a stranger put there."""
+    """The learner's own versions are lower for ever: its actors would keep the foreign weights."""
     publisher, variables = publish(address), make_variables(1.0)
     publisher.announce(Phase.TRAINING)
     publisher.publish(5, variables)
@@ -229,7 +229,7 @@ def test_weights_that_are_not_finite_are_never_acted_on_and_are_put_right(addres
 
 
 def test_one_row_does_not_end_training(address, publish, subscriber, eventually):
-    """An actor that ends with 0 is started again by nobody; on other hosts the run would stand still."""
+    """An actor that exits with 0 is not restarted; on other hosts the run would stop."""
     publisher = publish(address)
     publisher.announce(Phase.TRAINING)
     publisher.publish(5, VARIABLES)
@@ -256,7 +256,7 @@ class Clock:
 
 
 def test_whom_the_board_is_believed():
-    """A stranger's row is replaced within a second; the last word of a learner that has ended stays."""
+    """A forged row is replaced within a second; the last row of a learner that has ended stays."""
     clock = Clock()
     belief = Belief(clock)
     first = Version(0, 0, Phase.TRAINING, learner=1, heartbeat=5)
@@ -314,6 +314,6 @@ def test_waiting_for_another_experiments_container_is_refused(address):
 def test_a_server_without_the_containers_table_is_refused(serve):
     """With two addresses it is easy to give the wrong one."""
     server = serve([messages.make_board("board", {"x": tf.TensorSpec((), tf.int64)})])
-    with pytest.raises(RoleError, match="no variable container") as raised:
+    with pytest.raises(RoleError, match="not a variable container") as raised:
         variable_container.await_container(f"localhost:{server.port}", VARIABLES, stop=Stop(), deadline_secs=30)
     assert raised.value.exit_code == ExitCode.DATA

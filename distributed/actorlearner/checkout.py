@@ -1,4 +1,4 @@
-"""The checkout that this package runs from, if it does: it has what is not installed, benchmarks and drills."""
+"""The checkout that this package runs from, if any: it has benchmarks and drills, which are not installed."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[2]
-"""In an installed package a folder that holds none of it."""
+"""In an installed package this folder has neither."""
 
 
 def load(name: str) -> ModuleType:
     """Returns a module of the checkout, such as `drills.run`.
 
     Raises:
-      SystemExit: This is an installed package; exit code 64, after the message has gone to stderr.
+      SystemExit: This is an installed package; exit code 64, after printing the message to stderr.
     """
     folder, _, module = name.partition(".")
     script = {"benchmarks": "bench", "drills": "drill"}[folder]

@@ -46,7 +46,7 @@ class Command(Protocol):
     """A subcommand.
 
     Attributes:
-      summary: What it does, in one line without a full stop.
+      summary: One line for --help, without a full stop.
     """
 
     @property
@@ -58,20 +58,20 @@ class Command(Protocol):
 
 
 def find_commands() -> Mapping[str, Command]:
-    """Returns all subcommands by name: `train`, the roles, then the tools in the order of their names."""
+    """Returns all subcommands by name: `train`, the roles, then the tools in alphabetical order."""
     return {"train": _Module("train", train.__name__, Path(train.__file__)), **process.COMMANDS, **dict(_find_tools())}
 
 
 def _find_tools() -> Iterator[tuple[str, Command]]:
     for found in pkgutil.iter_modules(tools.__path__):
         spec = found.module_finder.find_spec(found.name, None)
-        if not found.ispkg and spec and spec.origin:  # folders hold what tools need
+        if not found.ispkg and spec and spec.origin:  # folders hold the tools' own modules
             name = found.name.replace("_", "-")
             yield name, _Module(name, f"{tools.__name__}.{found.name}", Path(spec.origin))
 
 
 class _Module:
-    """The subcommand of a module, which is imported when it is chosen."""
+    """The subcommand of a module, which is imported only if it is chosen."""
 
     def __init__(self, name: str, module: str, path: Path):
         self._name, self._module, self._path = name, module, path
@@ -90,12 +90,12 @@ class _Module:
 
 
 class _Subparser(argparse.ArgumentParser):
-    """Asks its command for its arguments when it is chosen.
+    """A parser that adds its command's arguments only if the command is chosen.
 
-    Words behind `--` are not parsed: they go to `behind_dashes`, of a command that has such a default.
+    Arguments after `--` are not parsed: they go to `behind_dashes` if the command has that default.
     """
 
-    source: Optional[Command] = None  # until it has been asked
+    source: Optional[Command] = None  # None once its arguments are added
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:  # type: ignore[override]
         words = list(sys.argv[1:] if args is None else args)

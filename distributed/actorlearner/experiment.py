@@ -1,4 +1,4 @@
-"""WHAT: one frozen object, bound by gin, from which every role derives all it needs; nothing is exchanged to start.
+"""WHAT: one frozen object, bound by gin, from which every role derives what it needs; roles exchange nothing to start.
 
 experiment = environment + agent + replay + schedule
 """
@@ -48,21 +48,21 @@ class Schedule:
       num_iterations: Train steps until training ends.
       initial_collect_steps: Items the replay must hold before training; until then a random policy acts.
       collect_steps_per_iteration: Environment steps per train step; with `batch_size` it gives samples per insert.
-        Inserts are windows. An episode of N steps has N of them; with n-step returns of an algorithm whose windows may
+        Inserts are windows. An episode of N steps has N of them; with n-step returns and an algorithm whose windows may
         not end early (dqn), N + 1 - n.
-      batch_size: Trajectories in one train step, over all replicas together.
+      batch_size: Windows in one train step, over all replicas together.
       log_interval: Train steps between two log lines, and between two points in TensorBoard.
       num_eval_episodes: Episodes of one evaluation.
-      num_final_eval_episodes: Episodes of the delivered policy's own evaluation, at the end; None takes as many.
+      num_final_eval_episodes: Episodes of the delivered policy's evaluation at the end; None takes `num_eval_episodes`.
       eval_interval: Train steps between two evaluations; 0 evaluates nothing.
       policy_save_interval: Train steps between two numbered policy checkpoints.
-      random_action_repeat: Each random action of the warm-up is repeated so many steps: held, it moves a robot whose
-        motors would only shake at a new one each step.
-      num_environments: Environments one collect actor steps as a batch.
-      num_updates_per_call: Train steps in one call of the compiled loop; signals are looked at in between.
+      random_action_repeat: Environment steps for which each random action of the warm-up is held: a held action moves a
+        robot whose motors would only shake if it changed at every step.
+      num_environments: Environments that one collect actor steps as a batch.
+      num_updates_per_call: Train steps in one call of the compiled loop; signals are handled between calls.
       lock_step: One collect actor and the learner take turns: a chunk of steps, the train steps it allows, the next
-        chunk with the weights they gave. With TensorFlow's deterministic ops, two new runs of one seed have equal
-        weights, bit for bit. For tests and comparisons: one side always waits.
+        chunk with the new weights. With TensorFlow's deterministic ops, two new runs of one seed have equal weights,
+        bit for bit. For tests and comparisons: it is slow, because one side always waits.
     """
 
     num_iterations: PositiveInt
@@ -87,10 +87,10 @@ class Schedule:
 @gin.configurable("experiment", module="actorlearner", denylist=["name", "seed", "schedule"])
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """What to run; read only, the same in every role.
+    """What to run: read only, and the same in every role.
 
     Attributes:
-      name: The gin file's name without its ending.
+      name: The gin file's name without `.gin`.
       seed: Every role's seeds derive from it.
       schedule: How long and how often.
       environment, agent, replay: Bound in gin, e.g. `experiment.agent = @sac()`.
@@ -105,18 +105,18 @@ class Experiment:
 
     def __post_init__(self) -> None:
         self.replay.check(initial_collect_steps=self.schedule.initial_collect_steps)
-        self.replay.pace(self.schedule.lock_step)  # raises where it cannot be as wished
+        self.replay.pace(self.schedule.lock_step)  # raises if the replay cannot do that
 
     @property
     def pace(self) -> Pace:
-        """At whose speed collect actors and the learner go."""
+        """The pace of collect actors and learner."""
         return self.replay.pace(self.schedule.lock_step)
 
     def sampling(self, agent: tf_agent.TFAgent) -> Sampling:
-        """Returns what the schedule asks of the replay, with windows as `agent` trains on them.
+        """Returns the schedule's sampling settings for the replay, with the windows that `agent` trains on.
 
         Raises:
-          RoleError: Neither agent nor replay says how long a window is (USAGE).
+          RoleError: Neither agent nor replay defines the length of a window (USAGE).
         """
         try:
             window = self.replay.window(agent)
@@ -134,7 +134,7 @@ class Experiment:
         )
 
     def derive_seed(self, *path: Any) -> int:
-        """Returns a seed below 2**31 for whatever `path` names, e.g. `("collect-actor", 3)`; the same each time."""
+        """Returns a seed below 2**31 for a path such as `("collect-actor", 3)`; always the same one."""
         return int(np.random.SeedSequence([self.seed, zlib.crc32(repr(path).encode())]).generate_state(1)[0]) % 2**31
 
     def seed_process(self, *path: Any) -> None:
@@ -153,7 +153,7 @@ class Experiment:
         steps_per_second = self.environment.real_steps_per_second(environment)
         try:
             environment.close()
-        except Exception as error:  # whatever it raises, all that it was for is done
+        except Exception as error:  # its specs have been read, so an error on closing does not matter
             logging.warning("the environment did not close: %s: %s", type(error).__name__, error)
         return time_step_spec, action_spec, steps_per_second
 
@@ -163,12 +163,12 @@ class Experiment:
 
     @property
     def action_spec(self) -> Any:
-        """The agent's, whose whole numbers count from 0."""
+        """Spec of the agent's actions; discrete ones count from 0."""
         return from_zero(self._specs[1])
 
     @property
     def environment_action_spec(self) -> Any:
-        """The environment's own, whose whole numbers begin where its space does."""
+        """Spec of the environment's actions; discrete ones start where its space does."""
         return self._specs[1]
 
     @property
@@ -190,7 +190,7 @@ class Experiment:
         return environment
 
     def make_environments(self, num_environments: int, *seed_path: Any) -> EnvironmentBatch:
-        """Returns environments whose seeds derive from `seed_path`."""
+        """Returns a batch of environments whose seeds derive from `seed_path`."""
         seeds = (self.derive_seed(*seed_path, number) for number in itertools.count())
         make_lane = getattr(self.environment, "make_lane", PyLane)
         return EnvironmentBatch(self.make_environment, num_environments, seeds, make_lane)
@@ -210,12 +210,12 @@ class Experiment:
         return agent, train_step
 
     def policies(self) -> Policies:
-        """Returns a new agent's policies. See `make_agent`."""
+        """Returns the policies of a new agent. See `make_agent`."""
         return Policies(*self.make_agent(), num_random_repeats=self.schedule.random_action_repeat)
 
 
 def shipped_experiments_folder() -> Path:
-    """Returns the folder of the gin files that come with the package: inside a wheel, or in a checkout."""
+    """Returns the folder of the shipped gin files: inside a wheel, or in a checkout."""
     package = Path(__file__).resolve().parent
     inside = package / "experiments"
     return inside if inside.is_dir() else package.parents[1] / "gin"
@@ -225,7 +225,7 @@ def find_experiment(name_or_path: str) -> Path:
     """Returns the gin file of an experiment, given its name or a path to a file.
 
     Raises:
-      RoleError: There is none (USAGE); the message lists what there is.
+      RoleError: There is none (USAGE); the message lists the shipped ones.
     """
     shipped = shipped_experiments_folder()
     for path in (Path(name_or_path), shipped / f"{name_or_path}.gin"):
@@ -240,23 +240,23 @@ def find_experiment(name_or_path: str) -> Path:
 
 
 def load_experiment(name_or_path: str, gin_bindings: Sequence[str] = (), seed: int = 0) -> Experiment:
-    """Returns the experiment of a gin file with `gin_bindings` on top, checked.
+    """Returns the experiment of a gin file with `gin_bindings` applied, checked.
 
     Args:
       name_or_path: A shipped experiment's name, or a path to a gin file.
-      gin_bindings: Lines such as "train.num_iterations = 100"; each may hold several, divided by ; or new lines.
+      gin_bindings: Lines such as "train.num_iterations = 100"; each may hold several, separated by ; or new lines.
       seed: Every role's seeds derive from it.
 
     Raises:
-      RoleError: Something is wrong with it (USAGE), before anything has started.
+      RoleError: The file or a binding is wrong (USAGE).
     """
     path = find_experiment(name_or_path)
     lines = [line for text in gin_bindings for line in split_bindings(text)]
     parse_strictly(path, lines, [shipped_experiments_folder()])
     try:
-        # gin fills in what is not given here.
+        # gin binds the other arguments.
         return Experiment(name=path.stem, seed=seed, schedule=Schedule())  # type: ignore[call-arg]
     except (TypeError, ValueError) as error:
-        # gin adds where in its own machinery the error went through.
+        # gin appends its own call path.
         reason = str(error).split("\n  In call to configurable")[0]
         raise RoleError(f"{path}: {reason}", ExitCode.USAGE) from error

@@ -1,4 +1,4 @@
-"""The flags that several subcommands share, and what they hold."""
+"""The flags that several subcommands share, and the types of their values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def add_experiment_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds which experiment, and how patient its roles are."""
+    """Adds the flags of the experiment and of its deadlines."""
     parser.add_argument(
         "experiment", metavar="EXPERIMENT", help="a shipped experiment (sac_minitaur, dqn_cartpole) or a gin file"
     )
@@ -25,18 +25,18 @@ def add_experiment_flags(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="BINDING",
-        help="overrides the gin file, e.g. 'train.num_iterations = 100'; may be repeated, or hold several divided by ;",
+        help="overrides the gin file, e.g. 'train.num_iterations = 100'; may be repeated, or hold several (with ;)",
     )
     parser.add_argument(
         "--seed",
         type=non_negative,
         default=None,
-        help="every role's seeds derive from it (default: that of the run's first start in --root_dir; of a new run 0, "
-        "train: a new one)",
+        help="every role's seeds derive from it (default: that of the run's first start in --root_dir; for a new run "
+        "0, for `train` a random one)",
     )
     parser.add_argument(
         "--peer_patience_secs", type=float, default=300.0, metavar="SECS",
-        help="how long an unreachable peer is waited for (default: 300)",
+        help="how long to wait for an unreachable peer (default: 300)",
     )  # fmt: skip
     parser.add_argument(
         "--hang_secs", type=seconds, default=os.environ.get("ACTORLEARNER_HANG_SECS") or HANG_SECS, metavar="SECS",
@@ -47,26 +47,26 @@ def add_experiment_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_peer_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds where a role finds the others, and how whoever started it watches it."""
+    """Adds the flags for a role's peers, and for its supervisor."""
     parser.add_argument(
         "--replay_address",
         default="localhost:8008",
         metavar="HOST:PORT[,...]",
-        help="of the replay server, or of several, by their task numbers (default: localhost:8008)",
+        help="address of the replay server, or of several in order of their task numbers (default: localhost:8008)",
     )
     parser.add_argument(
         "--variables_address",
         metavar="HOST:PORT",
-        help="of the variable container (default: the first replay server's)",
+        help="address of the variable container (default: the first replay server)",
     )
     parser.add_argument(
         "--task", type=task, default=0, metavar="N",
-        help="which of its kind this process is; auto: the first that is free in --root_dir (default: 0)",
+        help="number of this process among its kind; auto: the first free one in --root_dir (default: 0)",
     )  # fmt: skip
     parser.add_argument(
         "--tls_dir", default=os.environ.get("ACTORLEARNER_TLS_DIR", ""), metavar="DIR",
-        help="mutual TLS with the certificates that `actorlearner certs DIR` made "
-        "(default: the environment's ACTORLEARNER_TLS_DIR, else none)",
+        help="mutual TLS with the certificates from `actorlearner certs DIR` "
+        "(default: the environment variable ACTORLEARNER_TLS_DIR, else no TLS)",
     )  # fmt: skip
     parser.add_argument(
         "--health_file", type=Path, metavar="FILE", help="touched while it makes progress; see actorlearner health"
@@ -79,17 +79,17 @@ def add_peer_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_run_directory_flag(parser: argparse.ArgumentParser) -> None:
-    """Adds where a role that needs a run directory has it."""
+    """Adds the flag for the run directory."""
     parser.add_argument(
-        "--root_dir", type=Path, default=Path("runs/current"), help="where this role writes (default: runs/current)"
+        "--root_dir", type=Path, default=Path("runs/current"), help="run directory of this role (default: runs/current)"
     )
 
 
 def add_learner_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds what the learner computes on, and what it leaves when training ends."""
+    """Adds the learner's flags: its devices, and its videos at the end."""
     parser.add_argument(
         "--strategy", choices=("default", "mirrored", "tpu"), default="default",
-        help="one device, every visible GPU, or a TPU (default: default)",
+        help="default: one device; mirrored: every visible GPU; tpu: a TPU (default: default)",
     )  # fmt: skip
     parser.add_argument("--tpu", metavar="NAME", help="the TPU's name or address, for --strategy=tpu")
     parser.add_argument(
@@ -110,35 +110,35 @@ def task(text: str) -> Optional[int]:
     try:
         return None if text == "auto" else int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}': expected a number from 0, or auto") from None
+        raise argparse.ArgumentTypeError(f"'{text}': expected 0 or more, or auto") from None
 
 
 def positive(text: str) -> int:
-    """Returns the whole number, at least 1."""
+    """Returns a whole number of at least 1."""
     number = int(text)
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+        raise argparse.ArgumentTypeError(f"{number}: expected 1 or more")
     return number
 
 
 def non_negative(text: str) -> int:
-    """Returns the whole number, at least 0."""
+    """Returns a whole number of at least 0."""
     number = int(text)
     if number < 0:
-        raise argparse.ArgumentTypeError(f"{number} is negative: expected 0 or more")
+        raise argparse.ArgumentTypeError(f"{number}: expected 0 or more")
     return number
 
 
 def seconds(text: str) -> float:
-    """Returns the number, at least 0 and no more than the system can wait."""
+    """Returns a number of seconds, from 0 to the longest that the system can wait."""
     with contextlib.suppress(ValueError):
         if 0 <= float(text) < threading.TIMEOUT_MAX:
             return float(text)
-    raise argparse.ArgumentTypeError(f"'{text}': expected seconds, from 0")
+    raise argparse.ArgumentTypeError(f"'{text}': expected seconds, 0 or more")
 
 
 def load_chosen_experiment(arguments: argparse.Namespace) -> Experiment:
-    """Returns the experiment that the flags name; raises as `load_experiment`."""
+    """Returns the experiment of the flags; raises as `load_experiment`."""
     from actorlearner.experiment import load_experiment
 
     seed = choose_seed(arguments.seed, arguments.root_dir, default=0)
@@ -146,7 +146,7 @@ def load_chosen_experiment(arguments: argparse.Namespace) -> Experiment:
 
 
 def choose_seed(given: Optional[int], root_dir: Optional[Path], *, default: int) -> int:
-    """Returns the seed given; else that of the first start of the run in `root_dir`; else the default."""
+    """Returns the given seed, else the one of the first start of the run in `root_dir`, else the default."""
     from actorlearner.run.directory import RunDirectory
 
     if given is not None:

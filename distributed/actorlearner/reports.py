@@ -32,15 +32,16 @@ ACTORS = ("collect-actor", "eval-actor")
 
 @dataclasses.dataclass(frozen=True)
 class CollectReport:
-    """One collect actor's counts since its process began; a later report of the same `actor` replaces an earlier one.
+    """One collect actor's totals since its process started; a later report of the same `actor` replaces an earlier one.
 
     Attributes:
-      actor: A number of this process, no two alike.
-      task: Which of the collect actors.
+      actor: Unique number of this process.
+      task: Task number of the collect actor.
       environment_steps, episodes, environment_crashes: Totals.
-      average_return: Of the last finished episodes; NaN before the first.
-      blocked_secs: Time spent waiting for the learner: for the server to take items, or in lock-step for an answer.
-      wall_secs: Time since it began to collect.
+      average_return: Average over the last finished episodes; NaN before the first.
+      blocked_secs: Time spent waiting for the learner: for the server to accept items, or in lock-step for its train
+        steps.
+      wall_secs: Time since it started to collect.
     """
 
     TABLE: ClassVar[str] = "collect_reports"
@@ -61,8 +62,8 @@ class ExitReason:
 
     Attributes:
       role: "collect-actor" or "eval-actor".
-      task: Which of them.
-      exit_code: Its own.
+      task: Its task number.
+      exit_code: Its exit code.
       message: Its error; cut to the length of the row.
     """
 
@@ -84,9 +85,9 @@ def make_tables() -> list[reverb.Table]:
 
 
 class NewestReport:
-    """Sends a collect actor's reports from a thread: no environment waits while the server is away.
+    """Sends a collect actor's reports from a thread, so that environments never wait for the server.
 
-    Totals make all but the newest needless, so a report that could not be sent yet is replaced by the next.
+    Reports are totals, so only the newest matters: it replaces one that could not be sent yet.
     """
 
     def __init__(self, address: str):
@@ -97,13 +98,13 @@ class NewestReport:
         threading.Thread(target=self._send, name="reports", daemon=True).start()
 
     def put(self, report: CollectReport) -> None:
-        """Takes the report in place of the one before; never blocks."""
+        """Replaces the report to send; never blocks."""
         with self._news:
             self._newest = report
             self._news.notify_all()
 
     def await_sent(self, timeout_secs: float) -> bool:
-        """Returns whether the server has taken the newest report; blocks at most `timeout_secs` seconds."""
+        """Returns whether the server has the newest report; blocks at most `timeout_secs` seconds."""
         with self._news:
             return self._news.wait_for(lambda: self._newest is None and not self._is_sending, timeout_secs)
 
@@ -133,7 +134,8 @@ def send_exit_reason(address: str, words: ExitReason, timeout_secs: float = 2.0)
     (length,) = _WORDS_SIGNATURE["text"].shape
     message = words.message
     while len(text := json.dumps(dataclasses.astuple(dataclasses.replace(words, message=message))).encode()) > length:
-        message = message[: len(message) - (len(text) - length + 5) // 6 - 1]  # a character takes at most 6 bytes
+        # a character takes at most 6 bytes in JSON
+        message = message[: len(message) - (len(text) - length + 5) // 6 - 1]
     row = np.zeros(length, np.uint8)
     row[: len(text)] = np.frombuffer(text, np.uint8)
     try:
@@ -150,13 +152,13 @@ def take_exit_reasons(address: str, timeout_secs: float = 5.0) -> Sequence[ExitR
     for row in taken:
         try:
             found.append(_read_words(row["text"].tobytes()))
-        except (ValueError, TypeError) as error:  # one row must not hide the others, nor end the run
+        except (ValueError, TypeError) as error:  # one bad row must not hide the others or end the run
             say_left_out(address, EXIT_REASONS_TABLE, f"this is no exit reason of an actor: {error}")
     return found
 
 
 def _read_words(text: bytes) -> ExitReason:
-    """Returns what a row says. Raises `ValueError` or `TypeError` when no actor of ours can have said it."""
+    """Returns a row's report. Raises `ValueError` or `TypeError` if no actor of this run can have sent it."""
     role, task, exit_code, message = json.loads(text.rstrip(b"\0"))
     if role not in ACTORS:
         raise ValueError(f"role = {role!r:.50}, expected one of {', '.join(ACTORS)}")
@@ -169,7 +171,7 @@ def _read_words(text: bytes) -> ExitReason:
 
 
 class BlockedShare:
-    """How much of their time the collect actors wait for the learner, by their own reports. Any thread may call it."""
+    """Share of their time that collect actors wait for the learner, from their reports. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -178,7 +180,7 @@ class BlockedShare:
         self._share: Optional[float] = None
 
     def note(self, report: CollectReport) -> None:
-        """Adds what passed since the same actor's report before; its first one says nothing of when that was."""
+        """Adds the time since the same actor's previous report; its first report only starts the count."""
         with self._lock:
             before = self._newest.get(report.actor, report)
             self._newest[report.actor] = report
@@ -186,9 +188,9 @@ class BlockedShare:
             self._wall_secs += report.wall_secs - before.wall_secs
 
     def take(self) -> Optional[float]:
-        """Returns seconds waited per second of an actor, 0 to 1, by the reports noted since the last call.
+        """Returns the share of waiting, 0 to 1, over the reports noted since the last call.
 
-        Where none was, it is the share that was returned last; None before the first.
+        Without new reports it returns the previous share; None before the first.
         """
         with self._lock:
             if self._wall_secs > 0.0:
@@ -203,7 +205,7 @@ class Attendance:
     def __init__(self, silent_secs: float = 60.0, clock: Callable[[], float] = time.monotonic):
         """Args:
         silent_secs: A living actor reports more often than this, in seconds.
-        clock: In seconds.
+        clock: Returns seconds.
         """
         self._silent_secs = silent_secs
         self._clock = clock
@@ -216,7 +218,7 @@ class Attendance:
 
     def note_end(self, words: ExitReason) -> None:
         logging.warning(
-            "%s %d ended for good (exit code %d): %s", words.role, words.task, words.exit_code, words.message
+            "%s %d failed for good (exit code %d): %s", words.role, words.task, words.exit_code, words.message
         )
         self._ended[words.role] = (self._clock(), words)
 
@@ -234,7 +236,7 @@ class Attendance:
         silent_secs = self._clock() - max(ended_at, heard_at)
         if was_the_last and silent_secs > self._silent_secs:
             raise RoleError(
-                f"nobody is left to wait for: {role} {words.task} ended for good (exit code {words.exit_code}), and no "
-                f"other {role} was heard of in the {silent_secs:.0f} s since. It said: {words.message}",
+                f"no actor is left to wait for: {role} {words.task} failed for good (exit code {words.exit_code}), and "
+                f"no other {role} was heard from in the {silent_secs:.0f} s since. Its error: {words.message}",
                 ExitCode(words.exit_code),
             )

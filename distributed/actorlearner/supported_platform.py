@@ -1,7 +1,7 @@
-"""Says in one message that this machine cannot run actorlearner, before an import fails in a way nobody understands.
+"""Reports in one message that this machine cannot run actorlearner, before an import fails with an obscure error.
 
-dm-reverb 0.14 has builds for CPython 3.9, 3.10 and 3.11 on Linux x86_64 (glibc) and for nothing else, and it is tied to
-TensorFlow 2.15; that decides for the whole package. setup.py, the command and launch/environment.sh all ask here.
+dm-reverb 0.14 has builds only for CPython 3.9, 3.10 and 3.11 on Linux x86_64 (glibc), and it is tied to
+TensorFlow 2.15; this decides for the whole package. setup.py, the command and launch/environment.sh use this check.
 
 Standard library only, and the syntax of Python 3.6, so that it runs where the rest of the package does not even parse.
 """
@@ -25,7 +25,7 @@ def describe_problem(
       version: The interpreter's version; at least (major, minor).
       system: `platform.system()`, e.g. "Linux".
       machine: `platform.machine()`, e.g. "x86_64".
-      libc: "glibc", or anything else where the C library is another one.
+      libc: "glibc", or anything else for another C library.
       is_64_bit: Whether the interpreter is a 64-bit build.
     """
     python_fits = implementation == "CPython" and OLDEST_PYTHON <= tuple(version[:2]) <= NEWEST_PYTHON and is_64_bit
@@ -72,7 +72,7 @@ def check_platform() -> None:
     """Returns if actorlearner can run here.
 
     Raises:
-      SystemExit: It cannot; exit code 64, after the message has gone to stderr.
+      SystemExit: It cannot; exit code 64, after printing the message to stderr.
     """
     problem = describe_problem_here()
     if problem:

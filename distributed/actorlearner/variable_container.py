@@ -3,7 +3,7 @@
 learner --publish--> [variables, variables_version] --refresh--> collect actors
 
 `variables` is the table of TF-Agents' `ReverbVariableContainer`, so its `pull` and `update` work on it unchanged.
-`variables_version` is some bytes beside it that say whether pulling would bring anything new.
+`variables_version` is a few bytes beside it, from which readers tell whether newer weights exist.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ VARIABLES_TABLE = stock.DEFAULT_TABLE
 VERSION_TABLE = "variables_version"
 
 UNCONTRADICTED_SECS = 3.0
-"""What the version board says for so long is believed; a learner's heartbeats are a second apart."""
+"""A row that no other row contradicts for this long, in seconds, is believed; heartbeats are a second apart."""
 
 _INT64 = tf.TensorSpec((), tf.int64)
 VERSION_SIGNATURE = dict.fromkeys(("version", "train_step", "phase", "learner", "heartbeat", "num_chunks"), _INT64)
 
 
 class Phase(enum.IntEnum):
-    """How far training is, as every role sees it."""
+    """The phase of training, as every role sees it."""
 
     WARMING_UP = -1  # the replay does not hold enough yet
     TRAINING = 0
-    EVALUATING = 1  # the last train step is done: no more data is needed, evaluations are
+    EVALUATING = 1  # the last train step is done: only evaluations are still needed
     OVER = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """Acting variables at one moment.
+    """The acting variables at one train step.
 
     Attributes:
-      version, train_step: The moment.
+      version, train_step: Identify the snapshot.
       variables: In the order of `agent.collect_policy.variables()`.
-      num_chunks: How many chunks had been trained on as far as they allow; counted in lock-step only.
+      num_chunks: Number of chunks whose train steps have all been made; counted only in lock-step.
     """
 
     version: int
@@ -68,7 +68,7 @@ class Snapshot:
 
 @dataclasses.dataclass(frozen=True)
 class Version:
-    """What the version board says."""
+    """The row of the version board."""
 
     version: int
     train_step: int
@@ -95,17 +95,17 @@ def make_tables(variables: Sequence[tf.Variable]) -> list[reverb.Table]:
 
 
 def await_container(address: str, variables: Sequence[tf.Variable], *, stop: Stop, deadline_secs: float) -> None:
-    """Returns once the container answers and holds variables of these shapes.
+    """Blocks until the container answers, and checks that it holds variables of these shapes.
 
     Raises:
-      RoleError: It did not answer within `deadline_secs` seconds (UNAVAILABLE), or holds others (DATA).
+      RoleError: It did not answer within `deadline_secs` seconds (UNAVAILABLE), or holds other shapes (DATA).
       Stopped: `stop` was set.
     """
     tables = messages.await_server("the variable container", address, stop=stop, deadline_secs=deadline_secs)
     if VARIABLES_TABLE not in tables:
         raise RoleError(
-            f"the Reverb server at {address} has no table '{VARIABLES_TABLE}': it is no variable container. "
-            "Mend --variables_address.",
+            f"the Reverb server at {address} has no table '{VARIABLES_TABLE}': it is not a variable container. "
+            "Correct --variables_address.",
             ExitCode.DATA,
         )
     messages.check_signature(
@@ -114,9 +114,9 @@ def await_container(address: str, variables: Sequence[tf.Variable], *, stop: Sto
 
 
 def read_version(address: str, timeout_secs: float = 5.0) -> Optional[Version]:
-    """Returns the version board, or None before the first publish, or while it holds a stranger's row.
+    """Returns the version board's row, or None before the first publish, or while it holds a foreign row.
 
-    Blocks at most about twice `timeout_secs`. What it says may still be a stranger's word: see `Belief`.
+    Blocks at most about twice `timeout_secs`. The row may still be forged: see `Belief`.
 
     Raises:
       Unreachable: The server does not answer within the deadline.
@@ -145,16 +145,16 @@ def _to_version(row: Optional[Any]) -> Optional[Version]:
 
 
 class Belief:
-    """Whether what the version board says is the learner's word: whoever reaches the port can write a row there too.
+    """Decides whether the version board's row comes from the learner, because any client can write rows there.
 
-    A learner's heartbeat replaces such a row within a second. So a learner that was believed is believed at once while
-    training goes on; another one, or the end of training, when its next heartbeat says the same, or when nobody said
-    anything else for `UNCONTRADICTED_SECS`: a learner that has ended, or was killed, has no more heartbeats.
+    A learner's heartbeat replaces a forged row within a second. So a row of the learner that was believed before is
+    believed at once during training. Another learner's row, or the end of training, is believed when the next heartbeat
+    repeats it, or when no other row appeared for `UNCONTRADICTED_SECS` (a learner that has ended sends no heartbeats).
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         """Args:
-        clock: In seconds.
+        clock: Returns seconds.
         """
         self._clock = clock
         self._believed: Optional[Version] = None
@@ -162,7 +162,7 @@ class Belief:
         self._claimed_at = 0.0
 
     def holds(self, version: Version) -> bool:
-        """Returns whether `version`, just read from the board, is to be acted on. Call it with every reading."""
+        """Returns whether to act on `version`, just read from the board. Call it with every row that is read."""
         believed, claim = self._believed, self._claim
         is_known = believed is not None and version.learner == believed.learner
         if not (is_known and version.phase <= max(Phase.TRAINING, believed.phase if believed else Phase.TRAINING)):
@@ -179,9 +179,9 @@ class Belief:
 
 
 class Publisher:
-    """The learner's side: puts snapshots into the container and keeps its heartbeat going from a thread.
+    """The learner's side: publishes snapshots and sends heartbeats, from a thread.
 
-    A container that comes back empty (its server was restarted) is filled again with the last snapshot.
+    If the container is empty after a restart of its server, the last snapshot is published again.
     """
 
     def __init__(
@@ -194,11 +194,11 @@ class Publisher:
         heartbeat_secs: float = 1.0,
     ):
         """Args:
-        address: The container's.
-        learner: A number no other learner has.
-        first_version: Version of the first snapshot published.
-        published: What the learner before this one published last. Until training is past its train step those weights
-          stay in the container: they are newer than what this learner restored.
+        address: Address of the container.
+        learner: This learner's unique number.
+        first_version: Version of the first published snapshot.
+        published: What the previous learner published last. Those weights stay in the container until training passes
+          their train step, because they are newer than the restored ones.
         heartbeat_secs: Time between two heartbeats, in seconds.
         """
         self.address = address
@@ -210,18 +210,18 @@ class Publisher:
         self._phase = Phase.WARMING_UP
         self._snapshot: Optional[Snapshot] = None
         self._unpublished = False
-        self._num_puts = -1  # into the container's table, when it was looked at after the last publish; -1: not yet
-        self._lock = threading.Lock()  # guards the fields above; never held while talking to the server
-        self._talking = threading.Lock()  # one conversation with the server at a time
+        self._num_puts = -1  # inserts into the container's table after the last publish; -1: not read yet
+        self._lock = threading.Lock()  # guards the fields above; never held during a request to the server
+        self._talking = threading.Lock()  # held during requests: one at a time
         self._sender = messages.Sender(address)
         self._closing = False
-        self._has_news = threading.Event()  # a snapshot to publish, or the end
-        self._read: Any = None  # reads the variables, all in one call: one by one takes three times as long
+        self._has_news = threading.Event()  # there is a snapshot to publish, or the end
+        self._read: Any = None  # reads all variables in one call, in a third of the time that single reads take
         self._thread = threading.Thread(target=self._beat, name="publisher", daemon=True)
         self._thread.start()
 
     def publish(self, train_step: int, variables: Sequence[tf.Variable], *, timeout_secs: float = 5.0) -> Snapshot:
-        """Returns the snapshot it made, now in the container, or on its way there while the server is away.
+        """Publishes the variables and returns the snapshot, which is sent later if the server is away.
 
         Blocks at most about `timeout_secs` seconds.
         """
@@ -230,9 +230,9 @@ class Publisher:
         return snapshot
 
     def take_snapshot(self, train_step: int, variables: Sequence[tf.Variable], num_chunks: int = 0) -> Snapshot:
-        """Returns a snapshot that the publisher's thread sends at once; never blocks on the network.
+        """Returns a snapshot, which the publisher's thread sends at once; never blocks on the network.
 
-        `variables` are the same ones at every call.
+        `variables` must be the same ones in every call.
         """
         if self._read is None:
             self._read = tf.function(lambda: [tf.identity(variable) for variable in variables], autograph=False)
@@ -252,7 +252,7 @@ class Publisher:
             return self._next_version
 
     def announce(self, phase: Phase, *, timeout_secs: float = 5.0) -> bool:
-        """Tells every role how far training is; returns whether the container has it.
+        """Announces the phase to every role; returns whether the container has it.
 
         Blocks at most about `timeout_secs` seconds.
         """
@@ -277,27 +277,27 @@ class Publisher:
                 self._send(timeout_secs=5.0)
             except Unreachable as error:
                 logging.debug("%s", error)
-            except Exception:  # without its heartbeat every actor would take the learner for dead
-                logging.exception("publishing failed; trying again")
+            except Exception:  # keep the heartbeat: without it every actor takes the learner for dead
+                logging.exception("publishing failed; will retry")
 
     def _republish_if_lost(self) -> None:
-        """Has the last snapshot sent again if the container is empty, or somebody else wrote over it."""
-        with self._talking:  # else what is just being sent would look like somebody else's
+        """Sends the last snapshot again if the container is empty or another client overwrote it."""
+        with self._talking:  # otherwise this publisher's own write would look like another client's
             table = messages.read_server_info(self.address, timeout_secs=5)[VARIABLES_TABLE]
             num_puts = table.rate_limiter_info.insert_stats.completed
             with self._lock:
                 is_lost = not table.current_size
                 is_replaced = not is_lost and self._newer is None and num_puts > self._num_puts >= 0
                 if is_lost:
-                    self._newer = None  # gone with its server
+                    self._newer = None  # lost with its server
                     self._unpublished = self._snapshot is not None
-                elif is_replaced and self._snapshot is not None:  # a new version: else nobody would pull it again
+                elif is_replaced and self._snapshot is not None:  # with a new version, so that actors pull it again
                     self._snapshot = dataclasses.replace(self._snapshot, version=self._next_version)
                     self._next_version += 1
                     self._unpublished = True
                 self._num_puts = -1 if self._unpublished else num_puts
         if is_replaced:
-            say_left_out(self.address, VARIABLES_TABLE, "somebody else put weights there; the learner's are put back")
+            say_left_out(self.address, VARIABLES_TABLE, "another client wrote weights; republishing the learner's")
 
     def _send(self, timeout_secs: float) -> bool:
         with self._talking:
@@ -317,7 +317,7 @@ class Publisher:
             if newer is not None:
                 version, train_step, unpublished = newer.version, np.int64(newer.train_step), False
             try:
-                if unpublished:  # first the weights, then the version that points at them
+                if unpublished:  # first the weights, then the version that refers to them
                     row = {stock.POLICY_KEY: list(snapshot.variables), stock.TRAIN_STEP_KEY: train_step}
                     self._sender.put(VARIABLES_TABLE, row, timeout_secs)
                 board = {
@@ -338,15 +338,15 @@ class Publisher:
 
 
 def announce_end(address: str, train_step: int, learner: int, *, timeout_secs: float = 2.0) -> None:
-    """Tells every role that training is over, without publishing weights. Raises `Unreachable` when nobody answers."""
-    messages.read_server_info(address, timeout_secs)  # fails at once where nobody listens
+    """Announces to every role that training is over, without publishing weights. Raises `Unreachable`."""
+    messages.read_server_info(address, timeout_secs)  # fails fast if no server listens
     row = {"version": 0, "train_step": train_step, "phase": Phase.OVER, "learner": learner}
     row = {**dict.fromkeys(VERSION_SIGNATURE, 0), **row}
     messages.Sender(address).put(VERSION_TABLE, {name: np.int64(value) for name, value in row.items()}, timeout_secs)
 
 
 class Subscriber:
-    """An actor's side: a thread looks at the version board and pulls weights only when they are newer.
+    """An actor's side: a thread reads the version board and pulls weights only if they are newer.
 
     `latest` and `phase` never block, so the environment never waits for the network.
     """
@@ -365,19 +365,19 @@ class Subscriber:
         self._thread.start()
 
     def has_looked(self) -> bool:
-        """Returns whether the container has answered, so that `phase` and `latest` say what it knows."""
+        """Returns whether the container has answered, so that `phase` and `latest` are meaningful."""
         return self._has_looked.is_set()
 
     def latest(self) -> Optional[Snapshot]:
-        """Returns the newest weights pulled, or None before the first."""
+        """Returns the newest pulled weights, or None before the first."""
         return self._snapshot
 
     def phase(self) -> Phase:
-        """Returns how far training is; WARMING_UP before the learner's first word arrived."""
+        """Returns the phase of training; WARMING_UP before the learner's first heartbeat."""
         return self._version.phase if self._version else Phase.WARMING_UP
 
     def num_chunks(self) -> int:
-        """Returns how many chunks the weights of `latest` answer; see `Snapshot`."""
+        """Returns `num_chunks` of the newest version; see `Snapshot`."""
         return self._version.num_chunks if self._version else 0
 
     def learner_silent_secs(self) -> float:
@@ -385,12 +385,12 @@ class Subscriber:
         return time.monotonic() - self._heard_at
 
     def close(self) -> None:
-        """Stops looking; never blocks."""
+        """Stops the thread; never blocks."""
         self._closing.set()
 
     def _refresh(self) -> None:
         belief = Belief()
-        unheeded: Optional[Version] = None  # read, but not believed yet, or its weights could not be pulled
+        unheeded: Optional[Version] = None  # read, but not believed yet, or not pulled yet
         while not self._closing.is_set():
             try:
                 version = unheeded = _to_version(self._versions.read_newer()) or unheeded
@@ -405,14 +405,14 @@ class Subscriber:
                     self._has_looked.set()
             except Unreachable as error:
                 logging.debug("%s", error)
-            except Exception:  # the actor would act on old weights for ever and never hear of the end
-                logging.exception("refreshing weights failed; trying again")
+            except Exception:  # otherwise the actor would keep old weights and miss the end
+                logging.exception("refreshing weights failed; will retry")
             self._closing.wait(self._refresh_interval_secs)
 
     def _is_other(self, version: Version) -> bool:
         if self._snapshot is None or self._version is None:
             return True
-        # Lower numbers too: a restarted learner may have begun at one, and a stranger's high one must not stay.
+        # Lower versions too: a restarted learner may start at one, and a forged high version must not last.
         return (version.version, version.learner) != (self._snapshot.version, self._version.learner)
 
     def _pull(self, version: Version) -> None:

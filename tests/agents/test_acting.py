@@ -77,7 +77,7 @@ class Counting(tf_policy.TFPolicy):
 
 
 def test_state_is_kept_per_environment_and_begins_anew_with_an_episode():
-    """A recurrent policy that remembers the episode before acts on what is no longer so."""
+    """A recurrent policy that remembers the previous episode acts on stale state."""
     acting = CompiledActing(Counting(), 2)
     first, middle = ts.restart(np.zeros(3, np.float32)), ts.transition(np.zeros(3, np.float32), np.float32(0))
 
@@ -118,7 +118,7 @@ def test_what_a_state_keeps_is_not_written_over_by_the_environments():
 
 @pytest.mark.parametrize("wrong", [np.zeros((2, 3), np.float64), np.zeros((2, 4), np.float32)])
 def test_columns_that_the_policy_does_not_take_are_refused(wrong):
-    """A policy that reduces over what is too long acts on noise without a word."""
+    """A policy that reduces over too many components silently acts on noise."""
     with pytest.raises(ValueError, match=r"float(64|32)\[2, (3|4)\] where the policy takes float32\[2, 3\]"):
         CompiledActing(Counting(), 2).act(observe(0, 0)._replace(observation=wrong))
 

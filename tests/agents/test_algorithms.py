@@ -55,7 +55,7 @@ def everything_trained(agent):
     ],
 )
 def test_a_restored_agent_makes_the_updates_that_the_saved_one_makes(tmp_path, name, bindings, target):
-    """Optimizers that begin anew, or a target network that is the newest one, throw a resumed run back unseen."""
+    """A reset optimizer, or a target network equal to the online one, silently sets a resumed run back."""
     saved, saved_step = load_experiment(name, bindings).make_agent()
     batch = batch_for(saved)
 

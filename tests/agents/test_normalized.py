@@ -55,7 +55,7 @@ def test_a_centre_that_does_not_fit_is_refused_by_name():
 
 
 def test_observations_that_are_no_floats_are_refused_by_name():
-    """Pixels in uint8 would be cast without a word; several leaves would share one mean."""
+    """Pixels in uint8 would be cast silently; several leaves would share one mean."""
     with pytest.raises(ValueError, match="normalize_observations = 'running' needs one array of floats"):
         NormalizedObservations("running").make_normalizer(tf.TensorSpec([84, 84, 3], tf.uint8))
 
@@ -91,7 +91,7 @@ def test_no_update_of_the_weights_moves_the_statistics():
 
 
 def test_a_resumed_agent_goes_on_with_the_statistics(tmp_path):
-    """Begun anew, its policy would see other inputs than those it learned on."""
+    """With reset statistics its policy would see other inputs than it learned on."""
     saved, step = load_experiment("sac_minitaur", SMALL).make_agent()
     saved.observation_statistics.update(Moments(10, np.arange(28.0), np.full(28, 40.0)))
     Checkpoints(tmp_path, step, {"agent": saved}).save({})

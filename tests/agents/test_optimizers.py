@@ -10,7 +10,7 @@ from actorlearner.experiment import load_experiment
 
 
 def test_each_update_takes_the_decay_off_a_kernel_and_nothing_off_a_bias():
-    """Keras' own optimizers lose their decay on the way into TF-Agents' SAC, without a word."""
+    """Keras' own optimizers silently lose their decay on the way into TF-Agents' SAC."""
     kernel, bias = tf.Variable([1.0, -2.0], name="dense/kernel"), tf.Variable([1.0], name="dense/bias")
     optimizer = make_adam(0.1, weight_decay=0.5)
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""Whatever optimizer an agent brings, a resumed run goes on with each moment at its own variable."""
+"""With any optimizer, a resumed run restores each moment to its own variable."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def test_actions_without_bounds_are_refused(bounds):
     ],
 )
 def test_spaces_that_an_algorithm_cannot_take_are_refused_by_name(factory, observation, action, message):
-    """Keras' words about a layer tell nobody which space to change."""
+    """Keras' error about a layer does not say which space to change."""
     with pytest.raises(ValueError, match=message):
         factory().make_agent(ts.time_step_spec(observation), action, tf.Variable(0, dtype=tf.int64))
 
@@ -77,7 +77,7 @@ def test_whole_numbers_count_from_zero_for_the_agent_and_all_else_stays_as_it_is
 
 
 def test_an_exported_policy_gives_the_environments_actions(tmp_path):
-    """Whoever takes it to the environment itself knows nothing of how the agent counts."""
+    """A user who plays it in the environment does not know how the agent counts actions."""
     time_step_spec, environments = ts.time_step_spec(VECTOR), whole(5, 7)
     policy = random_tf_policy.RandomTFPolicy(time_step_spec, from_zero(environments))
     assert with_environment_actions(policy, from_zero(environments)) is policy

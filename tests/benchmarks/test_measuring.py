@@ -23,7 +23,7 @@ def settings(tmp_path) -> Settings:
 
 
 def test_a_side_that_ends_is_reported_with_its_last_words(settings):
-    """Whoever sees 'it ended' needs the reason, not the path of a log in a folder that is gone."""
+    """A reader of 'it ended' needs the reason, not the path of a log in a deleted folder."""
     side = Side("broken", settings, ("learner", "no-such-program"))
     with contextlib.closing(side), pytest.raises(SideFailed) as raised:
         side.await_ready()
@@ -32,7 +32,7 @@ def test_a_side_that_ends_is_reported_with_its_last_words(settings):
 
 
 def test_the_family_of_a_process_has_its_grandchildren():
-    """Roles are children of a side: whoever kills the side alone leaves them running."""
+    """Roles are children of a side: killing only the side leaves them running."""
     code = "import subprocess, sys; print(subprocess.Popen(['sleep', '60']).pid, flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         grandchild = int(child.stdout.readline())
@@ -69,7 +69,7 @@ def test_a_gpu_that_tensorflow_does_not_find_is_not_measured_and_says_what_to_in
 
 
 def test_fast_updates_do_not_count_where_less_was_taken_in_than_asked_for():
-    """Taking in costs the learner time: without it, the figure is that of a learner that nobody feeds."""
+    """Ingestion costs the learner time: without it, the figure is of a learner without actors."""
     stock = [{"updates_per_sec": 200.0}] * 3
 
     def judge(*ingested: float) -> list[bool | None]:

@@ -29,7 +29,7 @@ def test_a_bar_that_is_an_upper_bound_is_judged_from_below():
 
 
 def test_a_row_whose_conditions_were_not_kept_is_not_reached_and_says_which():
-    """A ratio without what it was to be measured under is another measure's."""
+    """A ratio measured under other conditions is another measure."""
     assert UNMET.ratio == pytest.approx(9.0)
     assert UNMET.is_reached is False
     printed = io.StringIO()
@@ -46,7 +46,7 @@ def test_what_was_not_measured_has_no_ratio_and_says_why():
 
 
 def test_markdown_is_made_from_the_json_alone():
-    """The table in the documentation must be that of a file somebody kept, not one typed by hand."""
+    """The table in the documentation must come from a stored file, not be typed by hand."""
     report = {
         "command": "actorlearner bench --only learner",
         "date": "2026-01-02",

@@ -1,4 +1,4 @@
-"""The collect actor: what it says of itself."""
+"""The collect actor's reports."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BINDINGS = ["train.num_environments = 1", "resident_replay.chunk_length = 8", "r
 
 
 def test_an_actor_reports_how_much_of_its_time_it_waited_for_a_learner_that_takes_nothing(serve, tmp_path):
-    """Time that it waits unreported is time of a core that nobody knows to be spare."""
+    """Unreported waiting hides that a core is idle."""
     experiment = load_experiment("dqn_cartpole", BINDINGS)
     policies = experiment.policies()
     agent, policy = policies.agent, policies.collect

@@ -33,7 +33,7 @@ def test_the_roles_are_there():
 
 @pytest.mark.parametrize("name", SERVICES)
 def test_a_container_can_do_little(name):
-    """Whoever breaks into one must find nothing to write to, no capability and no way to gain one."""
+    """An intruder must find nothing to write to, no capability and no way to gain one."""
     service = SERVICES[name]
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
@@ -132,7 +132,7 @@ def test_image_installs_what_the_lock_files_say_and_runs_as_no_root():
 
 
 def test_gpu_lock_is_of_the_locked_tensorflow():
-    """CUDA's libraries of another TensorFlow load, or do not, at a time when nobody looks."""
+    """CUDA libraries of another TensorFlow version may fail to load at any time."""
     from importlib import metadata
 
     asked = {

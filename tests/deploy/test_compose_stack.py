@@ -69,7 +69,7 @@ print("reached")
 
 
 def test_reverb_is_reached_by_roles_and_by_no_other_container(stack: Stack):
-    """Reverb has no authentication: whoever reaches it can read, fill and empty the replay."""
+    """Reverb has no authentication: any client that reaches it can read, fill and empty the replay."""
     (server,) = stack.containers("replay-server")
     addresses = docker("inspect", "--format", ADDRESSES, server).split()
     assert len(addresses) == 1

@@ -54,7 +54,7 @@ PODS = pods(BASE)
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("thing", BASE, ids=lambda thing: f"{thing['kind']}-{thing['metadata']['name']}")
 def test_every_object_fits_kubernetes_schemas_strictly(thing: dict[str, Any], version: str):
-    """A misspelt field is left out by the cluster without a word."""
+    """The cluster silently ignores a misspelt field."""
     kubernetes_validate.validate(thing, version, strict=True)
 
 
@@ -154,7 +154,7 @@ def test_collect_actors_number_themselves_differently(tmp_path: Path):
 
 
 def test_only_the_roles_reach_the_replay_server():
-    """Reverb has no authentication: whoever reaches its port can write into the replay, or reset it."""
+    """Reverb has no authentication: any client that reaches its port can write into the replay, or reset it."""
     policies = {thing["metadata"]["name"]: thing["spec"] for thing in BASE if thing["kind"] == "NetworkPolicy"}
     assert policies["nothing"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
     (ingress,) = policies["replay-server"]["ingress"]

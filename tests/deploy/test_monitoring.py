@@ -50,7 +50,7 @@ def alerts_after(minutes: int, series: dict[str, str], folder: Path) -> set[str]
 
 
 def test_an_alert_fires_for_a_learner_that_is_silent_and_for_none_that_is_through(tmp_path):
-    """Nobody looks at an alert again that comes at the end of every training."""
+    """An alert at the end of every training would soon be ignored."""
     needed_command("promtool", "prometheus")
     age, step = "actorlearner_status_age_seconds", "actorlearner_train_step"
     silent, fresh, stuck, trains = "0+60x30", "5x30", "700x30", "0+1000x30"

@@ -202,7 +202,7 @@ def test_training_outlives_an_actors_node_a_preemption_and_a_requeue_and_ends_by
     saved = slurm.log.count("is saved: learner and replay")
     logs = [slurm.actor_log("collect-actor", task) for task in (0, 1)]
     await_that(
-        lambda: any(log.count("the replay is warm") == 2 for log in logs), "a lost actor at work again", START_SECS
+        lambda: any(log.count("warm-up is over") == 2 for log in logs), "a lost actor at work again", START_SECS
     )
     slurm.log.await_text("is saved: learner and replay", START_SECS, count=saved + 2)
     assert slurm.log.count("is process") == lives, "no role of the learner's job was started again"
@@ -272,9 +272,9 @@ def test_a_learner_whose_actors_ended_for_good_ends_with_their_reason_told_throu
     changes = {"8-15": "0", "123": slurm.job, "dqn_cartpole": str(experiment)}
     actors = slurm.submit(documented("Slurm", command, **changes), **settings)
     await_that(lambda: slurm.state() == "FAILED", "the job's failure", START_SECS, slurm.log.read)
-    assert "nobody is left to wait for: collect-actor 0 ended for good (exit code 65)" in slurm.log.read()
+    assert "no actor is left to wait for: collect-actor 0 failed for good (exit code 65)" in slurm.log.read()
     assert "observation[2] = nan" in slurm.log.read()
     assert slurm.log.count("learner is process") == 1
-    assert slurm.log.count("is for who shows a certificate of the CA in") == 1
+    assert slurm.log.count("requires a certificate of the CA in") == 1
     assert "the job cannot go on (exit code 65)" in slurm.log.read()
     await_that(lambda: not slurm.ctl("squeue", "-h", f"-j{actors}"), "the actor's end", 60)

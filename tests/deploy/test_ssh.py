@@ -131,11 +131,11 @@ def hosts(tmp_path: Path) -> Iterator[Hosts]:
 
 
 def test_training_over_ssh_outlives_a_partition_resumes_after_stop_and_ends_by_itself(hosts: Hosts):
-    """Without a scheduler nobody else starts a role again, and a host that is away must not hold up the others."""
+    """Without a scheduler nothing else restarts a role, and an unreachable host must not block the others."""
     started = hosts.launch("start")
     assert started.returncode == 0, started.stdout
     await_that(lambda: hosts.train_step() > 0, "the first train steps", START_SECS, lambda: hosts.log("learner"))
-    assert "port 8008 is for who shows a certificate of the CA" in hosts.log("replay-server")
+    assert "port 8008 requires a certificate of the CA" in hosts.log("replay-server")
     status = hosts.launch("status")
     assert status.returncode == 0
     assert len(re.findall(r"^\S+: \S+ +runs \(process \d+\)", status.stdout, re.MULTILINE)) == 5, status.stdout
@@ -171,7 +171,7 @@ def test_training_over_ssh_outlives_a_partition_resumes_after_stop_and_ends_by_i
 
 
 def test_a_host_that_is_not_ready_is_named_before_anything_starts(hosts: Hosts):
-    """Half a start leaves processes behind on hosts that nobody looks at."""
+    """A partial start leaves processes behind on hosts that are not looked at."""
     hosts.cut("cpu1")
     refused = hosts.launch("start")
     assert refused.returncode == 1

@@ -164,7 +164,7 @@ def test_a_client_without_a_certificate_is_refused_and_says_so(stack: Stack, tmp
     """To Reverb's clients a refusal is a deadline that passes."""
     stranger = stack.run_outside(None, "--peer_patience_secs=10")
     assert stranger.returncode == 77, stranger.stderr
-    assert f"localhost:{stack.port} speaks TLS: give --tls_dir" in stranger.stderr
+    assert f"localhost:{stack.port} uses TLS: give --tls_dir" in stranger.stderr
     stack.issue(tmp_path / "other")
     run("cp", stack.certs / "ca.crt", tmp_path / "other" / "collect-actor")
     impostor = stack.run_outside(tmp_path / "other", "--peer_patience_secs=10")

@@ -78,7 +78,7 @@ def test_what_a_caller_trains_belongs_to_them_and_a_signal_saves_it(stack: Stack
 
 
 def test_a_setting_that_cannot_work_ends_it_at_once_with_its_code(stack: Stack):
-    """Six containers that are started again and again tell nobody what is wrong."""
+    """Six containers that restart for ever do not show what is wrong."""
     stack.settings["GIN_BINDINGS"] = "train.batch_sise = 3"
     stack.start_up(UP_SCRIPT)
     assert stack.await_up(BUILD_SECS) == 64, stack.output

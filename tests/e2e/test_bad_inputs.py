@@ -59,7 +59,7 @@ CASES = {
     "misspelt_gin_name_in_a_file": Case(
         ["collect-actor", "{tmp}/misspelt.gin"],
         ExitCode.USAGE,
-        (r"misspelt\.gin:2: ", r"nothing is called 'trian'", r"Did you mean 'train\.batch_size'"),
+        (r"misspelt\.gin:2: ", r"there is no configurable 'trian'", r"Did you mean 'train\.batch_size'"),
     ),
     "wrong_type": Case(
         ["learner", "dqn_cartpole", *bind("train.batch_size = 'many'")],
@@ -84,17 +84,17 @@ CASES = {
     "unreachable_address_for_an_eval_actor": Case(
         ["eval-actor", "dqn_cartpole", SOON, "--variables_address=localhost:{free_port}"],
         ExitCode.UNAVAILABLE,
-        (r"the variable container at localhost:{free_port}", r"--peer_patience_secs = 2", r"mend the address"),
+        (r"the variable container at localhost:{free_port}", r"--peer_patience_secs = 2", r"correct the address"),
     ),
     "port_of_something_that_is_no_reverb_server": Case(
         ["learner", "dqn_cartpole", "--root_dir={tmp}/c", SOON, "--replay_address=localhost:{mute_port}"],
         ExitCode.UNAVAILABLE,
-        (r"the replay server at localhost:{mute_port}", r"mend the address"),
+        (r"the replay server at localhost:{mute_port}", r"correct the address"),
     ),
     "port_of_another_reverb_server": Case(
         ["collect-actor", "dqn_cartpole", "--replay_address=localhost:{foreign_port}"],
         ExitCode.DATA,
-        (r"localhost:{foreign_port} has no table '\w+' but somebody_elses", r"Mend --replay_address"),
+        (r"localhost:{foreign_port} has no table '\w+' but somebody_elses", r"Correct --replay_address"),
     ),
     "server_of_another_experiment": Case(
         ["collect-actor", "sac_minitaur", "--replay_address=localhost:{cartpole_port}"],
@@ -104,7 +104,7 @@ CASES = {
     "unknown_environment": Case(
         ["replay-server", "dqn_cartpole", "--port={free_port}", *bind("gym_environment.env_name = 'CartPole-v7'")],
         ExitCode.USAGE,
-        (r"'CartPole-v7' is no environment", r"Did you mean 'CartPole-v"),
+        (r"'CartPole-v7' is not registered with gym", r"Did you mean 'CartPole-v"),
     ),
     "discrete_agent_on_continuous_actions": Case(
         ["learner", "dqn_cartpole", "--root_dir={tmp}/d", *bind("gym_environment.env_name = 'Pendulum-v1'")],
@@ -134,7 +134,7 @@ CASES = {
     "second_learner_on_the_run_directory": Case(
         ["learner", "dqn_cartpole", "--root_dir={held}", SOON],
         ExitCode.OCCUPIED,
-        (r"another learner is at work in --root_dir = '\S*held'", r"Stop it, or give another directory"),
+        (r"another learner is running in --root_dir = '\S*held'", r"Stop it, or give another directory"),
     ),
     "second_learner_on_the_servers": Case(
         ["learner", "dqn_cartpole", "--root_dir={tmp}/e", "--replay_address=localhost:{cartpole_port}"],
@@ -252,7 +252,7 @@ def test_a_refused_learner_changes_nothing_in_the_directory(endings, surrounding
 
 
 def test_a_refused_learner_leaves_the_other_ones_weights_published(endings, cartpole_server):
-    """The second learner must not publish before it has looked who else does."""
+    """The second learner must not publish before it has checked for another one."""
     if "second_learner_on_the_servers" in endings:
         endings["second_learner_on_the_servers"].result(START_SECS * len(CASES))
     version = variable_container.read_version(cartpole_server[0])
@@ -262,10 +262,10 @@ def test_a_refused_learner_leaves_the_other_ones_weights_published(endings, cart
 @pytest.mark.parametrize(
     "binding, says",
     [
-        ("trian.batch_size = 1", r"nothing is called 'trian'.*Did you mean 'train\.batch_size'"),
+        ("trian.batch_size = 1", r"there is no configurable 'trian'.*Did you mean 'train\.batch_size'"),
         ("dqn.gama = 0.9", r"'dqn' has no parameter 'gama'.*Did you mean 'dqn\.gamma'"),
         ("replay_bufer_max_length = 3", r"Did you mean 'replay_buffer_max_length'"),
-        ("experiment.agent = @dqm()", r"nothing is called 'dqm'"),
+        ("experiment.agent = @dqm()", r"there is no configurable 'dqm'"),
         ("train.num_iterations = 1.5", r"train\.num_iterations = 1\.5: expected a whole number"),
         ("train.num_iterations = 0", r"train\.num_iterations = 0: expected a number >= 1"),
         ("dqn.gamma = 1.5", r"dqn\.gamma = 1\.5: expected a number >= 0 and <= 1"),
@@ -324,7 +324,7 @@ def test_every_role_refuses_the_servers_of_another_experiment(cartpole_server, f
 
 
 def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path):
-    """TensorFlow restores what fits and leaves the rest untrained, without a word."""
+    """TensorFlow restores what fits and silently leaves the rest untrained."""
     step = tf.Variable(5, dtype=tf.int64)
     Checkpoints(tmp_path, step, {"agent": tf.Module()}).save({"collected": {}})
     module = tf.Module()

@@ -54,7 +54,7 @@ def test_a_pair_is_measured_and_written_down(processes, folder, tmp_path):
 
 
 def test_a_stopped_bench_leaves_no_process_and_no_file(processes, folder, eventually):
-    """What goes on in the background is in every later measurement."""
+    """Processes left in the background distort every later measurement."""
     bench = processes.start("bench", "--only", "collect-cartpole")
     eventually(lambda: len(processes_in(folder)) >= 3, secs=60)  # the side, its server and its actor
     bench.send(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Who can reach a run on this machine."""
+"""Which machines can reach a run on this machine."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def has_ipv6_loopback() -> bool:
 
 
 def test_other_machines_cannot_reach_a_run_on_this_one(processes, outer_address):
-    """Reverb has no authentication: whoever reaches the port can empty the replay and change the weights."""
+    """Reverb has no authentication: any client at the port can empty the replay and change the weights."""
     train = processes.start(
         "train", "dqn_cartpole", "--root_dir=run", "--num_video_episodes=0",
         *bind(*TINY, "train.num_iterations = 1_000_000"),

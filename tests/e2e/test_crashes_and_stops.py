@@ -57,8 +57,8 @@ def test_the_restarted_actor_makes_no_random_steps_of_its_own(troubled_run):
     """In the stock example every actor starts with its own 10,000 random steps, after every restart again."""
     root_dir, _, _ = troubled_run
     second_life = _logged(root_dir, "collect-actor-0").split("--- ")[2]
-    assert "the replay is warm" in second_life
-    assert "environment 0 crashed" not in second_life.split("the replay is warm")[0]
+    assert "warm-up is over" in second_life
+    assert "environment 0 crashed" not in second_life.split("warm-up is over")[0]
 
 
 def test_steps_of_both_lives_are_counted(troubled_run):
@@ -73,7 +73,7 @@ def test_an_environment_that_crashes_is_replaced_and_counted(troubled_run):
     root_dir, train, exit_code = troubled_run
     assert exit_code == 0, train.output
     log = _logged(root_dir, "collect-actor-0")
-    num_replaced = len(re.findall(r"environment \d+ was replaced by a fresh one", log))
+    num_replaced = len(re.findall(r"environment \d+ was replaced by a new one", log))
     num_counted = json.loads((root_dir / "summary.json").read_text())["environment_crashes"]
     # What an actor had not reported when it was killed, or when the summary was written, is not in the count.
     assert 0 < num_counted <= num_replaced
@@ -99,7 +99,7 @@ def _newest_checkpoint(root_dir: Path) -> int:
 
 
 def test_sigterm_during_training_leaves_a_checkpoint_and_no_process(stopped_run):
-    """A job that is preempted loses at most seconds of training, and nothing goes on computing."""
+    """A job that is preempted loses at most seconds of training, and no process keeps computing."""
     root_dir, train, exit_code, pids = stopped_run
     assert exit_code == 143, train.output
     assert _newest_checkpoint(root_dir) >= 100
@@ -110,7 +110,7 @@ def test_sigterm_during_training_leaves_a_checkpoint_and_no_process(stopped_run)
 
 
 def test_the_policies_of_a_stopped_run_are_those_of_the_stop(stopped_run):
-    """Whoever takes the policy of a run that has not ended got the one that it began with."""
+    """The policy of an unfinished run must not be the untrained one that it started with."""
     root_dir, _, _, _ = stopped_run
     for name in ("policy", "collect_policy", "greedy_policy"):
         variables = tf.train.load_checkpoint(str(root_dir / "policies" / name / "variables" / "variables"))
@@ -128,7 +128,7 @@ def test_what_was_collected_until_the_stop_is_saved(stopped_run):
 
 
 def test_starting_again_goes_on_from_the_checkpoint_to_the_end(stopped_run):
-    """Starting anew under the old name throws days away; a second evaluation of step 0 would spoil the curve."""
+    """Starting over in the old directory loses days; a second evaluation of step 0 would spoil the curve."""
     root_dir, _, _, _ = stopped_run
     stopped_at = _newest_checkpoint(root_dir)
     end = (stopped_at // 100 + 10) * 100
@@ -156,7 +156,7 @@ def test_starting_again_goes_on_from_the_checkpoint_to_the_end(stopped_run):
         "learner.checkpoint_interval_secs": ["60.0", "600.0"],
         "train.num_iterations": ["1000000", str(end)],
     }, "what differs, and nothing that does not"
-    said = f"start 2 of this run, at train step {stopped_at:,}: it differs from the start before in "
+    said = f"start 2 of this run, at train step {stopped_at:,}: differences from the previous start: "
     assert said in _logged(root_dir, "learner-0")
 
 
@@ -168,7 +168,7 @@ gym_environment.env_name = 'NanCartPole-v0'
 
 
 def test_an_environment_that_gives_a_nan_ends_the_run_and_leaves_the_last_good_checkpoint(processes, tmp_path):
-    """One NaN in the replay turns all weights into NaN, and hours later nobody knows where it came from."""
+    """One NaN in the replay turns all weights into NaN, and hours later its origin is unknown."""
     (tmp_path / "nan.gin").write_text(NAN)
     train = processes.start(
         "train", "nan.gin", "--root_dir=run", "--seed=1", "--num_eval_actors=0", "--num_video_episodes=0",

@@ -45,7 +45,7 @@ def test_the_run_reaches_its_end_with_every_evaluation_and_leaves_nothing_behind
 
 @pytest.mark.parametrize("fault", ["SIGKILL learner-0", "SIGKILL learner-0 while it saves"])
 def test_a_killed_learner_goes_on_from_its_checkpoint_with_the_replay_and_the_ratio(drill: Drill, fault: str):
-    """Others begin with an empty replay (agents#475), or with a wrong update ratio (sheeprl PR#280)."""
+    """Other systems restart with an empty replay (agents#475), or with a wrong update ratio (sheeprl PR#280)."""
     outcome = drill.outcomes[fault]
     assert not broken(outcome), drill.process.output
     assert outcome["train_step_after"] > 0
@@ -54,7 +54,7 @@ def test_a_killed_learner_goes_on_from_its_checkpoint_with_the_replay_and_the_ra
 
 @pytest.mark.parametrize("fault", ["SIGKILL replay-server-0", "SIGKILL replay-server-0 twice"])
 def test_training_outlives_its_replay_server(drill: Drill, fault: str):
-    """A restarted server comes back empty elsewhere, and nobody moves any more."""
+    """In other systems a restarted server is empty, and training stops."""
     outcome = drill.outcomes[fault]
     assert not broken(outcome), drill.process.output
     assert outcome["train_step_after"] >= outcome["train_step_before"]
@@ -64,7 +64,7 @@ def test_training_outlives_its_replay_server(drill: Drill, fault: str):
 def test_training_goes_on_from_the_mirror_and_its_new_server_saves_what_it_is_given_back(
     processes: Processes, tmp_path: Path
 ):
-    """Whoever samples from the server stands still without it. Samples per insert, which are exact, allow it here."""
+    """A learner that samples from the server stops without it. Here it trains on as far as samples per insert allow."""
     process = processes.start(
         "drill", "dqn_cartpole", "--fault=kill-replay-server",
         f"--root_dir={tmp_path}", f"--json={tmp_path}/drill.json",
@@ -76,7 +76,7 @@ def test_training_goes_on_from_the_mirror_and_its_new_server_saves_what_it_is_gi
     assert not broken(outcome), process.output
     assert outcome["mirror_secs"] > outcome["held_again_secs"] / 2, "some 3 s, and a status is a second old at most"
     (log,) = tmp_path.glob("*/run/logs/learner-0.log")
-    assert re.search(r"[1-9]\d* chunks that it had lost were given back", log.read_text())
+    assert re.search(r"refilled with [1-9]\d* chunks that it had lost", log.read_text())
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_a_stranger_ends_nobody(drill: Drill, fault: str):
 
 
 def test_a_minute_without_a_network_ends_nobody(drill: Drill):
-    """Who has lost its peer without a word waits for ever elsewhere (reverb#4, #144)."""
+    """In other systems a role waits for ever for a peer that vanished silently (reverb#4, #144)."""
     outcome = drill.outcomes["network lost for 60 s"]
     assert not broken(outcome), drill.process.output
     assert outcome["train_step_after"] > outcome["train_step_before"]

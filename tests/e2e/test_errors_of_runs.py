@@ -32,14 +32,14 @@ def drill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drill]:
     "read-only directory", "NaN observation", "loss that overflows", "full disk", "another experiment's checkpoint"
 ])
 def test_what_must_end_a_run_ends_it_with_an_error_and_costs_nothing_that_was_saved(drill: Drill, fault: str):
-    """A traceback says nothing to whoever started the run, and a run that goes on with NaN is lost without a word."""
+    """A traceback does not help the user, and a run that continues with NaN is silently lost."""
     outcome = drill.outcomes[fault]
     assert not broken(outcome) and not outcome["not_done"], drill.process.output
     assert outcome["train_step_after"] > 0
 
 
 def test_ctrl_c_stops_the_run_and_saves_it(drill: Drill):
-    """Whoever presses it has not lost the minutes since the last checkpoint."""
+    """Ctrl-C must not lose the minutes since the last checkpoint."""
     outcome = drill.outcomes["SIGINT launcher"]
     assert not broken(outcome), drill.process.output
     assert outcome["train_step_after"] >= outcome["train_step_before"]
@@ -90,7 +90,7 @@ def _train_100_steps(processes: Processes, experiment: str) -> tuple[str, ...]:
     ids=["the loss overflows, all variables are finite", "Adam's moments overflow too"],
 )
 def test_what_a_diverged_update_left_is_not_saved(processes: Processes, tmp_path: Path, scale: float):
-    """Its loss is looked at beside the update: weights may be finite and spoilt all the same, at each later start."""
+    """The loss is checked during the update: finite weights may be spoilt too, and would spoil each later start."""
     (tmp_path / "sac.gin").write_text(SAC)
     train = _train_100_steps(processes, "sac.gin")
     checkpoints = tmp_path / "run" / "checkpoints"

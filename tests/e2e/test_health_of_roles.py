@@ -1,4 +1,4 @@
-"""A role that is frozen or hangs is told from one at work."""
+"""A frozen or hung role is distinguished from a working one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_a_frozen_replay_server_is_told_from_one_at_work(processes, tmp_path, ev
     eventually(lambda: describe_problem(alive, max_age_secs=2) is not None)
     check = processes.start("health", alive, "--max_age_secs=2")
     assert check.wait(60) == 1
-    assert "the last sign of life is" in check.output
+    assert "the last heartbeat is" in check.output
     server.send(signal.SIGCONT)
     eventually(lambda: describe_problem(alive, max_age_secs=2) is None)
     check = processes.start("health", alive, "--max_age_secs=60")

@@ -58,12 +58,12 @@ def test_two_runs_of_one_seed_have_equal_weights(variables):
 
 
 def test_the_statistics_of_observations_count_what_was_collected(variables):
-    """Equal in both runs they would also be if nobody counted."""
+    """They would also be equal in both runs if nothing were counted."""
     counts = [value for name, value in variables["first"].items() if "observation_statistics/count" in name]
     assert len(counts) == 1 and counts[0] >= 100  # those of the warm-up at least
 
 
 def test_another_seed_gives_other_weights(variables):
-    """Else the test above would hold for a learner that learns nothing, too."""
+    """Otherwise the test above would also hold for a learner that learns nothing."""
     first, other = variables["first"], variables["other"]
     assert any(np.any(other[name] != value) for name, value in first.items())

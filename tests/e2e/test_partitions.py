@@ -1,4 +1,4 @@
-"""Actors behind a wire that stalls and breaks: nobody hangs, nobody crashes, and patience has an end."""
+"""Actors behind a network that stalls and breaks: no role hangs or crashes, and patience ends."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_run_goes_on_after_its_actors_were_stalled_and_cut_off(processes, tmp_
 
 
 def test_past_their_patience_roles_end_and_say_whom_they_waited_for(processes, port, wire):
-    """A role that waits for a dead peer for ever costs a machine, and nobody is told."""
+    """A role that waits for a dead peer for ever silently occupies a machine."""
     stalled = wire
     with Wire(lambda: port) as cut:
         bindings = ("train.num_iterations = 1_000_000",)

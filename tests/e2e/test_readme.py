@@ -68,7 +68,7 @@ def read_commands() -> list[str]:
 
 
 def test_every_command_of_the_readme_is_known_here():
-    """A command that nobody runs is a command that does not work."""
+    """A command that is never run does not work."""
     assert read_commands() == list(COMMANDS)
 
 

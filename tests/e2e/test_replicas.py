@@ -110,7 +110,7 @@ def train_logs(folder: Path, pattern: str) -> str:
 
 
 def test_one_update_by_two_replicas_is_the_update_by_one_on_the_same_global_batch(processes: Processes):
-    """Losses averaged per replica and then summed double the step, which nobody sees in a learning curve."""
+    """Losses averaged per replica and then summed double the step, which a learning curve does not show."""
     script = processes.start_python("-c", ONE_UPDATE)
     result = json.loads(script.await_line("^RESULT (.*)", START_SECS).group(1))
     assert script.wait(START_SECS) == 0, script.output

@@ -92,7 +92,7 @@ def test_each_role_writes_below_its_own_root_dir_only(roles):
 
 
 def test_a_run_that_has_ended_ends_again_though_its_replay_server_comes_last(roles, processes):
-    """A learner that tells of the end once, to nobody, leaves its replay server behind for ever."""
+    """A learner that announces the end once, before anyone listens, leaves its replay server behind for ever."""
     folder, _, _ = roles
     address = f"localhost:{find_free_port()}"
     learner = processes.start(
@@ -104,4 +104,4 @@ def test_a_run_that_has_ended_ends_again_though_its_replay_server_comes_last(rol
     server = processes.start("replay-server", "dqn_cartpole", f"--port={port}", *bind(*TINY))
     assert server.wait(RUN_SECS) == 0, server.output
     assert learner.wait(RUN_SECS) == 0, learner.output
-    assert "nobody is left to be told" not in learner.output
+    assert "no role is left to announce the end to" not in learner.output

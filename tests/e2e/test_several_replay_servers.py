@@ -105,19 +105,19 @@ def test_a_run_outlives_a_replay_server_takes_it_back_takes_in_another_and_resum
     second.send(signal.SIGKILL)
     run.await_steps()
     run.await_servers(first=True, second=False)
-    actors[1].await_line(f"writing to the replay server at {run.first}", SHORT_SECS)
+    actors[1].await_line(f"switching to the replay server at {run.first}", SHORT_SECS)
     run.await_steps()
 
     second = run.start(SECOND)
     second.await_line("restoring the replay's checkpoint", START_SECS)
     run.await_servers(first=True, second=True)
-    actors[1].await_line(f"writing to the replay server at {run.second}", SHORT_SECS)
+    actors[1].await_line(f"switching to the replay server at {run.second}", SHORT_SECS)
     run.await_read(run.first, run.second)
 
     third = run.start(THIRD)
     third.await_line(f"joined the run at {run.first} as {run.third}", START_SECS)
     run.await_servers(first=True, second=True, third=True)
-    actors[1].await_line(f"writing to the replay server at {run.third}", SHORT_SECS)
+    actors[1].await_line(f"switching to the replay server at {run.third}", SHORT_SECS)
     run.await_read(run.first, run.third)
 
     learner.send(signal.SIGTERM)

@@ -119,7 +119,7 @@ def test_a_learner_of_ours_trains_on_what_stock_observers_write(learner_side, st
 
 
 def test_a_learner_trains_on_though_a_stranger_inserts_what_does_not_fit(learner_side):
-    """It ended with exit code 1, and so did each that was started again, as the item was still there."""
+    """Otherwise it ends with exit code 1, and so does each restarted one, because the item is still there."""
     address, learner, _ = learner_side
     assert learner.wait(START_SECS) == 0, learner.output
     said = f"W .*an item in the table '{TABLE}' at {address} is not this experiment's: Inconsistent number"

@@ -44,7 +44,7 @@ def test_a_killed_sweep_repeats_no_trial_that_ended(killed_sweep):
     sweep, again, exit_code = killed_sweep
     assert exit_code == 0, again.output
     assert len(_launchers(sweep / VARIANTS[0] / "seed-0")) == 1
-    assert "update=1, seed 0: begins" not in again.output and "update=1, seed 0: goes on" not in again.output
+    assert "update=1, seed 0: starts" not in again.output and "update=1, seed 0: resumes" not in again.output
 
 
 def test_a_killed_sweep_goes_on_with_the_trial_it_left_once_its_old_launcher_is_gone(killed_sweep):
@@ -53,14 +53,14 @@ def test_a_killed_sweep_goes_on_with_the_trial_it_left_once_its_old_launcher_is_
     trial = sweep / VARIANTS[0] / "seed-1"
     launchers = _launchers(trial)
     assert len(launchers) == 2 and not is_alive(launchers[0])
-    assert "update=1, seed 1: goes on" in again.output and "update=1, seed 1: ended" in again.output
+    assert "update=1, seed 1: resumes" in again.output and "update=1, seed 1: ended" in again.output
     assert "another learner" not in (trial / "output.log").read_text()
     summary = json.loads((trial / "summary.json").read_text())
     assert summary["has_ended"] and summary["seed"] == 1
 
 
 def test_a_sweep_leaves_a_table_and_a_picture_with_every_seed_of_every_variant(killed_sweep):
-    """What is only in run directories nobody compares."""
+    """Results that are only in run directories are not compared."""
     sweep, _, _ = killed_sweep
     table = (sweep / "sweep.md").read_text()
     for variant in VARIANTS:
@@ -85,7 +85,7 @@ def test_another_grid_on_the_same_folder_is_refused_and_told_what_differs(killed
 def test_a_stopped_sweep_stops_its_trials_and_says_how_to_go_on(processes, tmp_path):
     """Ctrl-C on a terminal, or a scheduler's SIGTERM, must leave no processes."""
     sweep = processes.start(*SWEEP)
-    sweep.await_line("update=1, seed 0: begins", RUN_SECS)
+    sweep.await_line("update=1, seed 0: starts", RUN_SECS)
     trial = tmp_path / "sweep" / VARIANTS[0] / "seed-0"
     sweep.send(signal.SIGTERM)
     assert sweep.wait(RUN_SECS) == 143, sweep.output
@@ -117,10 +117,10 @@ def raced_sweep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path
 
 
 def test_a_race_stops_the_trial_of_a_beaten_variant_and_starts_no_more_of_it(raced_sweep):
-    """Hopeless variants take as long as good ones, unless somebody watches."""
+    """Hopeless variants take as long as good ones, unless they are stopped."""
     sweep, process, _ = raced_sweep
     assert re.search(r"bad: beaten at step \d00: -9\d\d", process.output), process.output
-    assert "bad, seed 2: stopped, its variant is beaten" in process.output
+    assert "bad, seed 2: stopped because its variant is beaten" in process.output
     assert not is_alive(_launchers(sweep / "bad" / "seed-2")[0])
     assert not (sweep / "bad" / "seed-3").exists()
     table = (sweep / "sweep.md").read_text()

@@ -24,7 +24,7 @@ ENDLESS = bind(*TINY, "train.num_iterations = 1_000_000", "train.eval_interval =
 
 
 def test_a_run_over_tls_refuses_strangers_and_outlives_its_certificates(processes, tmp_path):
-    """Reverb has no authentication, and to its clients a refusal is a deadline that passes."""
+    """Reverb has no authentication, and its clients see a refusal only as a deadline that passes."""
 
     def run_certs(command):
         assert processes.start(*documented(SECTION, command)[1:]).wait(60) == 0
@@ -56,7 +56,7 @@ def test_a_run_over_tls_refuses_strangers_and_outlives_its_certificates(processe
     assert "longer than --peer_patience_secs = 5 s" in of_another_ca.stderr
     assert of_another_ca.stderr.rstrip().endswith(f"TLS: {told}.")
     assert in_the_clear.wait(RUN_SECS) == ExitCode.REFUSED
-    assert f"localhost:{port} speaks TLS: give --tls_dir" in in_the_clear.stderr
+    assert f"localhost:{port} uses TLS: give --tls_dir" in in_the_clear.stderr
     server.await_line(r"W .* TLS tunnel on port \d+: (127\.0\.0\.1|::1) does not speak TLS")
 
     learner.await_line(r"evaluation at train step \d+", RUN_SECS)

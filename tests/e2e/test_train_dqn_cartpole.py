@@ -157,7 +157,7 @@ def test_tensorboard_shows_the_operative_configuration(finished_run: FinishedRun
 
 
 def test_the_operative_configuration_is_an_experiment_with_the_same_settings(experiment: Experiment):
-    """A saved configuration that cannot be given back is only a picture of the run."""
+    """A saved configuration that cannot be loaded again only describes the run."""
     schedule = experiment.schedule
     assert (schedule.num_iterations, schedule.batch_size, schedule.num_environments) == (200, 32, 2)
     assert experiment.environment.max_episode_steps == 60  # type: ignore[attr-defined]
@@ -210,7 +210,7 @@ def test_the_last_checkpoint_is_of_the_last_train_step(finished_run: FinishedRun
 
 
 def test_the_learning_curve_is_a_picture(finished_run: FinishedRun):
-    """An empty file with the right name satisfies nobody."""
+    """An empty file with the right name is not a picture."""
     picture = tf.io.decode_png((finished_run.root_dir / "learning_curve.png").read_bytes())
     assert min(picture.shape[:2]) > 300
     assert np.unique(picture.numpy().reshape(-1, picture.shape[-1]), axis=0).shape[0] > 2

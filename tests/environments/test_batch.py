@@ -223,7 +223,7 @@ class Diverging(Fragile):
     ],
 )
 def test_what_is_not_finite_is_refused_with_environment_and_leaf(leaf, value, message):
-    """One NaN in the replay turns all weights into NaN, and nobody knows where it came from."""
+    """One NaN in the replay turns all weights into NaN of unknown origin."""
     batch = EnvironmentBatch(
         lambda seed: Diverging(seed, leaf, value, first_bad=1) if seed else Fragile(seed), 2, itertools.count()
     )

@@ -91,7 +91,7 @@ lanes = pytest.mark.parametrize("fast", [True, False], ids=["gym", "wrapped"])
     ],
 )
 def test_an_observation_beside_its_space_is_refused(fast, space, observation, message):
-    """numpy broadcasts, wraps and cuts off without a word."""
+    """NumPy silently broadcasts, wraps and truncates."""
     batch = make(fast, space, observation=observation)
     batch.reset()
     with pytest.raises(UnfitData, match=f"environment 0 gave .*{message}"):

@@ -65,7 +65,7 @@ def kept(folder):
 
 
 def test_each_train_step_is_requested_and_recorded_once(address, tmp_path):
-    """Two points at one train step, from two eval actors, make a curve that nobody can read."""
+    """Two points at one train step, from two eval actors, make an unreadable curve."""
     ledger = make(address, tmp_path)
     ledger.request(snapshot(10), environment_steps=77)
     ledger.request(snapshot(10))
@@ -282,13 +282,13 @@ def test_results_come_back_from_the_metrics_when_their_file_is_damaged(address, 
         best = again.best()
         assert best is not None and best.train_step == 10
     (warning,) = caplog.messages
-    assert f"{results} is damaged (lines that cannot be read: 1) and was set aside" in warning
+    assert f"{results} is damaged (unreadable lines: 1) and was renamed" in warning
     assert f"3 results were found there and in {directory.metrics}" in warning
     assert results.with_name("results.jsonl.damaged").read_bytes() == content
 
 
 def test_results_come_back_from_the_metrics_when_their_file_is_gone(address, tmp_path, caplog):
-    """The curve would begin anew in the middle, and the best policy be evaluated as if it never had been."""
+    """The curve would restart in the middle, and the best policy would be evaluated again."""
     directory = RunDirectory(tmp_path)
     directory.hold()
     ledger = make(address, directory.evaluated)
@@ -304,7 +304,7 @@ def test_results_come_back_from_the_metrics_when_their_file_is_gone(address, tmp
 
 
 def test_a_run_that_begins_again_without_its_checkpoints_evaluates_again(address, tmp_path):
-    """Its metrics tell of policies that are not these."""
+    """Its metrics belong to other policies."""
     directory = RunDirectory(tmp_path)
     directory.hold()
     directory.add_metrics("evaluation", {"train_step": 0, "average_return": 9.0})
@@ -346,7 +346,7 @@ def test_a_result_of_which_the_disk_took_a_part_does_not_spoil_the_next(address,
 
 
 def test_a_result_is_written_once(address, tmp_path):
-    """All results anew at each one took half a percent of a learner's time after two hours, and would grow on."""
+    """Rewriting all results each time took half a percent of a learner's time after two hours, and kept growing."""
     ledger = make(address, tmp_path)
     for step in range(10):
         ledger.request(snapshot(step))
@@ -391,7 +391,7 @@ def test_a_best_policy_whose_weights_are_lost_is_followed_by_the_best_after_it(a
 
 
 def test_weights_lost_while_the_learner_lives_do_not_stay_the_best(address, tmp_path):
-    """Each later policy would be dropped as worse than one that nobody has."""
+    """Each later policy would be dropped as worse than one whose weights are lost."""
     ledger = make(address, tmp_path)
     for step in (10, 20):
         ledger.request(snapshot(step))

@@ -58,7 +58,7 @@ def test_sixty_strangers_snapshots_do_not_silence_evaluations(address):
 
 
 def test_two_takers_get_each_due_snapshot_exactly_once(address):
-    """Two eval actors on one snapshot waste half the work; a snapshot nobody gets leaves a hole in the curve."""
+    """Two eval actors on one snapshot waste half the work; a snapshot that none gets leaves a hole in the curve."""
     requests = EvaluationRequests(address)
     for step in range(8):
         requests.put(

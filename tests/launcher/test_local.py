@@ -93,7 +93,7 @@ QUICK = {
 
 
 def wait_until(condition, what: str):
-    """Waits until `condition()` holds, looking again and again, and returns what it returned."""
+    """Polls `condition()` until it is true, and returns its result."""
     deadline = time.monotonic() + DEADLINE_SECS
     while time.monotonic() < deadline:
         result = condition()
@@ -327,7 +327,7 @@ def test_an_actor_that_ends_after_training_is_not_started_again(launch):
 
 
 def test_an_actor_that_is_told_of_an_end_reached_before_is_not_started_again(launch):
-    """The learner of a run that had ended writes no status: it tells the others, who may be gone before it is."""
+    """The learner of an ended run writes no status: it announces the end, and the others may exit before it does."""
     launch.root_dir.mkdir()
     (launch.root_dir / "summary.json").write_text('{"has_ended": true}')
     launch.start(
@@ -403,11 +403,11 @@ def test_a_crash_shows_its_last_lines_and_none_of_them_twice(launch):
 
 
 def test_a_role_that_hangs_is_started_again_and_its_stacks_are_pointed_to(launch):
-    """Its last lines are the outermost frames: nobody would learn from them where it hangs."""
+    """Its last lines are the outermost frames, which do not show where it hangs."""
     hangs_once = "import faulthandler; num_starts() == 1 and faulthandler.dump_traceback_later(0.2, exit=True)"
     launch.start({"collect-actor": hangs_once})
     launch.wait_for_output("collect-actor-0 crashed with exit code 1; restarting it")
-    assert 'collect-actor-0 hung (see --hang_secs): from "Timeout" on its log says' in launch.stdout
+    assert 'collect-actor-0 hung (see --hang_secs): its log has the stack of every thread' in launch.stdout
     assert "most recent call first" not in launch.stdout
     launch.process.terminate()
     assert launch.finish() == 143
@@ -415,7 +415,7 @@ def test_a_role_that_hangs_is_started_again_and_its_stacks_are_pointed_to(launch
 
 @pytest.mark.parametrize("role, num_lives", [("eval-actor", 2), ("replay-server", 2), ("collect-actor", 1)])
 def test_who_is_killed_in_the_final_evaluation_is_started_again_if_needed_for_it(launch, role, num_lives):
-    """The learner would wait half an hour for a result that nobody is left to give, or take."""
+    """The learner would wait half an hour for a result that no process is left to deliver."""
     launch.start({"learner": "write_status(phase='final evaluation'); note('final')"})
     launch.wait_for_all()
     wait_until(lambda: "learner-0" in launch.words("final"), "the final evaluation")
@@ -446,7 +446,7 @@ def test_an_error_all_roles_find_is_shown_once_and_its_code_returned(launch, cod
 def test_a_final_code_without_a_message_still_says_where_to_look(launch):
     launch.start({"learner": "sys.exit(75)"})
     assert launch.finish() == 75
-    assert launch.stderr.startswith("error: learner ended with exit code 75: another learner is on this run; see ")
+    assert launch.stderr.startswith("error: learner ended with exit code 75: another learner holds this run; see ")
 
 
 # --- Being stopped ----------------------------------------------------------------------------------------------------
@@ -504,7 +504,7 @@ def test_a_role_that_will_not_stop_is_killed_when_its_time_is_up(launch):
     launch.wait_for_all()
     launch.process.terminate()
     assert launch.finish() == 143
-    assert "killing learner: no end within 0.3 s of SIGTERM" in launch.stdout
+    assert "killing learner: no exit within 0.3 s of SIGTERM" in launch.stdout
 
 
 def test_replay_servers_have_what_the_others_left_of_the_time_to_stop(launch):
@@ -536,7 +536,7 @@ note("child", child.pid)"""
 
 
 def test_roles_end_with_a_killed_launcher_even_when_its_guard_is_gone(launch):
-    """Whoever kills processes by hand may get both."""
+    """A user who kills processes by hand may hit both."""
     launch.start()
     launch.wait_for_all()
     roles = [int(line.split()[3]) for line in launch.events()]

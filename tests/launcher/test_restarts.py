@@ -23,7 +23,7 @@ def test_five_short_lives_in_a_row_are_the_last():
 
 
 def test_who_is_killed_again_and_again_is_started_again_at_once():
-    """Somebody else's SIGKILL is no defect of the role; to give it up, or wait half a minute, would be one of ours."""
+    """A SIGKILL from outside is not a defect of the role; giving up, or waiting half a minute, would be a bug."""
     restarts = Restarts(Timing())
     assert [restarts.secs_until_next(5, was_killed=True) for _ in range(24)] == [1] * 24
     assert restarts.secs_until_next(5, was_killed=True) is None, "unless the kernel kills it for its memory, for ever"

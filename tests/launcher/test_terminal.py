@@ -29,7 +29,7 @@ def test_status_line_has_every_figure():
         "training: 41,000 of 100,000 train steps (41%), 193/s; 51,000 environment steps, 4.2/s; "
         "last evaluation 1,234.6 at 40,000; 5 min 03 s left"
     )
-    assert describe_status(status, age_secs=12.0).endswith("; no news for 12 s")
+    assert describe_status(status, age_secs=12.0).endswith("; no update for 12 s")
 
 
 def test_status_line_says_what_is_waited_for():

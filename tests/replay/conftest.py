@@ -1,4 +1,4 @@
-"""What tests of every replay begin from."""
+"""Fixtures for the tests of every replay."""
 
 import numpy as np
 import pytest

@@ -101,7 +101,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(start, caplog, damag
         newest.rename(newest.with_name(newest.name + ".new"))
     _, client = start()
     assert held(client) == {1.0, 2.0}
-    assert ("passing over" in caplog.text) == (damage != "unfinished")
+    assert ("skipping" in caplog.text) == (damage != "unfinished")
 
 
 def test_a_disk_that_fills_up_while_the_replay_is_saved_leaves_the_checkpoint_before(start):
@@ -156,7 +156,7 @@ def test_a_power_cut_at_any_moment_of_saving_leaves_the_replays_checkpoint_befor
 
 
 def test_another_capacity_is_refused_with_the_difference(start):
-    """Reverb would silently go on with the old one (reverb#103, #118, #137)."""
+    """Reverb would silently continue with the old one (reverb#103, #118, #137)."""
     checkpoints, client = start()
     insert(client, 1)
     checkpoints.save(client, train_step=1)

@@ -75,6 +75,6 @@ def test_chunks_that_cannot_be_true_are_left_out_and_said_once_while_training_an
 
 @pytest.mark.parametrize("number", [0, 1, 1_764_500_000_000_000_000])
 def test_a_chunk_of_an_actor_is_one_whatever_its_clock_said_before(spec, signature, number):
-    """Whoever leaves out his own actors' data trains on nothing, without an error."""
+    """A learner that leaves out its own actors' data trains on nothing, without an error."""
     chunk = {**as_chunk(episode(5, 7)), "chunk": np.int64(number)}
     assert ChunkCheck(spec, 8).find_misfit(tf.nest.flatten(chunk), signature) is None

@@ -129,7 +129,7 @@ def test_a_learner_keeps_what_it_read_of_a_server_that_was_restarted_while_it_wa
 
 
 def test_a_table_is_read_to_its_end_though_actors_write_on(serve, spec):
-    """Else a table that fills quickly is read until it is full, and a learner that dies before is not given back to."""
+    """Otherwise a table that fills quickly is read until it is full, and a learner that dies before is not refilled."""
     replay = ResidentReplay(replay_buffer_capacity=100_000, chunk_length=8)
     address = f"localhost:{serve(replay.make_tables(spec, sample())).port}"
     sink = replay.make_sink(ReplayServers([address]), sample())

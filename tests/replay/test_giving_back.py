@@ -95,7 +95,7 @@ def test_what_cannot_be_given_back_is_said_and_tried_again(replay, address, spec
 
     monkeypatch.setattr(giving_back, "read_chunks", fail_once)
     reverb.Client(address).reset(EXPERIENCE_TABLE)
-    eventually(lambda: "nothing came for a while. Trying again in 1 s" in caplog.text)
+    eventually(lambda: "nothing came for a while. Retrying in 1 s" in caplog.text)
     eventually(lambda: len(read_chunks(address, silent_secs=10)) == sink.num_chunks)
     source.close()
 
@@ -137,7 +137,7 @@ def test_a_server_that_dies_again_is_looked_through_as_often_as_the_first_time(s
 def test_what_was_given_to_a_server_that_died_meanwhile_is_given_again(
     serve, replay, spec, eventually, monkeypatch, caplog
 ):
-    """A learner that says too early that all was given back may be killed with the only copy."""
+    """A learner that reports a complete refill too early may be killed with the only copy."""
     monkeypatch.setattr(durable_table, "CLOCK_SLACK_SECS", 0.5)
     monkeypatch.setattr(giving_back, "LOOK_FOR_LOSSES_SECS", 0.0)
     caplog.set_level(logging.INFO)
@@ -168,11 +168,11 @@ def test_what_was_given_to_a_server_that_died_meanwhile_is_given_again(
     looking = threading.Thread(target=look_after, args=(address,), name="ingest losses", daemon=True)
     looking.start()
     # It says that the server was restarted meanwhile, or on a busy machine that it is not back within 5 s.
-    eventually(lambda: "Trying again in 1 s" in caplog.text)
-    eventually(lambda: "were given back" in caplog.text)
-    first, second, *_ = (message for message in caplog.messages if "began anew" in message)
-    assert "Trying again" in first
-    assert f"{len(sent)} chunks that it had lost were given back" in second
+    eventually(lambda: "Retrying in 1 s" in caplog.text)
+    eventually(lambda: "restarted and was refilled" in caplog.text)
+    first, second, *_ = (message for message in caplog.messages if "restarted and was" in message)
+    assert "Retrying" in first
+    assert f"refilled with {len(sent)} chunks that it had lost" in second
     assert read_chunks(address, silent_secs=10).keys() == sent.keys()
     source.close()
     looking.join(30)

@@ -22,7 +22,7 @@ def add(mirror, *lanes, acted_at=RANDOM):
 
 
 def test_a_drawn_batch_is_what_the_stock_pipeline_gives_for_the_same_windows(spec):
-    """A column gathered from the wrong row, or cast on the way, would train the agent on noise without a word."""
+    """A column gathered from the wrong row, or cast on the way, would silently train the agent on noise."""
     steps = episode(0, 20)
     mirror = Mirror(spec, num_steps=3, capacity=100)
     add(mirror, steps[:12], acted_at=5)

@@ -30,7 +30,7 @@ from tests.replay.episodes import episode, flush, held_windows, make_source, sam
 def test_the_mirror_holds_the_windows_that_a_stock_table_holds_as_items(
     serve, replay, address, spec, eventually, num_steps
 ):
-    """A window lost or doubled at a chunk's edge, or over an episode's end, would train on what nobody saw."""
+    """A window lost or doubled at a chunk's edge, or over an episode's end, would train on data never seen."""
     # Two environments: a long episode beside short ones.
     lanes = [episode(100, 3), episode(200, 25), episode(300, 1), episode(400, 8)], [episode(500, 40)]
     plan = {"num_steps": num_steps, "num_environments": 2, "initial_collect_steps": 1, "num_updates_per_call": 1_000}
@@ -223,7 +223,7 @@ source.close()
 
 
 def test_each_of_two_replicas_draws_its_part_of_the_batch_from_a_share_of_its_own(replay, address, spec, tmp_path):
-    """Were all to draw from the first share, half of what was collected would never be trained on, without a word."""
+    """Were all to draw from the first share, half of what was collected would silently never be trained on."""
     sink = replay.make_sink(ReplayServers([address]), sample())
     write(sink, episode(0, 28))
     flush(sink)
@@ -251,12 +251,12 @@ def test_a_replica_that_does_not_know_which_it_is_draws_nothing(replay, address,
         with tf.distribute.ReplicaContext(tf.distribute.get_strategy(), replica):
             return source.unpack()
 
-    with pytest.raises(AssertionError, match="which of the 2 shares"):
+    with pytest.raises(AssertionError, match="one of the 2 mirrors"):
         draw(tf.constant(0))
 
 
 def test_a_replay_larger_than_the_memory_is_refused_with_the_numbers(address, spec):
-    """The operating system would end the learner an hour later, without a word."""
+    """The operating system would silently kill the learner an hour later."""
     replay = ResidentReplay(replay_buffer_capacity=10**12)
     with pytest.raises(RoleError, match=r"replay_buffer_capacity = 1,000,000,000,000 takes [\d.]+ GB .*GB\. Lower it"):
         make_source(replay, address, spec)
@@ -276,9 +276,9 @@ def test_a_learner_says_at_its_start_how_many_transitions_and_bytes_its_replay_t
     caplog.set_level(logging.INFO)
     (mirror,) = make_source(ResidentReplay(replay_buffer_capacity=1_000_000), address, spec)._mirrors
     num_bytes = sum(variable.numpy().nbytes for variable in (*mirror._rows, mirror._starts))
-    (line,) = (message for message in caplog.messages if "beside the learner" in message)
+    (line,) = (message for message in caplog.messages if "resident replay" in message)
     assert line == (
-        "the replay holds 1,000,000 transitions (windows of 2 steps) beside the learner: "
+        "the resident replay holds 1,000,000 transitions (windows of 2 steps): "
         f"{num_bytes / 1e6:.1f} MB on each of /cpu:0"
     )
 

@@ -1,4 +1,4 @@
-"""Several replay servers: who writes where, what the learner reads, and what it counts."""
+"""Several replay servers: which actor writes where, what the learner reads, and what it counts."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_all_that_join_are_heard_of_and_again_after_the_board_was_lost(quick, se
 
 
 def test_a_server_that_the_first_does_not_list_does_not_join(quick, serve, spec, unused_address):
-    """Whoever can write one row would send learner and actors to an address of his own."""
+    """Any client that writes one row could send learner and actors to an address of its own."""
     listed = f"localhost:{serve(make_tables([unused_address])).port}"
     for first, who in (
         (listed, unused_address),
@@ -225,7 +225,7 @@ def test_what_a_server_held_that_was_away_comes_when_it_is_back_and_is_counted_o
     tmp_path,
     eventually,  # noqa: F811
 ):
-    """A learner that waits for a dead server trains nothing; one that counts its chunks anew breaks the ratio."""
+    """A learner that waits for a dead server does not train; one that counts its chunks again breaks the ratio."""
     port = portpicker.pick_unused_port()
 
     def serve_second():

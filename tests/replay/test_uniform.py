@@ -19,7 +19,7 @@ NUM_ENVIRONMENTS = 3
 
 
 def test_an_actor_ends_though_its_server_takes_nothing_more(serve, spec):
-    """Training is over and nobody samples: it would wait for the rate limiter for ever."""
+    """Training is over and no process samples: it would wait for the rate limiter for ever."""
     replay = UniformReplay(error_buffer=8.0)
     address = f"localhost:{serve(replay.make_tables(spec, sample())).port}"
     sink = replay.make_sink(ReplayServers([address]), sample(num_environments=NUM_ENVIRONMENTS))
@@ -47,7 +47,7 @@ STRAYS = {  # a step, and how many of them make an item
 
 
 def insert_stray(address, step, num_steps, num_items=1):
-    """Inserts what does not fit, as a client can that checks nothing."""
+    """Inserts an item that does not fit, as a client without checks can."""
     with reverb.Client(address).trajectory_writer(num_keep_alive_refs=num_steps, validate_items=False) as writer:
         for _ in range(num_steps):
             writer.append(step)
@@ -111,7 +111,7 @@ def test_strangers_items_are_left_out_with_one_warning_and_batches_keep_coming(
     assert windows.shape == (40 * batch_size, 2)
     (warning,) = caplog.messages
     assert warning.startswith(f"an item in the table '{REPLAY_TABLE}' at {address} is not this experiment's: ")
-    assert warning.endswith("keep its port on a network you trust.")
+    assert warning.endswith("keep the port on a network you trust.")
     assert "Table signature" not in warning, "one line that says why"
 
 

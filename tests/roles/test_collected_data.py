@@ -56,7 +56,7 @@ def expected_rows():
     ],
 )
 def test_the_values_in_the_replay_are_those_of_the_environment(serve, tmp_path, experiment, suite, env_name):
-    """An action that is one off, a byte that wrapped or an end that was a limit trains on without a word."""
+    """An action that is one off, a byte that wrapped or an end that was a limit silently spoils training."""
     name = "gym_environment" if experiment.startswith("dqn") else "pybullet_environment"
     experiment = load_experiment(experiment, [*BINDINGS, f"{name}.env_name = '{env_name}-v0'"])
     if suite:

@@ -114,7 +114,7 @@ def test_an_eval_actor_whose_server_is_away_says_so(run, server, cluster, experi
     eventually(lambda: said(caplog, "ready to evaluate"), secs=60)
     server.stop()
     line = (
-        rf"waiting for the variable container at {cluster.variables_address} to say what to evaluate, in its table "
+        rf"waiting for the variable container at {cluster.variables_address} to send an evaluation, in its table "
         rf"'evaluations_due' \(\d+ s\): no Reverb server answers at {cluster.variables_address} within 5 s"
     )
     eventually(lambda: said(caplog, line), secs=60)

@@ -34,7 +34,7 @@ sys.stdin.read()
     with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout is not None
         assert first.stdout.readline() == "held\n"
-        with pytest.raises(RoleError, match=f"another learner is at work in --root_dir = '{tmp_path}'") as raised:
+        with pytest.raises(RoleError, match=f"another learner is running in --root_dir = '{tmp_path}'") as raised:
             RunDirectory(tmp_path).hold()
         assert raised.value.exit_code == ExitCode.OCCUPIED
         first.kill()  # a lock that a killed learner left behind would need a user to remove it
@@ -107,7 +107,7 @@ def test_what_json_cannot_hold_becomes_null(tmp_path):
 
 
 def test_a_run_moved_aside_is_whole_and_its_place_is_free(tmp_path):
-    """Starting anew must not cost the run that was there."""
+    """Starting over must not destroy the existing run."""
     directory = RunDirectory(tmp_path / "run")
     assert directory.move_aside() is None
     directory.hold()
@@ -121,10 +121,10 @@ def test_a_run_moved_aside_is_whole_and_its_place_is_free(tmp_path):
 
 
 def test_a_run_at_work_is_not_moved_aside(tmp_path):
-    """Its learner would go on writing where nobody looks."""
+    """Its learner would continue to write in the renamed directory."""
     directory = RunDirectory(tmp_path / "run")
     directory.hold()
-    with pytest.raises(RoleError, match="another learner is at work") as raised:
+    with pytest.raises(RoleError, match="another learner is running") as raised:
         RunDirectory(tmp_path / "run").move_aside()
     assert raised.value.exit_code == ExitCode.OCCUPIED
 

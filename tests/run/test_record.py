@@ -22,7 +22,7 @@ from actorlearner.runtime.rows import Reporter
 
 @pytest.fixture
 def silent_address():
-    """Whoever connects waits for an answer that never comes, as of a host that hangs."""
+    """A client that connects never gets an answer, as from a hung host."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -90,7 +90,7 @@ def test_the_status_goes_on_while_the_server_does_not_answer(record, tmp_path, e
 
 
 def test_the_time_of_the_last_train_step_is_that_of_one_made_here(record, tmp_path, eventually):
-    """A learner that came back and waits would else seem to have trained just now."""
+    """Otherwise a restarted, waiting learner would seem to have trained just now."""
     record.note_restored(5_000)
     eventually(lambda: read_status(tmp_path).get("train_step") == 5_000)
     assert read_status(tmp_path)["train_step_time"] is None
@@ -103,7 +103,7 @@ def test_the_time_of_the_last_train_step_is_that_of_one_made_here(record, tmp_pa
 def test_a_point_of_training_says_which_part_of_their_time_the_actors_waited_since_the_one_before(
     address, report, make_record, tmp_path, eventually
 ):
-    """A learner that is never starved may be the slow one: without this the actors' cores idle and nobody knows."""
+    """A learner that is never starved may be the slow one: without this the actors' cores idle unnoticed."""
     record = make_record(address)
 
     def point(environment_steps):

@@ -53,7 +53,7 @@ def test_a_start_with_other_settings_is_kept_with_what_differs_and_the_earlier_c
     assert (tmp_path / "operative_config.1.gin").read_text() == CONFIG
     (line,) = caplog.messages
     assert line.startswith(
-        "start 2 of this run, at train step 1,200: it differs from the start before in rate: 0.001 -> "
+        "start 2 of this run, at train step 1,200: differences from the previous start: rate: 0.001 -> "
     )
 
 
@@ -62,7 +62,7 @@ def test_a_start_like_the_one_before_says_so_and_keeps_one_configuration(tmp_pat
     note(tmp_path)
     with caplog.at_level("INFO"):
         assert note(tmp_path, train_step=50)["differs"] == {}
-    assert caplog.messages == ["start 2 of this run, at train step 50: nothing differs from the start before"]
+    assert caplog.messages == ["start 2 of this run, at train step 50: nothing differs from the previous start"]
     assert [path.name for path in tmp_path.glob("*.gin")] == ["operative_config.gin"]
 
 
@@ -81,7 +81,7 @@ def test_the_settings_of_a_configuration_are_read_over_several_lines():
 
 @pytest.mark.parametrize(("given", "seed"), [(None, 5), (7, 7)])
 def test_the_seed_is_the_runs_own_unless_one_is_given(tmp_path, monkeypatch, given, seed):
-    """Each resume drew a new one, and nobody could say which seed a result was of."""
+    """If each resume drew a new seed, the seed of a result would be unknown."""
     note(tmp_path, seed=5)
     note(tmp_path, seed=6)
     started: list[int] = []

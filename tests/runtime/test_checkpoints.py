@@ -108,7 +108,7 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over_and_cleared_away(tmp_
     again, train_step, _ = make(tmp_path)
     assert again.restore() == {"version": 1}
     assert int(train_step) == 4
-    assert f"passing over the checkpoint {tmp_path}/ckpt-5, which was not finished" in caplog.messages
+    assert f"skipping the checkpoint {tmp_path}/ckpt-5, which was not finished" in caplog.messages
     assert {path.name.partition(".")[0] for path in tmp_path.iterdir()} == {"checkpoint", "ckpt-4"}
 
 
@@ -133,7 +133,7 @@ def damage(folder, name, kind):
     "kind", ["data removed", *(f"{file} {how}" for file in ("data", "index") for how in ("cut", "emptied", "flipped"))]
 )
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning_and_cleared_away(tmp_path, caplog, kind):
-    """A bit flipped on a disk is restored without a word, as wrong weights; half a file is a page of TensorFlow's."""
+    """A flipped bit is silently restored as wrong weights; half a file gives a page of TensorFlow's errors."""
     checkpoints, train_step, weights = make(tmp_path, shape=(1_000,), step=4, value=1.0)
     checkpoints.save({"version": 1})
     train_step.assign(5)
@@ -144,13 +144,13 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning_and_cleared_away(tmp
     assert again.restore() == {"version": 1}
     assert (int(train_step), set(weights.numpy())) == (4, {1.0})
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert warning.startswith(f"passing over the checkpoint {tmp_path}/ckpt-5, which is damaged: ")
+    assert warning.startswith(f"skipping the checkpoint {tmp_path}/ckpt-5, which is damaged: ")
     assert "\n" not in warning
     assert not list(tmp_path.glob("ckpt-5*")), "else it would be the newest again, and count among those kept"
 
 
 def test_a_run_whose_every_checkpoint_is_damaged_is_refused_and_nothing_is_removed(tmp_path):
-    """Begun anew in silence, it would throw days away that a copy of one file might bring back."""
+    """Starting over silently would lose days that a copy of one file might restore."""
     checkpoints, train_step, _ = make(tmp_path, step=4, value=1.0)
     for step in (4, 5):
         train_step.assign(step)
@@ -162,7 +162,7 @@ def test_a_run_whose_every_checkpoint_is_damaged_is_refused_and_nothing_is_remov
         again.restore()
     assert raised.value.exit_code == ExitCode.DATA
     assert str(raised.value) == (
-        f"every checkpoint in {tmp_path} is damaged (ckpt-5, ckpt-4). Put one back from a copy, or begin anew with "
+        f"every checkpoint in {tmp_path} is damaged (ckpt-5, ckpt-4). Restore one from a copy, or start over with "
         "another --root_dir (train: or with --fresh)."
     )
     assert (int(train_step), weights.numpy().tolist()) == (0, [0.0, 0.0])
@@ -171,7 +171,7 @@ def test_a_run_whose_every_checkpoint_is_damaged_is_refused_and_nothing_is_remov
 
 @pytest.mark.parametrize("other", [{"shape": (3,)}, {"name": "biases"}])
 def test_a_checkpoint_that_does_not_fit_is_refused_in_one_sentence(tmp_path, other):
-    """TensorFlow restores what it can and says nothing of the rest, or prints a page about it."""
+    """TensorFlow restores what it can and ignores the rest, or prints a page about it."""
     make(tmp_path, step=4, value=1.0)[0].save({})
     with pytest.raises(RoleError) as raised:
         make(tmp_path, **other)[0].restore()

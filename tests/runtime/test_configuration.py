@@ -68,8 +68,8 @@ WRONG_VALUES = {
     "dqn.fc_layer_params = 100": "a tuple such as (256, 256), not the int 100",
     "dqn.fc_layer_params = (100, 0)": "each element to be a number >= 1",
     "dqn.gradient_clipping = -1.0": "a number > 0 or None",
-    "gym_environment.env_name = 3": "text in quotes, not the int 3",
-    "experiment.agent = 'dqn'": "@ and the name of what makes it",
+    "gym_environment.env_name = 3": "a string in quotes, not the int 3",
+    "experiment.agent = 'dqn'": "a configurable reference such as @sac()",
     "uniform_replay.sampler = 'prioritised'": "one of 'uniform', 'fifo', 'lifo'",
 }
 
@@ -104,7 +104,7 @@ def test_text_without_quotes_on_the_command_line_gets_a_hint(tmp_path, binding):
     message = refusal(tmp_path, GOOD, binding)
     assert message.startswith("--gin_bindings: ")
     assert binding in message
-    assert "text values need quotes" in message
+    assert "strings need quotes" in message
 
 
 def test_a_wrong_binding_on_the_command_line_says_where_it_came_from(tmp_path):

@@ -99,7 +99,7 @@ def test_a_power_cut_at_any_moment_of_saving_leaves_the_learners_checkpoint_befo
     ],
 )
 def test_one_checkpoint_older_than_a_minute_is_kept_beside_the_newest_few(tmp_path, ages, kept):
-    """Whatever spoils all that was written in one moment, a dying disk or a bug, must leave one to go on from."""
+    """A dying disk or a bug that spoils all recent checkpoints must leave one to resume from."""
     written = [(tmp_path / str(age), 1_000.0 - age) for age in ages]
     removed = find_superfluous(written, 2, now=1_000.0)
     assert sorted(set(ages) - {int(path.name) for path in removed}) == kept
@@ -120,7 +120,7 @@ def test_work_for_the_disk_is_done_in_order_and_no_more_than_one_train_steps_is_
 
 
 def test_what_fails_in_the_background_is_raised_where_it_is_waited_for():
-    """A full disk that nobody hears of looks like a run that is saved."""
+    """An unreported full disk looks like a saved run."""
 
     def fail():
         raise OSError("full")

@@ -60,5 +60,5 @@ def test_an_eager_tensor_leaves_nothing_behind():
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="TensorFlow leaks on CPython 3.11")
 def test_tensorflow_still_leaks_where_nobody_stops_it():
-    """Else `stop_leak` can go."""
+    """If this fails, `stop_leak` is no longer needed."""
     assert _count("as it is") > 200

@@ -1,4 +1,4 @@
-"""A health file is fresh while its process goes on, and at no other time."""
+"""A health file is fresh while its process makes progress, and only then."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_beat_touches_the_file_at_most_once_a_second(tmp_path):
 
 def test_what_is_healthy_is_said_by_the_age_of_the_last_beat(tmp_path):
     path = tmp_path / "alive"
-    assert "no sign of life yet" in str(describe_problem(path, 60))
+    assert "no heartbeat yet" in str(describe_problem(path, 60))
     Heartbeat(path).beat()
     beaten_at = path.stat().st_mtime
     assert describe_problem(path, 60, now=beaten_at + 60) is None
@@ -59,7 +59,7 @@ def test_the_beat_of_a_process_before_does_not_count(beats):
 
 
 def test_a_wait_beats(beats):
-    """A learner that waits for actors is told so by its deadline; restarting it would help nobody."""
+    """A learner that waits for actors has its own deadline; restarting it would not help."""
     health.watch(beats)
     assert wait_until(lambda: True, lambda: "nothing", stop=Stop(), deadline_secs=1, setting="none")
     assert beats.exists()
@@ -107,7 +107,7 @@ simulate()
 
 
 def test_a_process_that_hangs_says_where_and_ends():
-    """Elsewhere a simulator that hangs is an actor that is silently missing, or a learner that waits without a word."""
+    """In other systems a hung simulator is a silently missing actor, or a learner that waits without a message."""
     environment = {**os.environ, "PYTHONPATH": str(Path(actorlearner.__file__).parent.parent)}
     command = [sys.executable, "-c", HANGING]
     process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)

@@ -49,7 +49,7 @@ def test_an_agent_that_lists_its_variables_in_another_order_gets_each_moment_bac
 
 
 def test_a_checkpoint_from_before_the_moments_had_names_is_restored_and_then_saved_with_names(tmp_path):
-    """A run that has trained for days must go on after an upgrade."""
+    """A run that has trained for days must resume after an upgrade."""
     agent = Agent(sgd())
     counts = tf.Variable("{}", dtype=tf.string)
     tf.train.Checkpoint(train_step=agent.steps, counts=counts, agent=agent).write(str(tmp_path / "ckpt-0"))
@@ -68,7 +68,7 @@ def test_a_checkpoint_from_before_the_moments_had_names_is_restored_and_then_sav
 
 
 def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path):
-    """Moments that are left out without a word start again from zero."""
+    """Moments that are silently left out restart from zero."""
     checkpoints_of(tmp_path, Agent(tf.keras.optimizers.Adam())).save({})
     with pytest.raises(
         RoleError, match="ckpt-0 does not fit this experiment: it has _momentums of agent/first"

@@ -55,14 +55,14 @@ def test_the_numbers_with_a_meaning_are_those_of_their_enumerations():
 
 
 def test_a_count_that_takes_longer_than_it_says_is_found(tables):
-    """A count of 10^12 is in range; nobody steps an environment so often in a second."""
+    """A count of 10^12 is in range, but no actor makes so many environment steps in a second."""
     row = {name: np.zeros((), spec.dtype.as_numpy_dtype) for name, spec in tables["collect_reports"].items()}
     assert find_misfit("collect_reports", row) is None
     assert "environment_steps" in str(find_misfit("collect_reports", {**row, "environment_steps": np.int64(10**12)}))
 
 
 def test_what_a_checkpoint_has_that_cannot_be_true_is_dropped():
-    """A count that a stranger brought into a checkpoint would come back with every resume."""
+    """A forged count in a checkpoint would come back with every resume."""
     assert keep_plausible({"1": 5, "2": 2**62, "3": -1, "4": 10**9}) == {"1": 5, "4": 10**9}
 
 
@@ -74,7 +74,7 @@ def test_numbers_of_any_shape_and_none_are_looked_at():
 
 
 def test_a_kind_is_said_once(caplog):
-    """A stranger's loop would fill the log, and the disk."""
+    """A foreign client's loop would fill the log and the disk."""
     for value in range(100):
         say_left_out("host:1", "table", f"field = {value}, expected 0 to 1")
     say_left_out("host:1", "table", "other = 5, expected 0 to 1")

@@ -65,7 +65,7 @@ def test_who_reads_from_a_host_that_vanished_gets_an_error(namespaces):
 
 
 def test_without_notice_it_waits_on(namespaces):
-    """Else the test above would hold by itself."""
+    """Otherwise the test above would always hold."""
     assert _read_from_vanished_peer("unnoticed") == "waited on\n"
 
 
@@ -95,5 +95,5 @@ def test_a_sample_that_does_not_come_is_not_waited_for(serve):
     """Reverb's samplers ask for ever; an eval actor behind a stalled wire would never look up again."""
     server = serve([reverb.Table.queue("some", 10)])
     samples = reverb.Client(f"127.0.0.1:{server.port}").sample("some", num_samples=1, emit_timesteps=False)
-    with pytest.raises(messages.Unreachable, match="nothing came from table 'some' for 0.5 s"):
+    with pytest.raises(messages.Unreachable, match="nothing arrived from table 'some' for 0.5 s"):
         list(messages.each_within(0.5, samples, "table 'some'"))

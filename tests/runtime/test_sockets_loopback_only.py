@@ -37,7 +37,7 @@ def _serve_queue(serve):
 
 
 def test_a_closed_port_answers_this_machine_alone(serve, outer_address):
-    """Reverb has no authentication: whoever reaches the port can empty the replay and change the weights."""
+    """Reverb has no authentication: any client at the port can empty the replay and change the weights."""
     server = _serve_queue(serve)
     assert _answers(outer_address, server.port)
     close_to_other_machines(server.port)
@@ -68,6 +68,6 @@ def test_who_was_connected_from_this_machine_stays(serve):
 
 
 def test_a_port_of_another_process_is_not_said_to_be_closed(serve):
-    """A door that somebody believes to be closed is worse than an open one."""
+    """A port that is believed closed is worse than an open one."""
     with pytest.raises(OSError, match="no socket of this process that listens on port 1 "):
         close_to_other_machines(1)

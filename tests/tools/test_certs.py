@@ -33,7 +33,7 @@ def test_every_role_gets_a_folder_that_works_by_itself(tmp_path, capsys):
     assert "for localhost, 127.0.0.1, ::1, replay-server, gpu1, 10.0.0.7" in said
     assert "valid for 365 days" in said and "valid for 3650 days" in said
     assert f"actorlearner certs {tmp_path / 'certs'} --renew" in said
-    assert f"keep {tmp_path / 'certs' / CA_KEY} off them all" in said
+    assert f"keep {tmp_path / 'certs' / CA_KEY} off all of them" in said
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o077])
@@ -125,8 +125,8 @@ def test_what_expires_is_told_in_time(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--hosts", "gpu1:8008"], "--hosts: 'gpu1:8008': expected a host's name or address, without a port"),
-        (["--renew"], "--renew: there is no "),
+        (["--hosts", "gpu1:8008"], "--hosts: 'gpu1:8008': expected a host name or address, without a port"),
+        (["--renew"], "is missing. `actorlearner certs` alone"),
         (["--check"], "holds no certificates. Make them with: actorlearner certs "),
     ],
 )

@@ -60,7 +60,7 @@ def test_a_role_that_keeps_dying_young_is_given_up(capfd):
     assert keep("exit 1") == 1
     said = capfd.readouterr().err
     assert said.count("is process") == 5
-    assert "error: learner died again and again" in said
+    assert "error: learner died repeatedly" in said
 
 
 def test_sigterm_reaches_the_role_and_its_own_exit_code_comes_back(tmp_path: Path):

@@ -74,7 +74,7 @@ def test_a_resume_with_other_settings_is_marked_in_the_curve_and_said_in_the_rep
 def test_the_report_of_a_run_that_goes_on_past_its_end_says_so():
     """Its figures are those of the end it had reached; policies/ has a newer policy than the delivered one."""
     lines = report.format_summary({**_SUMMARY, "has_ended": False}).splitlines()
-    assert lines[-1].startswith("the run goes on: this is how it had ended at train step 20,000; ")
+    assert lines[-1].startswith("the run continues: the figures are of its end at train step 20,000; ")
 
 
 def test_learning_curve_is_a_picture_of_more_than_one_colour(tmp_path):

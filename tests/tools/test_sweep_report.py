@@ -52,13 +52,13 @@ def test_the_tables_have_every_seed_and_the_failures_beside_the_successes():
     last = rows(text, "At the end: the last evaluation of each run")
     assert last["good"] == ["3", "5.00", "**5.00**", "3.00 to 7.00", "3.00", "3.00", "7.00", "5.00"]
     assert last["bad!one"] == ["1", "1.00", "**1.00**", "1.00 to 1.00", "1.00", "1.00", "failed", "not started"]
-    between = rows(text, "At 150 train steps, read off each seed's curve")
+    between = rows(text, "At 150 train steps, interpolated on each seed's curve")
     assert between["good"][5:] == ["1.50", "3.50", "2.50"]
     assert between["bad!one"][5:] == ["0.00", "failed", "not started"]
     delivered = rows(text, "Delivered policies: the best evaluated one of each run, on fresh episodes")
     assert delivered["good"][5:] == ["2.00", "6.00", "4.00"]
     assert "* bad|one, seed 1: failed: exit code 65, error: training has diverged" in text
-    assert "Few seeds (3): of two or three the interval is their range" in text
+    assert "Few seeds (3): for two or three the interval is their range" in text
 
 
 def test_the_picture_has_each_seed_and_the_middle_of_those_that_ended():
@@ -89,7 +89,7 @@ def test_a_report_is_made_of_the_run_directories_as_they_are_now(tmp_path, capsy
     assert report_sweep(tmp_path, "train_step", [100]) == 0
     text = (tmp_path / "sweep.md").read_text()
     assert text in capsys.readouterr().out
-    assert rows(text, "At 100 train steps, read off each seed's curve")["good"][5:] == ["1.00", "1.00"]
+    assert rows(text, "At 100 train steps, interpolated on each seed's curve")["good"][5:] == ["1.00", "1.00"]
     assert rows(text, "At the end: the last evaluation of each run")["good"][5:] == ["3.00", "not started"]
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "sweep.json").read_text())["results"][0]["variants"]["good"]["mean"] == 1.0
@@ -98,7 +98,7 @@ def test_a_report_is_made_of_the_run_directories_as_they_are_now(tmp_path, capsy
 def test_a_report_on_what_is_no_sweep_says_so(tmp_path, capsys):
     """A run's own directory is easily taken for a sweep's."""
     assert report_sweep(tmp_path, "train_step", []) == 64
-    assert f"error: {tmp_path} is no sweep's folder" in capsys.readouterr().err
+    assert f"error: {tmp_path} is not a sweep's folder" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
 
 

@@ -290,7 +290,7 @@ def test_a_video_says_which_train_step_it_shows_and_shows_no_untrained_policy_as
         return video.record_run(tmp_path, make_environment, 50, num_episodes=1, names=["trained_policy"])
 
     if title is None:
-        with pytest.raises(ValueError, match="No trained policy in .* yet: that of train step 0 is there"):
+        with pytest.raises(ValueError, match="No trained policy in .* yet: it has that of train step 0"):
             record()
         return
     info = record()["trained_policy"]

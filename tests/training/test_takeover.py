@@ -29,7 +29,7 @@ def test_a_learner_that_is_filled_looks_up_when_it_is_asked_to_stop():
             raise AssertionError("read on")
 
     source: Any = Source()
-    with pytest.raises(Stopped, match="what the replay server at host:1 holds"):
+    with pytest.raises(Stopped, match="reading the replay server at host:1"):
         restore_replay(source, {}, Cluster("host:1", "host:1"), stop)
 
 
@@ -46,7 +46,7 @@ def board(serve):
 
 
 def test_one_row_does_not_pass_for_another_learner(board):
-    """Whoever reaches the port would refuse every start of the run with it."""
+    """Any client at the port could block every start of the run with it."""
     address, say = board
     say(learner=7, heartbeat=1)
 
@@ -76,7 +76,7 @@ def test_a_learner_whose_heartbeat_goes_on_is_another_learner(serve):
 
 
 def test_weights_from_a_train_step_that_the_run_never_reached_are_not_waited_for(board, tmp_path):
-    """The learner publishes nothing older than its last life did: a stranger's row would silence it to the end."""
+    """The learner publishes nothing older than its predecessor did, so a forged row would silence it to the end."""
     address, say = board
     directory = RunDirectory(tmp_path)
     assert furthest_step(directory, 10**6) == 10**6

@@ -1,4 +1,4 @@
-"""Acts for a batch of environments: one compiled call per step for a trained policy, numpy for a random one.
+"""Chooses actions for a batch of environments: one compiled call per step for a policy, NumPy for random actions.
 
 Time steps and actions are columns: arrays of shape [num_environments, ...].
 """
@@ -21,14 +21,14 @@ class Acting(Protocol):
     """Chooses one action per environment."""
 
     def act(self, time_step: ts.TimeStep) -> policy_step.PolicyStep:
-        """Returns the actions and policy infos for a time step, all as columns; `state` is kept inside."""
+        """Returns actions and policy infos for a time step, as columns; the policy's `state` is kept inside."""
         ...
 
 
 class CompiledActing:
-    """Acts by a TF-Agents policy, for the same `num_environments` environments on every call.
+    """Acts with a TF-Agents policy, for the same `num_environments` environments in every call.
 
-    The policy's state (of a recurrent network) is kept here and begins anew where an episode begins.
+    The policy's state (of a recurrent network) is kept here and reset where an episode starts.
     """
 
     def __init__(self, policy: tf_policy.TFPolicy, num_environments: int):
@@ -41,7 +41,7 @@ class CompiledActing:
 
         num_inputs = len(tf.nest.flatten(specs))
 
-        # Flat positional arguments: structured ones cost several times the network, at every call.
+        # Flat positional arguments: structured ones cost several times as much as the network, at every call.
         def act(*flat: tf.Tensor) -> list[tf.Tensor]:
             time_step = tf.nest.pack_sequence_as(specs, flat[:num_inputs])
             state = tf.nest.pack_sequence_as(state_specs, flat[num_inputs:])
@@ -51,7 +51,7 @@ class CompiledActing:
         self._function = tf.function(act, autograph=False).get_concrete_function(
             *_unnamed(specs), *_unnamed(state_specs)
         )
-        # Most policies look at the observation only; what they do not look at need not be handed over each time.
+        # Most policies use only the observation; unused inputs are not passed.
         placeholders = self._function.inputs[:num_inputs]
         self._unused = [
             None if placeholder.consumers() else tf.zeros(placeholder.shape, placeholder.dtype)
@@ -67,10 +67,10 @@ class CompiledActing:
         columns = tree.flatten(time_step)
         if not self._is_checked:
             self._check(columns)
-        if self._has_state:  # it may keep a column, whose memory the environments write over
+        if self._has_state:  # it may keep a column, whose memory the environments overwrite
             columns = [np.array(column) for column in columns]
         inputs = [column if unused is None else unused for column, unused in zip(columns, self._unused)]
-        # The operation that calling the function comes down to. On the way there Python takes five times as long as it.
+        # Call the function's operation directly: Python's call path takes five times as long.
         outputs = iter(
             tf.raw_ops.StatefulPartitionedCall(
                 args=[*inputs, *tf.nest.flatten(self._state), *self._captured],
@@ -78,7 +78,7 @@ class CompiledActing:
                 f=self._function,
             )
         )
-        # Part by part: packing the whole step at once takes a tenth of the call.
+        # Part by part, because packing the whole step takes a tenth of the call.
         action, self._state, info = (
             tree.unflatten_as(part, list(itertools.islice(outputs, len(tree.flatten(part)))))
             for part in self._step_structure
@@ -87,7 +87,7 @@ class CompiledActing:
         return policy_step.PolicyStep(action, (), info)
 
     def _check(self, columns: list[np.ndarray]) -> None:
-        """Returns when the columns are what the policy takes: the operation would not say. Raises `ValueError`."""
+        """Checks the columns against the policy's inputs, because the operation does not. Raises `ValueError`."""
         for column, placeholder in zip(columns, self._function.inputs):
             is_of_type = column.dtype == placeholder.dtype.as_numpy_dtype
             if not is_of_type or not placeholder.shape.is_compatible_with(column.shape):
@@ -98,7 +98,7 @@ class CompiledActing:
         self._is_checked = True
 
     def _begin_anew(self, time_step: ts.TimeStep) -> None:
-        """Resets the policy's state where an episode begins."""
+        """Resets the policy's state where an episode starts."""
         if not self._has_state:
             return
         first = time_step.step_type == StepType.FIRST
@@ -111,12 +111,12 @@ class CompiledActing:
 
 
 def _unnamed(specs: Any) -> list[tf.TensorSpec]:
-    """Returns the leaves without names: TensorFlow would take named ones for keyword arguments."""
+    """Returns the leaves without names: TensorFlow would treat named ones as keyword arguments."""
     return [tf.TensorSpec(spec.shape, spec.dtype) for spec in tf.nest.flatten(specs)]
 
 
 class RandomActing:
-    """Acts uniformly at random within the action spec, whatever it sees."""
+    """Acts uniformly at random within the action spec."""
 
     def __init__(
         self,
@@ -129,10 +129,10 @@ class RandomActing:
     ):
         """Args:
         time_step_spec, action_spec: Array specs of one environment.
-        info_spec: That of the policy whose place it takes.
-        num_environments: Acted in at once.
-        seed: Of the actions.
-        num_repeats: Each action is given so many times in a row.
+        info_spec: Info spec of the policy that it replaces.
+        num_environments: Number of environments.
+        seed: Seed of the actions.
+        num_repeats: Number of steps for which each action is held.
         """
         self._policy = random_py_policy.RandomPyPolicy(
             time_step_spec, action_spec, seed=seed, outer_dims=(num_environments,)

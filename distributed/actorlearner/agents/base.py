@@ -1,6 +1,6 @@
-"""What every algorithm offers: a factory that makes a TF-Agents agent from specs alone.
+"""The interface of an algorithm: a factory that makes a TF-Agents agent from specs alone.
 
-No role talks to an algorithm; they all talk to `tf_agent.TFAgent`.
+Roles do not use an algorithm directly; they use `tf_agent.TFAgent`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 from tf_agents.agents import tf_agent
 
-# The types of gin bindings, for the algorithms beside this file.
+# The types of gin bindings, for the algorithms in this folder.
 from actorlearner.runtime.configuration import (  # noqa: F401
     Fraction,
     NonNegativeFloat,
@@ -22,7 +22,7 @@ from actorlearner.runtime.configuration import (  # noqa: F401
 
 
 class AgentFactory(Protocol):
-    """Makes the same agent in every process."""
+    """Makes an agent, the same one in every process."""
 
     def make_agent(self, time_step_spec: Any, action_spec: Any, train_step: tf.Variable) -> tf_agent.TFAgent:
         """Returns an agent whose variables are initialised; call it under the learner's strategy scope.
@@ -40,16 +40,16 @@ class AgentFactory(Protocol):
             looks at nothing that comes after.
 
         Raises:
-          ValueError: The algorithm cannot act in this action space; the message says which can.
+          ValueError: The algorithm does not support this action space; the message says which algorithm does.
         """
         ...
 
 
 def check_action_bounds(action_spec: Any) -> None:
-    """Returns when every continuous action has bounds: random ones are drawn between them, and networks scale to them.
+    """Checks that every continuous action has bounds, for random actions and for the networks' scaling.
 
     Raises:
-      ValueError: One has none, or the lower above the upper.
+      ValueError: A bound is missing, or the lower is above the upper.
     """
     for spec in tf.nest.flatten(action_spec):
         if not spec.dtype.is_floating:
@@ -64,10 +64,10 @@ def check_action_bounds(action_spec: Any) -> None:
 
 
 def check_continuous_action(algorithm: str, action_spec: Any) -> None:
-    """Returns when the action is one float32 array whose every part can be varied.
+    """Checks that the action is one float32 array in which every component can vary.
 
     Raises:
-      ValueError: It is not; the message begins with the algorithm.
+      ValueError: It is not; the message starts with the algorithm's name.
     """
     if tf.nest.is_nested(action_spec) or action_spec.dtype != tf.float32:
         raise ValueError(
@@ -77,15 +77,15 @@ def check_continuous_action(algorithm: str, action_spec: Any) -> None:
     if not np.all(np.asarray(action_spec.minimum) < np.asarray(action_spec.maximum)):
         raise ValueError(
             f"{algorithm} needs low < high for every part of the action, but the environment's action spec is "
-            f"{action_spec}. Leave out of the space what cannot be varied."
+            f"{action_spec}. Leave constant components out of the space."
         )
 
 
 def check_vector_observation(algorithm: str, time_step_spec: Any) -> None:
-    """Returns when the observation is one vector of numbers, as plain networks take it.
+    """Checks that the observation is one vector of numbers, as plain networks need.
 
     Raises:
-      ValueError: It is not; the message begins with the algorithm.
+      ValueError: It is not; the message starts with the algorithm's name.
     """
     spec = time_step_spec.observation
     if tf.nest.is_nested(spec) or spec.shape.rank != 1 or not (spec.dtype.is_floating or spec.dtype.is_integer):

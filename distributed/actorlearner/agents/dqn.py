@@ -29,17 +29,18 @@ _LOSSES = {"squared": common.element_wise_squared_loss, "huber": common.element_
 @gin.configurable("dqn", module="actorlearner")
 @dataclasses.dataclass(frozen=True)
 class Dqn(NormalizedObservations):
-    """Makes DQN agents. The bindings of `NormalizedObservations` are here too.
+    """Makes DQN agents. It also has the bindings of `NormalizedObservations`.
 
     Attributes:
       learning_rate: Adam's step size at train step 0.
-      final_learning_rate: Adam's step size from `learning_rate_decay_steps` on, reached linearly; None keeps the first.
+      final_learning_rate: Adam's step size from `learning_rate_decay_steps` on, reached linearly; None keeps
+        `learning_rate`.
       learning_rate_decay_steps: Train steps over which the step size falls.
       fc_layer_params: Units of each hidden layer.
       gamma: Discount of future rewards.
       n_step_update: Rewards summed before bootstrapping; windows are one step longer.
       double_q: Let the online network choose and the target network value the next action.
-      target_update_tau: How far the target network moves towards the network, 0 to 1, at each target update.
+      target_update_tau: Fraction, 0 to 1, by which the target network moves towards the network at each target update.
       target_update_period: Train steps between two target updates.
       initial_epsilon, epsilon_greedy: Share of random actions at train step 0, and from `epsilon_decay_steps` on.
       epsilon_decay_steps: Train steps over which the share falls, linearly; 0 starts at `epsilon_greedy`.
@@ -129,6 +130,6 @@ class Dqn(NormalizedObservations):
 
 
 def _linear(first: float, last: float, num_steps: int, train_step: tf.Variable) -> tf.Tensor:
-    """Returns a scalar that goes from `first` at train step 0 to `last` at `num_steps`, and stays there."""
+    """Returns a scalar that changes linearly from `first` at train step 0 to `last` at `num_steps`, and stays there."""
     done = tf.minimum(tf.cast(train_step, tf.float32) / num_steps, 1.0)
     return first + (last - first) * done

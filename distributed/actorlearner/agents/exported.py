@@ -1,4 +1,4 @@
-"""A policy as others use it: its actions are the environment's own."""
+"""Exported policies: their actions are the environment's own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tf_agents.trajectories import time_step as ts
 
 
 def with_environment_actions(policy: tf_policy.TFPolicy, action_spec: Any) -> tf_policy.TFPolicy:
-    """Returns `policy` with the actions of `action_spec`, the environment's: agents count whole numbers from 0."""
+    """Returns `policy` with the environment's actions, of `action_spec`: agents count discrete actions from 0."""
     pairs = zip(tf.nest.flatten(action_spec), tf.nest.flatten(policy.action_spec))
     if all(np.array_equal(spec.minimum, own.minimum) for spec, own in pairs):
         return policy
@@ -20,7 +20,7 @@ def with_environment_actions(policy: tf_policy.TFPolicy, action_spec: Any) -> tf
 
 
 class _WithEnvironmentActions(tf_policy.TFPolicy):
-    """Adds to each action what lies between the agent's minimum and the environment's."""
+    """Adds to each action the offset between the agent's minimum and the environment's."""
 
     def __init__(self, policy: tf_policy.TFPolicy, action_spec: Any):
         super().__init__(
@@ -49,4 +49,4 @@ class _WithEnvironmentActions(tf_policy.TFPolicy):
         return step._replace(action=action)
 
     def _distribution(self, time_step: ts.TimeStep, policy_state: Any) -> policy_step.PolicyStep:
-        raise NotImplementedError("ask the policy inside")
+        raise NotImplementedError("use the wrapped policy's distribution")

@@ -1,8 +1,8 @@
 """n-step returns (Sutton, 1988; Peng and Williams, 1994) for algorithms that train on transitions.
 
 A window of n + 1 steps becomes one transition: the action of its first step, the discounted sum of the rewards up to
-the n-th step, and the state that it bootstraps from. What was done after the first action is taken as it came, without
-correction for the policy having changed since (as in Rainbow, Hessel et al., 2017, and D4PG, Barth-Maron et al., 2018).
+the n-th step, and the state from which to bootstrap. Later actions are used as they are, without a correction for
+changes of the policy since then (as in Rainbow, Hessel et al., 2017, and D4PG, Barth-Maron et al., 2018).
 """
 
 from __future__ import annotations
@@ -13,18 +13,17 @@ from tf_agents.trajectories import time_step as ts
 
 
 def to_n_step_transition(experience: trajectory.Trajectory, gamma: float) -> trajectory.Transition:
-    """Returns one transition for each window; an episode that ends within its window uses what there is.
+    """Returns one transition for each window; if the episode ends within the window, it uses the steps up to the end.
 
-    The target of an algorithm is reward + gamma * discount * value(next observation), as ever; so `discount` holds the
-    factors of gamma that are still missing. An episode that was terminated has discount 0. One that was truncated (its
-    last discount is 1) bootstraps from its last observation. What the window holds after the end of its episode is not
-    looked at.
+    An algorithm's target is reward + gamma * discount * value(next observation); so `discount` holds the remaining
+    factors of gamma. A terminated episode has discount 0. A truncated one (its last discount is 1) bootstraps from its
+    last observation. Steps of the window after the end of its episode are ignored.
 
     Shapes: B = batch, n = steps - 1. Leaves of `experience` are [B, n + 1, ...], those of the result [B, ...].
     """
     num_steps = experience.reward.shape[1] - 1
     ends = tf.equal(experience.next_step_type[:, :num_steps], StepType.LAST)
-    # [B, n]: 1 until the episode has ended, in the steps up to and with the one that ends it.
+    # [B, n]: 1 in the steps up to the end of the episode, inclusive; 0 after it.
     goes_on = tf.math.cumprod(1.0 - tf.cast(ends, tf.float32), axis=1, exclusive=True)
     powers = tf.constant([gamma**step for step in range(num_steps)], tf.float32)
     discounts = experience.discount[:, :num_steps]

@@ -1,4 +1,4 @@
-"""Networks of actors and critics: dense layers, a normaliser before and LayerNorm between them where asked."""
+"""Networks of actors and critics: dense layers, with optional normalised input and LayerNorm."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from actorlearner.agents.normalized import Normalizer
 class LayerNorm(tf.keras.layers.Layer):
     """Layer normalisation (Ba et al., 2016) over the last axis, with gain and bias.
 
-    Keras' own goes through a batch normalisation kernel, which on a CPU takes twice as long for small batches.
+    Keras' own uses a batch normalisation kernel, which takes twice as long for small batches on a CPU.
     """
 
     def __init__(self, epsilon: float = 1e-6, **kwargs: Any):
@@ -35,7 +35,7 @@ class LayerNorm(tf.keras.layers.Layer):
 
 
 def make_dense_layers(num_units: Sequence[int], layer_norm: bool) -> list[tf.keras.layers.Layer]:
-    """Returns dense layers with ReLU, each with LayerNorm before its ReLU where asked; Glorot's uniform weights."""
+    """Returns dense layers with ReLU, each with LayerNorm before its ReLU if asked; Glorot uniform weights."""
     layers: list[tf.keras.layers.Layer] = []
     for units in num_units:
         if layer_norm:
@@ -62,9 +62,9 @@ class DenseCritic(network.Network):
         """Args:
         input_tensor_spec: Specs of an observation and an action.
         num_units: Units of each hidden layer.
-        normalizer: Comes before the first one; None leaves observations as they are.
-        layer_norm: Whether each hidden layer has one.
-        name: Of the network.
+        normalizer: Applied before the first layer; None leaves observations unchanged.
+        layer_norm: Whether each hidden layer has a LayerNorm.
+        name: Name of the network.
         """
         super().__init__(input_tensor_spec=input_tensor_spec, state_spec=(), name=name)
         self._normalize = normalizer.make_layer() if normalizer else None
@@ -102,14 +102,14 @@ class DenseActor(network.DistributionNetwork):
         name: str = "DenseActor",
     ):
         """Args:
-        input_tensor_spec: Of an observation.
-        action_spec: Of an action.
+        input_tensor_spec: Spec of an observation.
+        action_spec: Spec of an action.
         num_units: Units of each hidden layer.
-        normalizer: Comes before the first one; None leaves observations as they are.
-        layer_norm: Whether each hidden layer has one.
-        std_transform: Makes standard deviations of what the last layer gives.
-        last_layer_scale: The last layer's first weights are those of Glorot's times this.
-        name: Of the network.
+        normalizer: Applied before the first layer; None leaves observations unchanged.
+        layer_norm: Whether each hidden layer has a LayerNorm.
+        std_transform: Computes standard deviations from the last layer's output.
+        last_layer_scale: Factor on the Glorot initialisation of the last layer.
+        name: Name of the network.
         """
         projection = tanh_normal_projection_network.TanhNormalProjectionNetwork(_only(action_spec), None, std_transform)
         projection._projection_layer.kernel_initializer = _ScaledGlorot(last_layer_scale)
@@ -137,7 +137,7 @@ class DenseActor(network.DistributionNetwork):
 
 
 class BoundedStd:
-    """Standard deviations exp(x), with x brought between two bounds by tanh."""
+    """Standard deviations exp(x), with x squashed between two bounds by tanh."""
 
     def __init__(self, min_log_std: float, max_log_std: float):
         self._min, self._max = min_log_std, max_log_std

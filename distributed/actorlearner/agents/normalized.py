@@ -1,8 +1,8 @@
 """Observation normalisation for any algorithm: a layer that comes first in each of its networks.
 
 Fixed centre and spread come from gin. Running ones are the mean and the standard deviation of all observations that the
-learner has taken in, each counted once; they are variables of the policy, so they travel with the weights to the
-actors, into checkpoints and SavedModels.
+learner has received, each counted once; they are variables of the policy, so they travel with the weights to actors,
+checkpoints and SavedModels.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from actorlearner.agents.base import PositiveFloat
 
 @dataclasses.dataclass(frozen=True)
 class NormalizedObservations:
-    """The bindings that every algorithm with normalised observations has.
+    """Bindings of every algorithm with normalised observations.
 
     Attributes:
-      normalize_observations: None leaves observations as they are; "fixed" takes `observation_center` and
-        `observation_spread`; "running" the mean and standard deviation of what was collected so far.
+      normalize_observations: None leaves observations unchanged; "fixed" uses `observation_center` and
+        `observation_spread`; "running" the mean and standard deviation of the observations collected so far.
       observation_center, observation_spread: One number for all components of an observation, or one for each. Used by
-        "fixed": what networks see is (observation - center) / spread.
-      observation_clip: Normalised components are cut at plus and minus this.
+        "fixed": the networks' input is (observation - center) / spread.
+      observation_clip: Normalised components are clipped to plus and minus this.
     """
 
     normalize_observations: Optional[Literal["fixed", "running"]] = None
@@ -34,7 +34,7 @@ class NormalizedObservations:
     observation_clip: PositiveFloat = 5.0
 
     def make_normalizer(self, observation_spec: Any) -> Optional[Normalizer]:
-        """Returns what makes the layers of one agent; None when observations stay as they are.
+        """Returns the factory of one agent's normalisation layers; None if observations stay unchanged.
 
         Raises:
           ValueError: The observation is not one array of floats, or centre and spread do not fit it.
@@ -66,7 +66,7 @@ class NormalizedObservations:
 
 
 class RunningStatistics(tf.Module):
-    """Mean and variance of observations, as variables. Before the first update they leave observations as they are."""
+    """Mean and variance of observations, as variables. Before the first update they leave observations unchanged."""
 
     def __init__(self, shape: Any):
         super().__init__(name="observation_statistics")
@@ -79,11 +79,11 @@ class RunningStatistics(tf.Module):
         self.count = make("observation_count", 0.0, tf.float32)
 
     def update(self, moments: Any) -> None:
-        """Counts more observations in. Not for compiled code; call it between two compiled calls.
+        """Adds more observations. Not for compiled code; call it between two compiled calls.
 
         Args:
-          moments: What has `count`, `mean` and `squares` of them: `squares` is the sum of squared distances from
-          `mean`.
+          moments: Has `count`, `mean` and `squares` of the observations; `squares` is the sum of squared distances from
+            `mean`.
 
         Source: Chan, Golub and LeVeque (1979), updating formulae for sample variances.
         """
@@ -111,9 +111,9 @@ class Normalizer:
         statistics: Optional[RunningStatistics] = None,
     ):
         """Args:
-        clip: Normalised components are cut at plus and minus this.
-        center, scale: What networks see is (observation - center) * scale, unless there are `statistics`.
-        statistics: Give mean and standard deviation instead.
+        clip: Normalised components are clipped to plus and minus this.
+        center, scale: The networks' input is (observation - center) * scale, unless `statistics` are given.
+        statistics: Provide mean and standard deviation instead.
         """
         self.clip = clip
         self.center = center
@@ -125,20 +125,20 @@ class Normalizer:
 
 
 MIN_VARIANCE = 1e-6
-"""A component that has never changed is not blown up by more than a thousand."""
+"""Smallest standard deviation, so that a constant component is scaled by at most a thousand."""
 
 
 class NormalizationLayer(tf.keras.layers.Layer):
     """Observations [..., D] -> normalised observations [..., D], float32, within plus and minus the normaliser's clip.
 
-    A copy of the layer, which a copy of its network has, shares the statistics.
+    A copy of the layer, in a copy of its network, shares the statistics.
     """
 
     def __init__(self, normalizer: Normalizer, name: str = "normalized", **kwargs: Any):
         super().__init__(**{"name": name, "trainable": False, **kwargs})
         self._normalizer = normalizer
         statistics = normalizer.statistics
-        # As attributes, so that Keras counts them as the layer's weights, and they are among the policy's variables.
+        # As attributes, so that Keras tracks them as weights, and they become variables of the policy.
         self._statistics = [statistics.mean, statistics.variance, statistics.count] if statistics else []
 
     def get_config(self) -> dict[str, Any]:

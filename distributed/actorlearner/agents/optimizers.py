@@ -1,4 +1,4 @@
-"""Adam for agents, with a step size that may fall and with weight decay that does decay."""
+"""Adam for agents, with an optional step-size decay and decoupled weight decay."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def make_adam(
 
     Args:
       learning_rate: Step size at the first update.
-      final_learning_rate: Step size from update `decay_steps` on, reached linearly; None keeps the first.
+      final_learning_rate: Step size from update `decay_steps` on, reached linearly; None keeps `learning_rate`.
       decay_steps: Updates over which the step size falls.
       weight_decay: Each update takes this times the step size off each kernel; biases and gains are left alone.
 
@@ -39,10 +39,10 @@ def make_adam(
 
 
 class AdamW(tf.keras.optimizers.legacy.Adam):
-    """Adam with decoupled weight decay, as an optimizer that TF-Agents takes as it is.
+    """Adam with decoupled weight decay, as a legacy optimizer, which TF-Agents uses unchanged.
 
-    `SacAgent` makes a legacy optimizer of each new one. Keras' own AdamW becomes a string on the way, and the new Adam
-    loses its `weight_decay`, both without a word.
+    `SacAgent` converts each new optimizer to a legacy one. On the way Keras' own AdamW becomes a string, and the new
+    Adam loses its `weight_decay`, both silently.
     """
 
     def __init__(self, learning_rate: Any, weight_decay: float, name: str = "AdamW", **kwargs: Any):

@@ -1,4 +1,4 @@
-"""The three policies of an agent: one that collects, one that is evaluated, one that acts at random."""
+"""The three policies of an agent: collect, greedy (for evaluation) and random."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from actorlearner.agents.acting import CompiledActing, RandomActing
 
 
 class Policies:
-    """An agent's policies and what acting by them needs; each role makes its own.
+    """An agent's policies and the variables that acting needs; each role makes its own.
 
     Attributes:
-      agent: Whose they are.
-      train_step: Exploration may depend on it; actors set it to that of the weights they act by.
+      agent: The agent.
+      train_step: Exploration may depend on it; actors set it to the train step of their weights.
       variables: Everything that acting needs, statistics included, in the order in which it is published.
     """
 
     def __init__(self, agent: tf_agent.TFAgent, train_step: tf.Variable, num_random_repeats: int = 1):
         """Args:
         agent, train_step: See above.
-        num_random_repeats: Each random action is given so many times in a row.
+        num_random_repeats: Number of steps for which each random action is held.
         """
         self.agent = agent
         self.train_step = train_step
-        self.variables: Sequence[tf.Variable] = agent.collect_policy.variables()  # once: it walks through the agent
+        # called once: it walks through the agent
+        self.variables: Sequence[tf.Variable] = agent.collect_policy.variables()
         self._num_random_repeats = num_random_repeats
 
     @property
@@ -57,7 +58,7 @@ class Policies:
         return CompiledActing(self.greedy, num_environments)
 
     def make_random(self, num_environments: int, seed: int) -> RandomActing:
-        """Returns random actions in the place of the collect policy's."""
+        """Returns uniformly random acting, with the collect policy's interface."""
         specs: list[Any] = [self.agent.time_step_spec, self.agent.action_spec, self.collect.info_spec]
         time_step_spec, action_spec, info_spec = map(tensor_spec.to_array_spec, specs)
         return RandomActing(time_step_spec, action_spec, info_spec, num_environments, seed, self._num_random_repeats)

@@ -1,8 +1,8 @@
 """Soft actor-critic (Haarnoja et al., 2018, arXiv:1812.05905), for continuous actions.
 
 The agent is TF-Agents' `SacAgent`. With its defaults it is built as the "SAC minitaur with the Actor-Learner API"
-tutorial builds it, and the parameters that the tutorial has bear its names. What goes beyond the paper, each by a
-binding of its own: normalised observations, n-step returns, LayerNorm, bounded standard deviations, weight decay.
+tutorial builds it, with the tutorial's parameter names. Extensions beyond the paper, each with a binding of its own:
+normalised observations, n-step returns, LayerNorm, bounded standard deviations, weight decay.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ from actorlearner.agents.optimizers import make_adam
 @gin.configurable("sac", module="actorlearner")
 @dataclasses.dataclass(frozen=True)
 class Sac(NormalizedObservations):
-    """Makes SAC agents. The bindings of `NormalizedObservations` are here too.
+    """Makes SAC agents. It also has the bindings of `NormalizedObservations`.
 
     Attributes:
       critic_learning_rate, actor_learning_rate, alpha_learning_rate: Adam's step sizes; alpha is the entropy's weight.
       final_learning_rate: Step size of critics and actor from `learning_rate_decay_steps` on, reached linearly; None
-        keeps the first.
-      learning_rate_decay_steps: Train steps over which it falls.
-      weight_decay: Share of each kernel, times the step size, that an update of critics or actor takes off it.
+        keeps the initial ones.
+      learning_rate_decay_steps: Train steps over which the step sizes fall.
+      weight_decay: Each update of critics or actor subtracts this times the step size times the kernel.
       initial_alpha: The entropy's weight at train step 0.
-      target_entropy: What alpha steers the entropy to; None takes minus half the number of action components.
-      target_update_tau: How far the target critics move towards the critics, 0 to 1, at each target update.
+      target_entropy: The entropy to which alpha is adjusted; None takes minus half the number of action components.
+      target_update_tau: Fraction, 0 to 1, by which the target critics move towards the critics at each target update.
       target_update_period: Train steps between two target updates.
       gamma: Discount of future rewards.
       n_step_update: Rewards summed before bootstrapping; windows are one step longer than this.
       reward_scale_factor: Rewards are multiplied by this; the larger, the less entropy counts.
       actor_fc_layer_params, critic_joint_fc_layer_params: Units of each hidden layer.
       actor_layer_norm, critic_layer_norm: Whether each hidden layer has a LayerNorm before its ReLU.
-      log_std_bounds: Least and largest logarithm of the policy's standard deviations, before tanh squashes actions;
+      log_std_bounds: Smallest and largest logarithm of the policy's standard deviations, before tanh squashes actions;
         None sets no bounds.
-      actor_last_layer_scale: The actor's last layer begins with Glorot's weights times this.
+      actor_last_layer_scale: Factor on the Glorot initialisation of the actor's last layer.
       gradient_clipping: Largest gradient norm; None does not clip.
     """
 

@@ -1,4 +1,4 @@
-"""Steps a batch of environments and hands what they do to replay."""
+"""Steps a batch of environments and writes their steps to the replay."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from actorlearner.variable_container import Phase, Subscriber
 
 
 class Collector:
-    """Steps a batch of environments and hands what they do to replay."""
+    """Steps a batch of environments and writes their steps to the replay."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class Collector:
         self._cluster = cluster
         self._servers = servers
         self._tables = tables
-        # A restarted actor must not repeat the episodes of the process before it.
+        # A restarted actor must not repeat the episodes of the previous process.
         self._environments = experiment.make_environments(num_environments, "collect-actor", cluster.task, life)
         self.sink = experiment.replay.make_sink(servers, sampling)
         self.environment_steps = self.episodes = 0
@@ -57,10 +57,10 @@ class Collector:
         return self._environments.num_crashes
 
     def step(self, acting: Any, acted_at: int) -> None:
-        """Acts once in every environment and hands what came of it to the sink.
+        """Acts once in every environment and appends the results to the sink.
 
         Raises:
-          RoleError: A reward or an observation is not finite, or not what its space says (DATA).
+          RoleError: A reward or an observation is not finite, or does not fit its spec (DATA).
         """
         policy_step = acting.act(self._time_step)
         before = self._time_step
@@ -90,12 +90,12 @@ class Collector:
         except UnfitData as error:
             raise RoleError(
                 f"after {self.environment_steps:,} environment steps {error}: nothing of it was sent, and the last "
-                "good checkpoint is kept. Mend the environment, then start again with the same --root_dir.",
+                "good checkpoint is kept. Fix the environment, then start again with the same --root_dir.",
                 ExitCode.DATA,
             ) from error
 
     def _count(self, step_type: np.ndarray, after: ts.TimeStep, crashed: np.ndarray) -> None:
-        acted = (step_type != StepType.LAST) & ~crashed  # after a last step comes a reset, no step of the environment
+        acted = (step_type != StepType.LAST) & ~crashed  # after a last step comes a reset, which is no environment step
         self.environment_steps += int(np.count_nonzero(acted))
         self._returns[crashed] = 0.0
         self._returns += np.where(acted, after.reward, 0.0)
@@ -105,10 +105,10 @@ class Collector:
             self._returns[index] = 0.0
 
     def await_server(self, weights: Subscriber, stop: Stop) -> None:
-        """Returns when the server has taken enough, or nothing more is wanted.
+        """Blocks until the server accepts more, or no more data is needed.
 
         Raises:
-          RoleError: The server refused an item (DATA), or neither it nor the learner gave a sign of life for
+          RoleError: The server refused an item (DATA), or neither it nor the learner showed progress for
             `--peer_patience_secs` (UNAVAILABLE).
         """
         start = said = time.monotonic()
@@ -118,7 +118,7 @@ class Collector:
             silent = min(now - start, weights.learner_silent_secs())
             if silent > self._cluster.peer_patience_secs:
                 raise RoleError(
-                    f"the replay server at {self._cluster.replay_address} has taken nothing for "
+                    f"the replay server at {self._cluster.replay_address} has accepted nothing for "
                     f"{now - start:.0f} s and the learner has been silent for {silent:.0f} s, longer than "
                     f"--peer_patience_secs = {self._cluster.peer_patience_secs:g}. Start what is missing, or raise it.",
                     ExitCode.UNAVAILABLE,
@@ -134,7 +134,7 @@ class Collector:
         self.blocked_secs += time.monotonic() - start
 
     def await_answer(self, turn: ActorsTurn, stop: Stop) -> None:
-        """Returns when the next step may be made. See `ActorsTurn.await_answer`."""
+        """Blocks until the next step may be made. See `ActorsTurn.await_answer`."""
         start = time.monotonic()
         turn.await_answer(stop)
         self.blocked_secs += time.monotonic() - start

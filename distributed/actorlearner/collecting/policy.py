@@ -99,7 +99,7 @@ class ActorPolicy:
         )
         if self._weights.phase() <= Phase.TRAINING:
             self.acting, self._is_warming_up = acting, False
-            logging.info("the replay is warm: acting with the collect policy from here on")
+            logging.info("warm-up is over: acting with the collect policy from here on")
 
     def _take_up_weights(self) -> None:
         snapshot = self._weights.latest()

@@ -14,7 +14,7 @@ from actorlearner.runtime.telemetry import Events, Rate
 
 
 class Progress:
-    """Tells the learner and TensorBoard how collecting goes."""
+    """Reports the collect actor's counts to the learner and TensorBoard."""
 
     def __init__(self, cluster: Cluster, reporter: NewestReport, events: Events):
         self._actor = secrets.randbits(62)
@@ -28,11 +28,11 @@ class Progress:
         return time.monotonic() - self._reported_at >= interval_secs
 
     def await_sent(self, timeout_secs: float) -> None:
-        """Returns when the learner's queue has the last report, or after `timeout_secs` seconds."""
+        """Blocks until the learner's queue has the last report, for at most `timeout_secs` seconds."""
         self._reporter.await_sent(timeout_secs)
 
     def report(self, collector: Collector, train_step: int, events_interval_secs: float) -> None:
-        """Hands the counts so far to the thread that sends them."""
+        """Passes the counts so far to the sending thread."""
         self._reported_at = time.monotonic()
         rate = self._rate.update(collector.environment_steps)
         average_return = float(np.mean(collector.recent_returns)) if collector.recent_returns else float("nan")

@@ -1,8 +1,8 @@
-"""Agents count whole-number actions from 0; environments from where their space begins.
+"""Discrete actions: agents count them from 0, environments from the start of their space.
 
 TF-Agents' DQN takes only actions that count from 0, and TF-Agents' specs of gym environments ignore the `start` of a
-`Discrete` space. So the environment's own spec is corrected, the agent is given the spec `from_zero`, and the offset is
-added where an agent's action goes to the environment: in the batch, and in exported policies.
+`Discrete` space. So the environment's own spec is corrected, the agent gets the spec `from_zero`, and the offset is
+added where an agent's action reaches the environment: in the batch, and in exported policies.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from actorlearner.environments.checks import find_gym
 
 
 def correct_starts(environment: py_environment.PyEnvironment) -> None:
-    """Gives a gym environment's specs the bounds of their `Discrete` spaces, which TF-Agents counts from 0."""
+    """Corrects a gym environment's specs to the bounds of its `Discrete` spaces, which TF-Agents counts from 0."""
     inner = find_gym(environment)
     if inner is not None:
         inner._action_spec = _with_starts(inner.gym.action_space, inner._action_spec)
@@ -39,7 +39,7 @@ def _with_starts(space: Any, spec: Any) -> Any:
 
 
 def from_zero(action_spec: Any) -> Any:
-    """Returns tensor specs of the agent's action for those of the environment's."""
+    """Returns the agent's action specs for the environment's."""
     return tree.map_structure(
         lambda spec, offset: (
             tensor_spec.BoundedTensorSpec(
@@ -54,7 +54,7 @@ def from_zero(action_spec: Any) -> Any:
 
 
 def offsets(action_spec: Any) -> Any:
-    """Returns what is added to an agent's action to have the environment's, for array or tensor specs of the latter."""
+    """Returns the offset from an agent's action to the environment's, for the environment's array or tensor specs."""
     return tree.map_structure(_offset, action_spec)
 
 

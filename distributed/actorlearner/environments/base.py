@@ -1,4 +1,4 @@
-"""What an environment suite offers: a factory of environments, and how one of a batch is stepped, its lane."""
+"""The interface of an environment suite: a factory of environments, and the lane that steps one of a batch."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ from actorlearner.environments.checks import CheckedGym, UnfitData, find_gym, is
 FIRST, MID, LAST = int(StepType.FIRST), int(StepType.MID), int(StepType.LAST)
 
 Answer = tuple[int, Any, Any, Any]
-"""What one environment answers: step type, reward, discount, observation."""
+"""The result of one environment's step: step type, reward, discount, observation."""
 
 
 class EnvironmentFactory(Protocol):
-    """What the experiment needs of an environment suite; a suite need not know this class.
+    """What the experiment needs from an environment suite; a suite need not import this class.
 
-    A suite with a faster way to step its environments has one method more, `make_lane(environment, index) -> Lane`; all
+    A suite with a faster way to step its environments also has the method `make_lane(environment, index) -> Lane`;
     others are stepped by a `PyLane`.
     """
 
     @property
     def env_name(self) -> str:
-        """Which environment it makes; a run directory belongs to one."""
+        """Name of the environment it makes; a run directory belongs to one environment."""
         ...
 
     def make_environment(self, seed: int) -> py_environment.PyEnvironment:
-        """Returns a new environment; raises `ValueError` when there is none of that name."""
+        """Returns a new environment; raises `ValueError` if none has that name."""
         ...
 
     def real_steps_per_second(self, environment: py_environment.PyEnvironment) -> float:
-        """Returns environment steps in one second of the task's own time."""
+        """Returns environment steps per second of the task's real time."""
         ...
 
 
 class Lane(Protocol):
-    """Steps one environment of a batch. What its own `step` would give it gives as it comes: the batch converts it."""
+    """Steps one environment of a batch and returns its own values unconverted; the batch converts them."""
 
     def reset(self) -> Answer:
         """Returns the first time step of a new episode."""
         ...
 
     def step(self, action: Any) -> Answer:
-        """Returns what the environment answers; after a last time step, the first of a new episode."""
+        """Returns the environment's time step; after a last one, the first of a new episode."""
         ...
 
     def close(self) -> None:

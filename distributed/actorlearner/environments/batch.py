@@ -1,4 +1,4 @@
-"""Several environments stepped side by side: columns in, columns out; a crashed one is replaced by a fresh one.
+"""Steps several environments side by side, with columns as input and output; replaces a crashed one by a new one.
 
 A column holds one leaf for every environment: arrays of shape [num_environments, ...].
 """
@@ -24,12 +24,12 @@ from actorlearner.runtime.health import beat
 MAX_CRASHES_WITHOUT_STEP = 3
 
 
-# Rewards that need no conversion.
+# Types of rewards that need no conversion.
 _FLOATS = frozenset({float, np.float32, np.float64})
 
 
 class EnvironmentBatch:
-    """Steps `num_environments` environments, each with its own seed, and outlives their crashes."""
+    """Steps `num_environments` environments, each with its own seed, and survives their crashes."""
 
     def __init__(
         self,
@@ -43,8 +43,8 @@ class EnvironmentBatch:
         Args:
           make_environment: Makes one environment from a seed.
           num_environments: How many.
-          seeds: One for each environment, and for each fresh one after a crash.
-          make_lane: Returns how an environment is stepped, given its number in the batch.
+          seeds: One for each environment, and one for each replacement after a crash.
+          make_lane: Returns the lane of an environment, given its index in the batch.
         """
         self._make_environment = make_environment
         self._seeds = seeds
@@ -52,12 +52,12 @@ class EnvironmentBatch:
         environments = []
         for seed in itertools.islice(seeds, num_environments):
             environments.append(make_environment(seed))
-            beat()  # each may take long, and so with the two below
+            beat()  # each may take long; the same for the two below
         self._lanes = [make_lane(environment, index) for index, environment in enumerate(environments)]
         self._crashes_in_a_row = [0] * num_environments
         self.num_crashes = 0
         self.crashed = np.zeros(num_environments, bool)
-        """Which environments the last `step` found crashed; each has begun anew, at a first time step."""
+        """Which environments crashed in the last `step`; each was replaced by a new one, at a first time step."""
         spec = environments[0].time_step_spec()
         self._spec = spec
         self._has_one_leaf = not tree.is_nested(spec.observation)
@@ -72,7 +72,7 @@ class EnvironmentBatch:
             for path, leaf in tree.flatten_with_path(spec.observation)
             if np.issubdtype(leaf.dtype, np.integer) and hasattr(leaf, "minimum")
         ]
-        # Two sets: the time step before stays as it was while the next is filled in.
+        # Two sets of columns: the previous time step stays unchanged while the next one is filled in.
         sets = [
             tree.map_structure(lambda leaf: np.zeros((num_environments, *leaf.shape), leaf.dtype), spec)
             for _ in range(2)
@@ -92,19 +92,19 @@ class EnvironmentBatch:
         return self._current
 
     def step(self, actions: Any, indices: Optional[Iterable[int]] = None) -> ts.TimeStep:
-        """Returns what the environments answer, as columns; they stay valid until the second call from here.
+        """Returns the environments' time steps, as columns; they stay valid until the second call after this one.
 
-        After a last time step, the next call begins a new episode and ignores its action. The answer of an environment
-        that crashed is the first time step of its fresh one; `crashed` tells.
+        After a last time step, the next call starts a new episode and ignores its action. For an environment that
+        crashed, the result is the first time step of its replacement; see `crashed`.
 
         Args:
-          actions: Columns; whole numbers count from 0, wherever the environments' own begin.
-          indices: Which environments to step; the columns of others are left as they were. All by default.
+          actions: Columns; discrete actions count from 0, wherever the environment's own start.
+          indices: Which environments to step; the columns of others stay unchanged. All by default.
 
         Raises:
-          RuntimeError: An environment crashed again and again without one good step.
-          UnfitData: A reward, an observation or `done` is not what its spec says; it would spoil the weights without a
-            word. `NotFinite` where it is a NaN or an infinity.
+          RuntimeError: An environment crashed repeatedly without one good step.
+          UnfitData: A reward, an observation or `done` does not fit its spec, which would silently spoil the weights.
+            `NotFinite` for a NaN or an infinity.
         """
         if self._action_offset is not None:
             actions = tree.map_structure(np.add, actions, self._action_offset)
@@ -119,9 +119,9 @@ class EnvironmentBatch:
             try:
                 answer = self._lanes[index].step(action)
                 self._crashes_in_a_row[index] = 0
-            except UnfitData:  # it would be so of a fresh one too
+            except UnfitData:  # a replacement would give the same
                 raise
-            except Exception:  # whatever an environment raises, the actor goes on
+            except Exception:  # whatever an environment raises, the actor continues
                 logging.exception("environment %d crashed in step", index)
                 self.crashed[index] = True
                 answer = self._restart(index)
@@ -131,7 +131,7 @@ class EnvironmentBatch:
         return self._current
 
     def _require_plausible(self) -> None:
-        """Returns when all is finite and whole numbers are in bounds: the learner leaves out what is not."""
+        """Checks that all values are finite and whole numbers within bounds: the learner would leave out others."""
         for column in self._current_floats:
             if not np.isfinite(column).all():
                 raise self._implausible()
@@ -180,7 +180,7 @@ class EnvironmentBatch:
                 column[index] = leaf
 
     def _restart(self, index: int) -> Answer:
-        """Returns the first time step of a fresh environment in the place of the crashed one."""
+        """Replaces a crashed environment by a new one, and returns its first time step."""
         self.num_crashes += 1
         self._crashes_in_a_row[index] += 1
         if self._crashes_in_a_row[index] > MAX_CRASHES_WITHOUT_STEP:
@@ -193,7 +193,7 @@ class EnvironmentBatch:
             logging.warning("the crashed environment %d did not close", index)
         self._lanes[index] = self._make_lane(self._make_environment(next(self._seeds)), index)
         self._bounds.begin(index)
-        logging.warning("environment %d was replaced by a fresh one; %d crashes so far", index, self.num_crashes)
+        logging.warning("environment %d was replaced by a new one; %d crashes so far", index, self.num_crashes)
         return self._reset(index)
 
     def _reset(self, index: int) -> Answer:
@@ -206,7 +206,7 @@ class EnvironmentBatch:
             return self._restart(index)
 
     def close(self) -> None:
-        """Closes every environment; one that raises is warned of, as all that it was for is done."""
+        """Closes every environment; logs a warning if one raises."""
         for index, lane in enumerate(self._lanes):
             try:
                 lane.close()
@@ -215,13 +215,13 @@ class EnvironmentBatch:
 
 
 def _float_columns(columns: ts.TimeStep) -> list[np.ndarray]:
-    """Returns the columns of a time step that may hold a NaN; discounts are checked one by one."""
+    """Returns the columns of a time step that may hold a NaN; discounts are checked separately."""
     return [column for column in tree.flatten((columns.reward, columns.observation)) if column.dtype.kind == "f"]
 
 
 def _rows(actions: Any) -> Iterable[Any]:
-    """Returns one action per environment; plain numbers where the action is one whole number, as gym likes them."""
+    """Returns one action per environment; a plain int for a scalar discrete action, as gym expects."""
     if isinstance(actions, np.ndarray):
-        # A copy of the others: environments that clip or scale in place would change what is recorded of them.
+        # Copies, because environments that clip or scale an action in place would change the recorded one.
         return actions.tolist() if actions.ndim == 1 and actions.dtype.kind == "i" else actions.copy()
     return [tree.unflatten_as(actions, row) for row in zip(*(np.array(column) for column in tree.flatten(actions)))]

@@ -1,4 +1,4 @@
-"""What an environment gives is what its specs say, or it is refused by name.
+"""Checks that an environment's values fit its specs, and refuses those that do not, by name.
 
 A leaf is one array of an observation, or the reward. A leaf of another shape is refused. One of another type is
 converted if no value changes by more than rounding. That holds for every step; the first steps of each environment are
@@ -17,30 +17,30 @@ from tf_agents.environments import gym_wrapper, py_environment, wrappers
 from tf_agents.trajectories import StepType
 
 NUM_FULL_CHECKS = 100
-"""So many first time steps of each environment are also compared with the bounds of their spaces."""
+"""Number of first time steps of each environment that are also compared with the bounds of its spaces."""
 
 _NUMBERS = "biuf"  # numpy's kinds: bool, int, unsigned int, float
 
 
 class UnfitData(ValueError):
-    """An environment gave what its specs do not allow; the message has environment, leaf, value and expectation."""
+    """An environment returned a value that its specs do not allow; the message has environment, leaf and value."""
 
 
 class NotFinite(UnfitData):
-    """An environment gave a NaN or an infinity; the message has the environment and the first bad leaf."""
+    """An environment returned a NaN or an infinity; the message has the environment and the first bad leaf."""
 
 
 def fit(index: int, name: str, value: Any, spec: Any) -> np.ndarray:
     """Returns `value` as an array of the spec's shape and type.
 
     Args:
-      index: Of the environment, for the message.
-      name: Of the leaf, for the message.
-      value: Whatever the environment gave.
+      index: Index of the environment, for the message.
+      name: Name of the leaf, for the message.
+      value: What the environment returned.
       spec: Array spec of the leaf.
 
     Raises:
-      UnfitData: It has another shape, or it is not made of numbers that the spec's type has.
+      UnfitData: It has another shape, or numbers that the spec's type cannot hold.
     """
     if isinstance(value, np.ndarray) and value.dtype == spec.dtype and value.shape == spec.shape:
         return value
@@ -72,7 +72,7 @@ def fit_observation(index: int, observation: Any, spec: Any) -> Any:
         raise UnfitData(
             f"environment {index} gave an observation of another structure{_hint(observation)} than its space, "
             f"{tree.map_structure(_say, spec)}: {str(error).splitlines()[0]} "
-            "Mend the space, or what the environment returns."
+            "Correct the space, or what the environment returns."
         ) from None
     parts = zip(_leaf_names(spec), leaves, tree.flatten(spec))
     fitted = [fit(index, name, leaf, part) for name, leaf, part in parts]
@@ -95,15 +95,15 @@ def fit_flag(index: int, done: Any) -> bool:
 
 
 def is_truncated(info: Any) -> bool:
-    """Returns whether a limit ended a gym environment's episode, as gym's `TimeLimit` and its like say in `info`."""
+    """Returns whether a time limit ended the episode, as gym's `TimeLimit` and similar wrappers say in `info`."""
     return isinstance(info, dict) and bool(info.get("TimeLimit.truncated", False))
 
 
 def unpack_step(index: int, answer: Any) -> Any:
-    """Returns the four values that a gym environment's `step` gave.
+    """Returns the four values of a gym environment's `step`.
 
     Raises:
-      UnfitData: They are not four.
+      UnfitData: There are not four.
     """
     if isinstance(answer, (tuple, list)) and len(answer) == 4:
         return answer
@@ -116,14 +116,14 @@ def unpack_step(index: int, answer: Any) -> Any:
 
 
 def find_gym(environment: py_environment.PyEnvironment) -> gym_wrapper.GymWrapper | None:
-    """Returns TF-Agents' wrapper of a gym environment, below all others; None where there is no gym in it."""
+    """Returns TF-Agents' innermost wrapper of a gym environment; None if it is not a gym environment."""
     while isinstance(environment, wrappers.PyEnvironmentBaseWrapper):
         environment = environment.wrapped_env()
     return environment if isinstance(environment, gym_wrapper.GymWrapper) else None
 
 
 class CheckedGym(gym.Wrapper):
-    """A gym environment below TF-Agents' wrapper, which would cast whatever comes."""
+    """Checks a gym environment below TF-Agents' wrapper, which would cast any value."""
 
     def __init__(self, index: int, wrapper: gym_wrapper.GymWrapper):
         super().__init__(wrapper.gym)
@@ -137,7 +137,7 @@ class CheckedGym(gym.Wrapper):
     def step(self, action: Any) -> tuple[Any, np.ndarray, bool, Any]:
         observation, reward, done, info = unpack_step(self._index, self.env.step(action))
         reward = fit(self._index, "reward", reward, self._reward_spec)
-        if not np.isfinite(reward).all():  # of a NaN TF-Agents says that it was a None
+        if not np.isfinite(reward).all():  # TF-Agents would report a NaN as None
             raise NotFinite(f"environment {self._index} gave reward = {reward}")
         return (
             fit_observation(self._index, observation, self._observation_spec),
@@ -152,27 +152,27 @@ class BoundsCheck:
 
     def __init__(self, num_environments: int, time_step_spec: Any):
         self.num_left = [NUM_FULL_CHECKS] * num_environments
-        """How many more time steps of each environment are due."""
+        """Number of time steps of each environment that are still to be checked."""
         self._spec = time_step_spec
         self._names = _leaf_names(time_step_spec.observation)
         self._warned: set[str] = set()
 
     def begin(self, index: int) -> None:
-        """Checks the first steps of a fresh environment in the place of `index` too."""
+        """Restarts the checks of the environment at `index`, because it was replaced."""
         self.num_left[index] = NUM_FULL_CHECKS
 
     def check(self, index: int, step_type: Any, discount: Any, observation: Any) -> None:
-        """Returns when all is within its bounds; a float outside is warned of, once for each leaf.
+        """Checks that all values are within bounds; a float outside only warns, once for each leaf.
 
         Raises:
-          UnfitData: A whole number is outside its space, or the step type or the discount is none.
+          UnfitData: A whole number is outside its space, or the step type or the discount is invalid.
         """
         self.num_left[index] -= 1
         if np.shape(step_type) or step_type not in (StepType.FIRST, StepType.MID, StepType.LAST):
             raise UnfitData(
                 f"environment {index} gave step_type = {step_type!r}, expected 0, 1 or 2 (first, mid, last)."
             )
-        if not (np.all(np.asarray(discount) >= 0) and np.all(np.asarray(discount) <= 1)):  # a NaN is neither
+        if not (np.all(np.asarray(discount) >= 0) and np.all(np.asarray(discount) <= 1)):  # False for a NaN
             raise UnfitData(f"environment {index} gave discount = {discount!r}, expected 0 to 1.")
         for name, value, spec in zip(self._names, tree.flatten(observation), tree.flatten(self._spec.observation)):
             if not hasattr(spec, "minimum"):
@@ -194,7 +194,7 @@ def _leaf_names(spec: Any) -> list[str]:
 
 
 def _equal(given: np.ndarray, converted: np.ndarray) -> np.ndarray:
-    if given.dtype.kind == "f" and converted.dtype.kind == "f":  # rounding is no change, but an infinity is
+    if given.dtype.kind == "f" and converted.dtype.kind == "f":  # rounding is allowed, an infinity is not
         return np.isfinite(given) == np.isfinite(converted)
     if converted.dtype.kind == "f":
         return np.isfinite(converted)
@@ -219,5 +219,5 @@ def _hint(value: Any) -> str:
 def _unfit(index: int, name: str, given: str, spec: Any, hint: str = "") -> UnfitData:
     return UnfitData(
         f"environment {index} gave {name} = {given}{hint} where its space says {_say(spec)}. "
-        "Mend the space, or what the environment returns."
+        "Correct the space, or what the environment returns."
     )

@@ -31,11 +31,11 @@ class GymEnvironment:
 
     Attributes:
       env_name: gym's id, e.g. "CartPole-v1".
-      max_episode_steps: Time limit in environment steps; None takes the id's registered limit, 0 sets none. An episode
+      max_episode_steps: Time limit in environment steps; None takes the id's registered limit, 0 no limit. An episode
         cut by the limit is truncated, not terminated: its last discount stays 1.
-      steps_per_second: The task's real time: environment steps in a second, for videos; None takes gym's metadata.
-      num_past_steps: So many observations and actions before it are added to each observation. See `PastSteps`.
-      num_late_steps: Actions reach the environment so many steps late, to test robustness. See `LateActions`.
+      steps_per_second: Environment steps per second of the task's real time, for videos; None takes gym's metadata.
+      num_past_steps: Number of earlier observations and actions that are added to each observation. See `PastSteps`.
+      num_late_steps: Number of steps by which actions are delayed, to test robustness. See `LateActions`.
     """
 
     env_name: str
@@ -45,7 +45,7 @@ class GymEnvironment:
     num_late_steps: Annotated[int, annotated_types.Ge(0)] = 0
 
     def make_environment(self, seed: int) -> py_environment.PyEnvironment:
-        """Returns a new environment with its own seed; made anew after each crash.
+        """Returns a new environment with its own seed; called again after each crash.
 
         Raises:
           ValueError: gym does not know `env_name`; the message has the nearest id.
@@ -61,11 +61,11 @@ class GymEnvironment:
         return environment
 
     def make_lane(self, environment: py_environment.PyEnvironment, index: int) -> Lane:
-        """Returns the fastest way to step `environment` that gives what its own `step` gives."""
+        """Returns the fastest lane for `environment` with the results of its own `step`."""
         return make_lane(environment, index)
 
     def real_steps_per_second(self, environment: py_environment.PyEnvironment) -> float:
-        """Returns environment steps per second of the task's own time."""
+        """Returns environment steps per second of the task's real time."""
         metadata = getattr(environment, "metadata", None) or {}
         return float(
             self.steps_per_second or metadata.get("video.frames_per_second") or metadata.get("render_fps") or 30
@@ -82,9 +82,9 @@ def make_registered(
         known = [spec.id for spec in gym.envs.registry.all()]
         near = difflib.get_close_matches(env_name, known, n=1)
         hint = f"Did you mean '{near[0]}'?" if near else "Is the package that registers it imported in the gin file?"
-        raise ValueError(f"env_name = '{env_name}' is no environment that gym knows. {hint}") from error
+        raise ValueError(f"env_name = '{env_name}' is not registered with gym. {hint}") from error
     limit = spec.max_episode_steps if max_episode_steps is None else max_episode_steps
-    # gym's own time limit would come before a longer one of ours, and would tell the agent that the state was terminal.
+    # Without gym's own time limit, which may be shorter than ours and would mark the state as terminal.
     spec.max_episode_steps = None
     environment = suite_gym.wrap_env(wrap(spec.make()), max_episode_steps=limit)
     environment.seed(seed % 2**31)
@@ -92,7 +92,7 @@ def make_registered(
 
 
 def make_lane(environment: py_environment.PyEnvironment, index: int) -> Lane:
-    """Returns the fastest way to step `environment` that gives what its own `step` gives."""
+    """Returns the fastest lane for `environment` with the results of its own `step`."""
     duration, inner = float("inf"), environment
     if type(inner) is wrappers.TimeLimit:
         duration, inner = inner.duration, inner.wrapped_env()
@@ -102,9 +102,9 @@ def make_lane(environment: py_environment.PyEnvironment, index: int) -> Lane:
 
 
 class GymLane:
-    """A gym environment, stepped as TF-Agents' `GymWrapper` and `TimeLimit` step it, without their cost.
+    """A gym environment, stepped with the results of TF-Agents' `GymWrapper` and `TimeLimit` but without their cost.
 
-    The wrappers take three quarters of a CartPole step: they convert and check what the batch's columns convert anyway.
+    The wrappers take three quarters of a CartPole step: they convert and check what the columns convert anyway.
     """
 
     def __init__(self, environment: Any, max_episode_steps: float, index: int):

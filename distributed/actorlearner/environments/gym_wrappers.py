@@ -1,4 +1,4 @@
-"""Wrappers of gym environments that a gin binding puts around them: past steps as input, and late actions."""
+"""Wrappers of gym environments, chosen by gin bindings: past steps as input, and delayed actions."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import numpy as np
 class PastSteps(gym.Wrapper):
     """Adds to each observation the `num_steps` observations and actions before it, the newest first.
 
-    One vector: [now, observation before, action before, ...]. At the start of an episode the first observation stands
-    for those before it, and zeros for the actions. What one observation does not show, such as how fast the body turns,
-    is in the difference of two (as in Hwangbo et al., 2019, "Learning agile and dynamic motor skills").
+    One vector: [now, observation before, action before, ...]. At the start of an episode its first observation replaces
+    earlier ones, and zeros replace the actions. The difference of two observations contains what one lacks, such as the
+    body's angular velocity (as in Hwangbo et al., 2019, "Learning agile and dynamic motor skills").
     """
 
     def __init__(self, environment: gym.Env, num_steps: int):
-        """Raises `ValueError` when observation or action are not one vector of floats."""
+        """Raises `ValueError` if the observation or the action is not one vector of floats."""
         super().__init__(environment)
         for name, space in (("observation", environment.observation_space), ("action", environment.action_space)):
             if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
@@ -47,7 +47,7 @@ class PastSteps(gym.Wrapper):
         return np.concatenate([observation, *self._past])
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, dict[str, Any]]:
-        as_given = np.array(action, np.float32)  # an environment may work on it in its place
+        as_given = np.array(action, np.float32)  # a copy, because an environment may change it in place
         observation, reward, done, info = self.env.step(action)
         self._past.appendleft(as_given)
         self._past.appendleft(self._now)
@@ -56,7 +56,7 @@ class PastSteps(gym.Wrapper):
 
 
 class LateActions(gym.Wrapper):
-    """Hands each action to the environment `num_steps` steps after it was chosen; until then a neutral one acts.
+    """Delays each action by `num_steps` steps; at the start of an episode neutral actions are used.
 
     For tests of a policy's robustness: a real robot's sensing, computing and sending take time.
     """

@@ -1,8 +1,8 @@
-"""The registered Minitaur with the same numbers in fewer calls: it steps about a fifth faster.
+"""The registered Minitaur with the same numbers in fewer calls: it steps about a third faster.
 
-PyBullet's own class asks for each joint's angle and velocity by itself and sets each motor by itself, five times in an
-environment step. Here all eight go in one call. The physics, the settings of the registered environment and all numbers
-that it gives stay as they are: `tests/environments/test_minitaur.py` compares them bit for bit.
+PyBullet's own class reads each joint's angle and velocity separately and sets each motor separately, five times in an
+environment step. Here one call handles all eight. Physics, settings and numbers stay those of the registered
+environment: `tests/environments/test_minitaur.py` compares them bit for bit.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _QUARTER_PI = math.pi / 4
 
 
 def speed_up(environment: Any) -> None:
-    """Makes PyBullet's Minitaur, as it is registered, answer in fewer calls; other gym environments are left alone."""
+    """Speeds up PyBullet's registered Minitaur; other gym environments stay unchanged."""
     inner = environment.unwrapped
     if type(inner) is minitaur_gym_env.MinitaurBulletEnv and _has_registered_motors(inner):
         inner.__class__ = _QuickMinitaurEnv
@@ -26,7 +26,7 @@ def speed_up(environment: Any) -> None:
 
 
 def _has_registered_motors(environment: Any) -> bool:
-    """Returns whether motors are driven as in the registered environment: by the motor model, with no speed limit."""
+    """Returns whether motors are driven as in the registered environment: by the motor model, without a speed limit."""
     return (
         environment._accurate_motor_model_enabled
         and not environment._pd_control_enabled
@@ -41,7 +41,7 @@ def _has_registered_motors(environment: Any) -> bool:
 
 
 def _speed_up_robot(environment: Any) -> None:
-    """Replaces the methods of the robot; `reset` of the environment makes a new robot each time."""
+    """Replaces the methods of the robot; the environment's `reset` makes a new robot each time."""
     robot = environment.minitaur
     robot.__class__ = _QuickMinitaur
     robot.remember_constants()
@@ -56,7 +56,7 @@ class _QuickMinitaur(minitaur.Minitaur):
         self._client = self._pybullet_client._client
         self._directions = np.array(self._motor_direction)
         self._overheat_steps = minitaur.OVERHEAT_SHUTDOWN_TIME / self.time_step
-        # What the joints of the motors say, until the simulation goes on.
+        # The state of the motors' joints, valid until the next simulation step.
         self._joints: Optional[tuple[np.ndarray, np.ndarray]] = None
 
     def forget_joints(self) -> None:
@@ -99,7 +99,7 @@ class _QuickMinitaur(minitaur.Minitaur):
         )
 
     def ConvertFromLegModel(self, actions: Any) -> np.ndarray:  # noqa: N802
-        # In double precision, as NumPy computes with single numbers, then stored in the type of the actions.
+        # In double precision, as NumPy computes with scalars, then cast to the actions' type.
         actions = np.asarray(actions)
         wide = actions.astype(np.float64)
         legs = np.arange(8) // 2
@@ -110,7 +110,7 @@ class _QuickMinitaur(minitaur.Minitaur):
 
 
 def _to_torques(model: Any, commands: Any, angles: np.ndarray, velocities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns `MotorModel.convert_to_torque`'s actual and observed torques, without `np.clip`, which takes longest."""
+    """Returns `MotorModel.convert_to_torque`'s actual and observed torques, without the slow `np.clip`."""
     limit = minitaur.motor.OBSERVED_TORQUE_LIMIT
     clipping = minitaur.motor.VOLTAGE_CLIPPING
     pwm = -model._kp * (angles - commands) - model._kd * velocities
@@ -136,7 +136,7 @@ class _QuickMinitaurEnv(minitaur_gym_env.MinitaurBulletEnv):
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, dict[str, Any]]:
         robot = self.minitaur
         if not (np.abs(action) <= self._action_bound + minitaur_gym_env.ACTION_EPS).all():
-            self._transform_action_to_motor_command(action)  # says which component is out of bounds
+            self._transform_action_to_motor_command(action)  # raises, naming the component that is out of bounds
         commands = robot.ConvertFromLegModel(action)
         client = self._pybullet_client._client
         for _ in range(self._action_repeat):

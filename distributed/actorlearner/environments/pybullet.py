@@ -31,6 +31,6 @@ class PybulletEnvironment(GymEnvironment):
             return make_registered(self.env_name, self.max_episode_steps, seed, self.wrap)
 
     def wrap(self, environment: gym.Env) -> gym.Env:
-        """Returns the environment, made faster where that changes nothing. See `GymEnvironment.wrap`."""
+        """Returns the environment, made faster where its results stay the same. See `GymEnvironment.wrap`."""
         minitaur.speed_up(environment)
         return super().wrap(environment)

@@ -1,1 +1,1 @@
-"""Evaluations: snapshots on their way to the eval actors, results on their way back, and the best policy so far."""
+"""Evaluations: snapshots for the eval actors, their results, and the best policy so far."""

@@ -1,4 +1,4 @@
-"""The learner's ledger of evaluations: what is due, what came back, and the best policy so far with its weights."""
+"""The learner's ledger of evaluations: pending requests, results, and the best policy's weights."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ class EvaluationLedger:
         metrics: Optional[Path] = None,
     ):
         """Args:
-        requests: The queue that eval actors take from.
-        folder: For the weights of snapshots, one file each, and the results known so far.
+        requests: The queue from which eval actors take snapshots.
+        folder: Holds the snapshots' weights, one file each, and the results so far.
         retry_secs: A request without a result is queued again after this time, even if its eval actor sends heartbeats.
         lease_secs: A request is queued again if it was neither queued nor had a heartbeat for this time: its eval actor
           died, or the queue did with its server.
@@ -73,7 +73,7 @@ class EvaluationLedger:
         self._results = self._read_results(metrics)
         self._best = max(filter(self._has_weights, self._results), key=self._rank, default=None)
         if self._results and self._best is None:
-            logging.warning("%s: the best policy's weights are lost; the best from now on is kept", folder)
+            logging.warning("%s: the best policy's weights are lost; keeping the best from now on", folder)
         self._pending: dict[int, _Pending] = {}
         self._pending_delivered: Optional[_Pending] = None
         self._delivered: Optional[EvaluationResult] = None
@@ -90,10 +90,10 @@ class EvaluationLedger:
             if not is_missing:
                 self._results_file.replace(self._results_file.with_name(self._results_file.name + ".damaged"))
             logging.warning(
-                "%s is %s. %d results were found there and in %s; a policy without is evaluated again if its weights "
-                "are still there.",
+                "%s is %s. %d results were found there and in %s; a policy without a result is evaluated again if its "
+                "weights still exist.",
                 self._results_file,
-                "missing" if is_missing else f"damaged (lines that cannot be read: {num_damaged}) and was set aside",
+                "missing" if is_missing else f"damaged (unreadable lines: {num_damaged}) and was renamed",
                 len(results),
                 metrics,
             )
@@ -101,9 +101,9 @@ class EvaluationLedger:
         return results
 
     def request(self, snapshot: Snapshot, purpose: Purpose = Purpose.PERIODIC, *, environment_steps: int = 0) -> None:
-        """Notes that a snapshot, taken after `environment_steps`, is due for evaluation; each train step once.
+        """Makes a snapshot, taken after `environment_steps`, due for evaluation; each train step once.
 
-        Never blocks on the network: `send_unsent` hands it to the queue. The weights are on disk when it returns.
+        Never blocks on the network: `send_unsent` queues it. The weights are on disk when this returns.
         """
         pending = _Pending(EvaluationRequest(snapshot, purpose), environment_steps)
         with self._lock:
@@ -148,7 +148,7 @@ class EvaluationLedger:
                 train_step = pending.request.snapshot.train_step
                 if pending.sent_at is not None:
                     logging.warning(
-                        "no result of train step %d for %.0f s: evaluating it again", train_step, self._retry_secs
+                        "no result for train step %d in %.0f s: evaluating it again", train_step, self._retry_secs
                     )
                 try:
                     self._requests.put(pending.request)
@@ -176,7 +176,7 @@ class EvaluationLedger:
         `send_unsent`.
 
         Args:
-          num_queued: How many snapshots are in the queue now.
+          num_queued: Number of snapshots in the queue now.
         """
         with self._sending:
             now = time.monotonic()
@@ -189,14 +189,14 @@ class EvaluationLedger:
             for pending in sent:
                 if now - pending.alive_at > self._lease_secs:
                     logging.warning(
-                        "nobody is at work on the evaluation of train step %d any more: evaluating it again",
+                        "the evaluation of train step %d has no heartbeat any more: evaluating it again",
                         pending.request.snapshot.train_step,
                     )
                     pending.sent_at = None
         self.send_unsent()
 
     def record(self, result: EvaluationResult) -> Optional[dict[str, Any]]:
-        """Returns the result as summary.json lists it; None when it is not one that was waited for."""
+        """Returns the result as summary.json lists it; None if it was not pending."""
         with self._lock:
             self._heard_at = time.monotonic()
             if result.is_delivered:
@@ -222,7 +222,7 @@ class EvaluationLedger:
             self._results[result.train_step] = entry
             del self._pending[result.train_step]
             if self._best is not None and not self._weights_file(self._best).exists():
-                logging.warning("%s: the best policy's weights are lost; the best from now on is kept", self._folder)
+                logging.warning("%s: the best policy's weights are lost; keeping the best from now on", self._folder)
                 self._best = None
             known = [result.train_step] if self._best is None else [self._best, result.train_step]
             self._best = max(known, key=self._rank)
@@ -260,7 +260,7 @@ class EvaluationLedger:
         return self._delivered
 
     def weights(self, train_step: int) -> Optional[Snapshot]:
-        """Returns the weights of a train step that is pending or the best; None if they are not there."""
+        """Returns the weights of a pending or best train step; None if they are missing."""
         read = _read_weights(self._weights_file(train_step), train_step)
         return read and read[0]
 
@@ -274,7 +274,7 @@ class EvaluationLedger:
 
 
 def _find_results(lines: Path) -> tuple[dict[int, dict[str, Any]], int]:
-    """Returns the results that results.jsonl or metrics.jsonl has, by train step, and how many lines are damaged."""
+    """Returns the results in results.jsonl or metrics.jsonl, by train step, and the number of damaged lines."""
     results: dict[int, dict[str, Any]] = {}
     num_damaged = 0
     if not lines.exists():
@@ -294,7 +294,7 @@ def _find_results(lines: Path) -> tuple[dict[int, dict[str, Any]], int]:
 
 
 def _read_weights(path: Path, train_step: int) -> Optional[tuple[Snapshot, int]]:
-    """Returns the snapshot in a file and the environment steps before it; None when the file is not whole."""
+    """Returns a file's snapshot and its environment steps; None if the file is damaged."""
     try:
         with np.load(path) as file:
             variables = [file[name] for name in file.files if name != "environment_steps"]

@@ -1,4 +1,4 @@
-"""The queue of snapshots due for evaluation, and the results on their way back: both ends.
+"""The queue of snapshots due for evaluation and the queue of results, both ends.
 
 learner --request--> [evaluations_due] --take--> eval actor
 eval actor --result--> [evaluations_done] --take--> learner
@@ -31,7 +31,7 @@ class Purpose(enum.IntEnum):
     """Why a snapshot is evaluated."""
 
     PERIODIC = 0
-    DELIVERED = 1  # the policy the run hands over
+    DELIVERED = 1  # the policy that the run delivers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +44,10 @@ class EvaluationRequest:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationResult:
-    """What a greedy policy did in `num_episodes` episodes; lengths are in environment steps.
+    """The result of a greedy policy over `num_episodes` episodes; lengths are in environment steps.
 
-    `return_std` is the standard deviation of one episode's return, 0 for a single one; `num_truncated` is how many of
-    the episodes lasted until their time limit.
+    `return_std` is the standard deviation of the episodes' returns (0 for one episode); `num_truncated` is the number
+    of episodes that were cut by the time limit.
     """
 
     TABLE: ClassVar[str] = "evaluations_done"
@@ -91,7 +91,7 @@ def evaluation_signature(variables: Sequence[tf.Variable]) -> dict[str, Any]:
 
 
 def make_tables(variables: Sequence[tf.Variable]) -> list[reverb.Table]:
-    """Returns the server's tables for evaluations of acting variables of these shapes."""
+    """Returns the server's evaluation tables for acting variables of these shapes."""
     return [
         messages.make_queue(EVALUATIONS_TABLE, MAX_EVALUATIONS_DUE, evaluation_signature(variables)),
         rows.make_queue(EvaluationResult, 1_000),
@@ -106,7 +106,7 @@ class EvaluationRequests:
         self._sender = messages.Sender(address)
 
     def put(self, request: EvaluationRequest, *, timeout_secs: float = 5.0) -> None:
-        """Queues one snapshot. Raises `Unreachable` when the server did not take it within the deadline."""
+        """Queues one snapshot. Raises `Unreachable` if the server did not accept it within the deadline."""
         row = {
             "policy_variables": list(request.snapshot.variables),
             "purpose": np.int64(request.purpose),

@@ -1,1 +1,1 @@
-"""All roles of one experiment on this machine. Imports nothing heavy, so the roles start at once."""
+"""Runs all roles of one experiment on this machine. Imports nothing heavy, so that roles start immediately."""

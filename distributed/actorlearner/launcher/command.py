@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 PROGRAM = (sys.executable, "-m", "actorlearner")
-"""What a subcommand and its arguments are appended to."""
+"""The program to which a subcommand and its arguments are appended."""
 
 REPLAY_SERVER = "replay-server"
 LEARNER = "learner"
@@ -33,13 +33,13 @@ def role_command(
     Args:
       kind: `REPLAY_SERVER`, `LEARNER`, `EVAL_ACTOR` or `COLLECT_ACTOR`.
       experiment: A shipped experiment or a gin file.
-      replay_addresses: "HOST:PORT" of each replay server, by its task number; the first serves the variables too.
+      replay_addresses: "HOST:PORT" of each replay server, by its task number; the first is also the variable container.
       root_dir: The run directory.
-      task: Which of its kind.
-      seed: Root of the role's seeds; None leaves it to the role.
-      gin_bindings: On top of the gin file.
-      flags: Further ones.
-      program: What all this is appended to.
+      task: The role's task number.
+      seed: The role's seeds derive from it; None leaves it to the role.
+      gin_bindings: Applied after the gin file.
+      flags: Further flags.
+      program: The program to which all this is appended.
     """
     own = (f"--replay_address={','.join(replay_addresses)}", f"--variables_address={replay_addresses[0]}")
     return [
@@ -68,7 +68,7 @@ def run_flags(root_dir: Path, seed: int | None, gin_bindings: Sequence[str]) -> 
 
 
 def role_environment(kind: str, environ: Mapping[str, str]) -> dict[str, str]:
-    """Returns `environ` with what a role needs: headless, unbuffered, no TLS, and the GPUs for the learner alone."""
+    """Returns `environ` with a role's settings: headless, unbuffered, no TLS, and GPUs only for the learner."""
     environment = {"TF_CPP_MIN_LOG_LEVEL": "2", **environ, "SDL_VIDEODRIVER": "dummy", "PYTHONUNBUFFERED": "1"}
     environment.pop("ACTORLEARNER_TLS_DIR", None)
     if kind != LEARNER:

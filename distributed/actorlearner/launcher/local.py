@@ -14,7 +14,7 @@ What a role's exit code tells the launcher:
 
 After several short runs in a row a role is given up; the launcher then stops all roles and returns 1.
 
-This module imports no TensorFlow, Reverb or gin, so the roles are started at once.
+This module imports no TensorFlow, Reverb or gin, so that the roles start immediately.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ NUM_PORTS_TO_TRY = 3
 
 @dataclasses.dataclass
 class _Role:
-    """A place in the picture, held by one process after another."""
+    """One role of the run, with its present process and its restarts."""
 
     kind: str
     task: int
@@ -81,7 +81,7 @@ class _Role:
 
 @dataclasses.dataclass(frozen=True)
 class _Ending:
-    """Why the run ends: the launcher's exit code, and what to say about it."""
+    """Why the run ends: the launcher's exit code and its message."""
 
     code: int
     message: str
@@ -107,7 +107,7 @@ def run_local(options: LocalOptions) -> int:
 
 
 class _Launcher:
-    """Starts, watches, restarts and stops the roles; one loop, in the main thread."""
+    """Starts, watches, restarts and stops the roles, in one loop in the main thread."""
 
     def __init__(self, options: LocalOptions):
         self._options = options
@@ -154,7 +154,7 @@ class _Launcher:
     # Watching
 
     def _watch(self) -> _Ending:
-        """Keeps all roles alive; returns when training ended, cannot go on, or is to stop."""
+        """Keeps all roles running; returns when training has ended, cannot continue, or must stop."""
         while True:
             if self._signals:
                 return self._stopped_by(self._signals[0])
@@ -189,10 +189,10 @@ class _Launcher:
         for line in process.errors:
             self._terminal.show(role.name, line)
         if process.hung:
-            self._say(f'{role.name} hung (see --hang_secs): from "Timeout" on its log says where each thread was')
+            self._say(f'{role.name} hung (see --hang_secs): its log has the stack of every thread, from "Timeout" on')
         elif returncode not in (0, ExitCode.UNAVAILABLE, *STOPPED_CODES) and not process.errors:
             for line in process.last_lines:
-                if not ROLE_LOG_LINE.match(line):  # those have been shown
+                if not ROLE_LOG_LINE.match(line):  # log lines have been shown already
                     self._terminal.show(role.name, line)
         secs = role.restarts.secs_until_next(lived_secs, was_killed=returncode in KILLED_CODES)
         if secs is None:
@@ -214,14 +214,14 @@ class _Launcher:
                     self._start(other)
 
     def _may_change_port(self, role: _Role, lived_secs: float) -> bool:
-        """Whether this is a replay server on whose port nothing can depend yet."""
+        """Returns whether this is a replay server on whose port no role can depend yet."""
         is_new = role.num_starts == 1 and lived_secs < self._timing.short_life_secs
         return role in self._replay_servers and is_new and self._num_ports_tried < NUM_PORTS_TO_TRY
 
     def _is_done(self, role: _Role) -> bool:
         """Whether the run can reach its end without this role: evaluations take longer than collecting."""
         if role is not self._learner and role.last_returncode == 0 and self._has_ended():
-            return True  # before this start: its learner tells the others, and writes no status
+            return True  # ended in an earlier start: the learner announces it, and writes no status
         self._read_status()
         is_by_itself = role.kind == COLLECT_ACTOR or role.last_returncode == 0
         phases = PHASES_AFTER_TRAINING if is_by_itself else PHASES_AFTER_EVALUATION
@@ -279,12 +279,12 @@ class _Launcher:
                     role.process.terminate()
             if not self._wait(roles, secs, num_signals=2):
                 names = ", ".join(role.name for role in roles if role.process is not None)
-                why = "a second signal" if len(self._signals) >= 2 else f"no end within {secs:.2g} s of SIGTERM"
+                why = "a second signal" if len(self._signals) >= 2 else f"no exit within {secs:.2g} s of SIGTERM"
                 self._say(f"killing {names}: {why}")
                 self._kill(roles)
 
     def _wait(self, roles: Sequence[_Role], secs: float, num_signals: int) -> bool:
-        """Returns whether all of `roles` ended within `secs`; does not wait on once `num_signals` have come."""
+        """Returns whether all of `roles` ended within `secs`; stops waiting after `num_signals` signals."""
         deadline = time.monotonic() + secs
         while True:
             for role in roles:
@@ -309,7 +309,7 @@ class _Launcher:
                 self._reap(role)
 
     def _reap(self, role: _Role) -> tuple[RoleProcess, int]:
-        """Returns the role's ended process, all its lines shown, and its exit code."""
+        """Returns the role's ended process and its exit code, after showing all its lines."""
         assert role.process is not None
         process = role.process
         returncode = role.last_returncode = process.reap()
@@ -363,7 +363,7 @@ class _Launcher:
         how_often = f"{num_times} times in a row"
         return "\n".join(
             [
-                f"error: {role.name} {describe_exit(returncode)}, {how_often}; training cannot go on without it",
+                f"error: {role.name} {describe_exit(returncode)}, {how_often}; training cannot continue without it",
                 f"  its log: {role.log_path}",
                 "  its last lines:",
                 *(f"    {line}" for line in process.last_lines),
@@ -371,7 +371,7 @@ class _Launcher:
         )
 
     def _report(self, ending: _Ending) -> None:
-        """Says how the run ended: failures on stderr, the rest in the merged stream."""
+        """Prints how the run ended: failures on stderr, the rest in the merged stream."""
         root_dir = self._options.root_dir
         if ending.is_failure:
             with contextlib.suppress(OSError):
@@ -388,12 +388,13 @@ class _Launcher:
 
 @contextlib.contextmanager
 def _handled_signals(handler: Callable[[int, types.FrameType | None], None]) -> Iterator[None]:
-    """Hands SIGINT, SIGTERM and SIGHUP to `handler`. An ignored SIGHUP (nohup) stays ignored."""
+    """Passes SIGINT, SIGTERM and SIGHUP to `handler`. An ignored SIGHUP (nohup) stays ignored."""
     numbers = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         numbers.append(signal.SIGHUP)
     previous: dict[int, Any] = {number: signal.signal(number, handler) for number in numbers}
-    previous[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, the exit codes would be lost
+    # if it were ignored, exit codes would be lost
+    previous[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""One run on this machine: what is started, and each role's command line in it."""
+"""The settings of one run on this machine, and each role's command line."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from actorlearner.launcher.restarts import Timing
 
 @dataclasses.dataclass(frozen=True)
 class LocalOptions:
-    """One local run: which experiment, where, with how many actors.
+    """The settings of one local run.
 
     Attributes:
       experiment: Name of a shipped experiment or path of a gin file; the roles look it up.
-      root_dir: The run directory; made if missing, continued if it holds this run's checkpoints.
+      root_dir: The run directory; made if missing, resumed if it holds this run's checkpoints.
       num_collect_actors: At least 1.
       num_eval_actors: At least 0.
-      num_replay_servers: At least 1; the first serves the variables too.
-      seed: Root of every role's seeds; None leaves it to the roles.
-      gin_bindings: Handed to every role, in this order.
-      learner_flags: Further flags of the learner alone, such as `--strategy=mirrored`.
+      num_replay_servers: At least 1; the first is also the variable container.
+      seed: Every role's seeds derive from it; None leaves it to the roles.
+      gin_bindings: Passed to every role, in this order.
+      learner_flags: Further flags of the learner only, such as `--strategy=mirrored`.
       role_flags: Further flags of every role.
-      via: "HOST:PORT" of a proxy in front of the one replay server, by which the other roles reach it; "" for none.
-      command: What a role's own arguments are appended to.
-      timing: How patient the launcher is.
+      via: "HOST:PORT" of a proxy in front of the one replay server, through which the other roles reach it; "" for
+        none.
+      command: The command to which a role's arguments are appended.
+      timing: The launcher's times.
     """
 
     experiment: str
@@ -59,7 +60,7 @@ class LocalOptions:
 def make_command(options: LocalOptions, kind: str, task: int, ports: Sequence[int]) -> list[str]:
     """Returns the command line of one role of a local run.
 
-    Each replay server listens on one of `ports`; the others find it there, or at `options.via`.
+    Each replay server listens on one of `ports`; the other roles connect there, or to `options.via`.
     """
     flags = [*options.role_flags]
     if kind == REPLAY_SERVER:

@@ -22,7 +22,7 @@ from actorlearner.runtime.processes import BARE_PYTHON, command_tied_to_parent
 
 NUM_LAST_LINES = 15
 
-_HUNG_LINE = re.compile(r"^Timeout \(\d+:\d\d:\d\d")  # Python's fault handler's, before it ends the process
+_HUNG_LINE = re.compile(r"^Timeout \(\d+:\d\d:\d\d")  # what Python's fault handler writes before it ends the process
 ROLE_LOG_LINE = re.compile(r"^[DIWEF] \d\d:\d\d:\d\d ")
 
 # The guard kills the children of roles (ffmpeg, environments in processes). It reads each process group that begins (+)
@@ -90,7 +90,7 @@ class RoleProcess:
     ):
         self.started_at = time.monotonic()
         self.last_lines: collections.deque[str] = collections.deque(maxlen=NUM_LAST_LINES)
-        self.errors: list[str] = []  # lines `error: ...` and what is indented below them; shown when the role ends
+        self.errors: list[str] = []  # lines `error: ...` and the indented lines below them; shown when the role ends
         self.errors_since = math.inf
         self.hung = False
         self._name = name
@@ -123,7 +123,7 @@ class RoleProcess:
             os.killpg(self._popen.pid, signal.SIGKILL)
 
     def reap(self) -> int:
-        """Kills what is left of the group and returns the role's exit code; its whole output has then been read."""
+        """Kills the rest of the group and returns the role's exit code, after reading all of its output."""
         self.kill()
         returncode = self._popen.wait()
         self._guard.ended(self._popen.pid)
@@ -134,7 +134,7 @@ class RoleProcess:
         assert self._popen.stdout is not None
         with contextlib.ExitStack() as stack:
             log: io.FileIO | None = None
-            with contextlib.suppress(OSError):  # a full disk must not block the role on its own output
+            with contextlib.suppress(OSError):  # a full disk must not block the role's output
                 durable_files.end_last_line(self._log_path)
                 log = stack.enter_context(open(self._log_path, "ab", buffering=0))
             stack.enter_context(self._popen.stdout)

@@ -15,7 +15,7 @@ GAVE_UP = ExitCode.CRASH
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """How patient the launcher is, in seconds. The defaults are for people; tests shorten them."""
+    """The launcher's times, in seconds. Tests shorten them."""
 
     poll_secs: float = 0.1
     first_restart_secs: float = 1.0  # doubles with every restart ...
@@ -24,12 +24,14 @@ class Timing:
     short_life_secs: float = 30.0
     num_short_lives: int = 5  # short runs in a row; then the role is given up
     num_kills: int = 25  # in a row, each after a short run; then too
-    end_by_themselves_secs: float = 15.0  # actors, once the learner has ended
+    end_by_themselves_secs: float = 15.0  # how long actors may take to exit after the learner has ended
     stop_actors_secs: float = 4.0  # from SIGTERM to SIGKILL
     stop_learner_secs: float = 8.0  # it saves a checkpoint
-    stop_secs: float = 19.0  # all roles; replay servers have what the others left of it: a large replay takes its time
-    second_signal_secs: float = 0.5  # signals closer together are one: `timeout` and shells deliver theirs twice
-    old_error_secs: float = 10.0  # an error of a role that does not exit is shown after this
+    # all roles; replay servers get what the others leave of it, because saving a large replay takes long
+    stop_secs: float = 19.0
+    # signals closer together count as one, because `timeout` and shells deliver them twice
+    second_signal_secs: float = 0.5
+    old_error_secs: float = 10.0  # the error of a role that does not exit is shown after this time
     old_status_secs: float = 10.0
     live_interval_secs: float = 1.0
     plain_interval_secs: float = 10.0
@@ -71,13 +73,13 @@ class Restarts:
 
 
 def describe_exit(returncode: int) -> str:
-    """Returns what to say after the role's name: `crashed with exit code 1`, `was killed by SIGKILL`."""
+    """Returns what to write after the role's name: `crashed with exit code 1`, `was killed by SIGKILL`."""
     if returncode == 0:
         return "ended"
     if returncode in FINAL_CODES:
         return f"ended with exit code {returncode}: {FINAL_CODES[returncode]}"
     if returncode == ExitCode.UNAVAILABLE:
-        return f"ended with exit code {returncode}: a peer was out of reach or its port taken"
+        return f"ended with exit code {returncode}: a peer was unreachable or its port taken"
     if returncode in STOPPED_CODES:
         return f"was stopped by {signal.Signals(returncode - 128).name}"
     if returncode < 0:

@@ -1,4 +1,4 @@
-"""What the launcher shows: the merged stream of all roles and, on a terminal, the live status below it."""
+"""The launcher's output: the merged stream of all roles and, on a terminal, the live status below it."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def describe_rest(status: Status, age_secs: float, timing: Timing) -> str:
         words.append(f"last evaluation {status.average_return:,.1f} at {status.evaluated_train_step:,}")
     if status.seconds_left is not None and not status.is_after_training:
         words.append(f"{describe_secs(status.seconds_left)} left")
-    if age_secs > timing.old_status_secs and status.phase != "reporting":  # recording videos takes its time
-        words.append(f"no news for {describe_secs(age_secs)}")
+    if age_secs > timing.old_status_secs and status.phase != "reporting":  # recording videos takes long
+        words.append(f"no update for {describe_secs(age_secs)}")
     return "; ".join(words)
 
 
 def describe_status(status: Status | None, age_secs: float = 0.0, timing: Timing = DEFAULT_TIMING) -> str:
-    """Returns the status as one plain line."""
+    """Returns the status as one line of text."""
     if status is None:
         return "starting: waiting for the learner"
     return f"{_phase(status)}: {describe_steps(status)}; {describe_rest(status, age_secs, timing)}"
@@ -67,7 +67,7 @@ def _rate(per_sec: float | None) -> str:
 
 
 class _Console(Console):
-    """A rich console whose reader may go away without ending the run."""
+    """A rich console that survives a broken pipe."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -77,7 +77,7 @@ class _Console(Console):
 class Terminal:
     """The merged stream of all roles and, below it on a terminal, the live status.
 
-    Used from one thread. A reader that goes away (`| head`) or a terminal that closes only silences it.
+    Used from one thread. When its reader exits (`| head`) or the terminal closes, it stops printing.
     """
 
     def __init__(self, names: Sequence[str], timing: Timing):
@@ -134,7 +134,7 @@ class Terminal:
 
 
 def live_status(status: Status | None, age_secs: float, timing: Timing) -> Group:
-    """Returns the two lines at the bottom of a terminal: a progress bar, and the rest of the figures."""
+    """Returns the two lines at the bottom of a terminal: a progress bar and the figures."""
     if status is None:
         return Group(Text(describe_status(None), style="bold"))
     bar = Table.grid(padding=(0, 1))
@@ -149,7 +149,7 @@ def live_status(status: Status | None, age_secs: float, timing: Timing) -> Group
 def _write_line(line: str) -> None:
     try:
         print(line, flush=True)
-    except BrokenPipeError:  # the rest of the run must not stumble over it either, nor the interpreter at its exit
+    except BrokenPipeError:  # later writes, and the interpreter at its exit, must not fail either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError:
         pass

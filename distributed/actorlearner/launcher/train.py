@@ -1,4 +1,4 @@
-"""Train an experiment on this machine: start and watch every role."""
+"""Train an experiment on this machine: start, watch and restart every role."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from actorlearner.runtime.lifecycle import ExitCode, RoleError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what to train, where, and with how many roles."""
+    """Adds the flags of the experiment, the run directory and the number of roles."""
     add_experiment_flags(parser)
     parser.add_argument("--root_dir", type=Path, help="run directory (default: runs/<experiment>-<time>)")
     parser.add_argument(
@@ -24,12 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_collect_actors", type=int, default=1, metavar="N", help="collect actors (default: 1)")
     parser.add_argument("--num_eval_actors", type=int, default=1, metavar="N", help="eval actors (default: 1)")
     parser.add_argument("--num_replay_servers", type=int, default=1, metavar="N", help="replay servers (default: 1)")
-    parser.add_argument("--via", default="", help=argparse.SUPPRESS)  # the drill's wire in front of the replay server
+    # the drill's TCP proxy in front of the replay server
+    parser.add_argument("--via", default="", help=argparse.SUPPRESS)
     add_learner_flags(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs every role until training ends and returns the launcher's exit code."""
+    """Runs every role until training ends, and returns the launcher's exit code."""
     from actorlearner.launcher import local
 
     name = Path(arguments.experiment).stem
@@ -53,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
         learner_flags.append(f"--tpu={arguments.tpu}")
     bindings = list(arguments.gin_bindings)
     if not arguments.num_eval_actors:
-        bindings.append("train.eval_interval = 0")  # nobody would ever take what is due
+        bindings.append("train.eval_interval = 0")  # there is no eval actor to evaluate anything
     try:
         if arguments.via:
             check_address("via", arguments.via)

@@ -1,1 +1,1 @@
-"""Edge 1: trajectories on their way from the collect actors to the learner."""
+"""Edge 1: carries trajectories from the collect actors to the learner."""

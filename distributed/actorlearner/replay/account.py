@@ -1,4 +1,4 @@
-"""The account of samples per insert that resident replay keeps, exact over restarts of either side.
+"""The samples-per-insert account of the resident replay, exact across restarts of either side.
 
 ahead = (inserts - initial_collect_steps) * samples_per_insert - samples
 """
@@ -15,18 +15,18 @@ import numpy as np
 from actorlearner.replay.tables import describe_account
 
 MAX_KNOWN_CHUNKS = 100_000
-"""How many chunks are remembered, so that none is counted twice."""
+"""Number of chunk numbers that are remembered, so that no chunk is counted twice."""
 
 
 class Account:
-    """Counts windows inserted and sampled, and the chunks that brought them. Whoever changes it holds a lock."""
+    """Counts inserted and sampled windows, and their chunks. Callers that change it hold a lock."""
 
     def __init__(self, *, batch_size: int, initial_collect_steps: int, samples_per_insert: float, error_buffer: float):
         """Args:
         batch_size: Windows in one update, over all replicas together.
-        initial_collect_steps: Windows inserted before training begins.
+        initial_collect_steps: Windows inserted before training starts.
         samples_per_insert: The ratio to keep.
-        error_buffer: How many samples it may be off.
+        error_buffer: Largest deviation from the ratio, in samples.
         """
         self._batch_size = batch_size
         self._initial_collect_steps = initial_collect_steps
@@ -34,25 +34,25 @@ class Account:
         self.error_buffer = error_buffer
         self._inserts = self._samples = 0
         self.num_staged = 0
-        """Windows taken in that cannot be drawn yet."""
-        self._known_chunks: dict[int, bool] = {}  # counted as inserts, oldest first: whether they were taken in too
-        self._counted_before = 0  # what servers bring back with lower numbers is counted as inserts, known or not
+        """Windows received that cannot be drawn yet."""
+        self._known_chunks: dict[int, bool] = {}  # number -> whether received too; counted as inserts, oldest first
+        self._counted_before = 0  # restored chunks with lower numbers count as inserts already
 
     def restore(self, counts: Mapping[str, Any]) -> None:
-        """Goes on from a checkpoint's counts; without any, all chunks are new."""
-        # The checkpoint counts the chunks it knew; those that came to a server later are inserts as well. Without a
-        # checkpoint all are: what a learner before this one was sent still counts for the warm-up.
+        """Restores a checkpoint's counts; without one, all chunks are new."""
+        # The checkpoint has counted the chunks it knew; those that reached a server later are inserts too. Without a
+        # checkpoint all are: what an earlier learner received still counts for the warm-up.
         self._known_chunks = dict.fromkeys(reversed(_unpack_ids(counts.get("chunks", ""))), False)
         self._counted_before = counts.get("counted_before", 0)
         self._inserts = counts.get("inserts", 0)
         self._samples = counts.get("samples", 0)
 
     def counts(self, max_chunks: int) -> dict[str, Any]:
-        """Returns what a checkpoint keeps; of the chunks the newest `max_chunks`, as many as servers can bring back."""
-        # From the newest on, which is quick.
+        """Returns what a checkpoint stores; of the chunks the newest `max_chunks`, as many as servers can restore."""
+        # The newest chunks.
         known = heapq.nlargest(max_chunks, reversed(self._known_chunks))
-        # Numbers grow with time. What is older than those that are listed is counted: a server that died brings back
-        # chunks from before the many that it lost.
+        # Numbers grow with time. Older chunks than the listed ones count as inserts already: a restarted server may
+        # bring back chunks from before those that it lost.
         are_all = len(known) < max_chunks
         counted_before = self._counted_before if are_all else max(self._counted_before, known[-1])
         return {
@@ -66,23 +66,23 @@ class Account:
         return self._known_chunks.get(number, False)
 
     def is_new(self, number: int, from_actor: bool) -> bool:
-        """Returns whether a chunk adds inserts: no checkpoint has counted it.
+        """Returns whether a chunk adds inserts, because no checkpoint has counted it.
 
         Args:
-          number: The chunk's.
-          from_actor: Whether an actor sent it just now; otherwise a server brings it back.
+          number: Number of the chunk.
+          from_actor: Whether an actor sent it just now; otherwise a server restored it.
         """
-        # The bound is for what servers bring back; an actor whose clock is behind goes on sending low numbers.
+        # The bound applies only to restored chunks: an actor whose clock is behind keeps sending low numbers.
         return number not in self._known_chunks and (from_actor or number >= self._counted_before)
 
     def take_in(self, number: int, num_windows: int, is_new: bool, max_chunks: int) -> None:
-        """Counts a chunk that was taken in and cannot be drawn yet.
+        """Counts a chunk that was received and cannot be drawn yet.
 
         Args:
-          number: The chunk's.
-          num_windows: In it.
-          is_new: What `is_new` said of it.
-          max_chunks: So many are remembered at least.
+          number: Number of the chunk.
+          num_windows: Windows in it.
+          is_new: Result of `is_new` for it.
+          max_chunks: At least this many chunks are remembered.
         """
         self._known_chunks[number] = True
         if len(self._known_chunks) > max(MAX_KNOWN_CHUNKS, max_chunks):
@@ -90,30 +90,30 @@ class Account:
             del self._known_chunks[forgotten]
             self._counted_before = max(self._counted_before, forgotten + 1)
         self.num_staged += num_windows
-        if not is_new:  # the checkpoint counts it: together these two stay what they were
+        if not is_new:  # the checkpoint has counted it, so the sum of the two stays the same
             self._inserts -= num_windows
 
     def reveal(self, num_windows: int) -> None:
-        """Counts windows that can be drawn from now on."""
+        """Counts windows that become drawable now."""
         self._inserts += num_windows
         self.num_staged -= num_windows
 
     def note_updates(self, num_updates: int) -> None:
-        """Counts the samples of updates that were made."""
+        """Counts the samples of `num_updates` updates."""
         self._samples += num_updates * self._batch_size
 
     def is_warm(self) -> bool:
-        """Returns whether training may begin, or has begun."""
+        """Returns whether training may start, or has started."""
         return self._samples > 0 or self._inserts >= self._initial_collect_steps
 
     def num_updates_allowed(self) -> int:
         """Returns how many updates may be made now."""
-        # Only what may be drawn counts: how far the reading thread is depends on the clock, and taking turns must not.
+        # Count only drawable windows: the reader's progress depends on the clock, and taking turns must not.
         spare = self.ahead(self._inserts) + self.error_buffer
         return max(0, int(spare // self._batch_size))
 
     def ahead(self, inserts: Optional[int] = None) -> float:
-        """Returns the samples that `inserts` allow less those made; all that were taken in count by default."""
+        """Returns the samples that `inserts` (default: all so far) allow, minus those made."""
         inserts = self._inserts + self.num_staged if inserts is None else inserts
         return (inserts - self._initial_collect_steps) * self._samples_per_insert - self._samples
 

@@ -1,9 +1,9 @@
-"""Who asks for a checkpoint of the replay's tables, and the answer: what makes the replay outlive its server.
+"""Requests for checkpoints of the replay's tables, and their answers.
 
 learner --asks--> [checkpoint_due] --> replay server --writes--> <root_dir>/checkpoints/replay
 learner <--done-- [checkpoint_done] <--/
 
-The checkpoint is written under the learner's train step. What one is, `checkpoints.py` says.
+The checkpoint is written under the learner's train step. `checkpoints.py` writes it.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _SIGNATURE = {"train_step": _INT64, "learner": _INT64, "number": _INT64, "is_sav
 
 
 def make_tables() -> list[reverb.Table]:
-    """Returns the boards on which the learner asks for a checkpoint and the server answers."""
+    """Returns the boards on which the learner requests a checkpoint and the server answers."""
     return [messages.make_board(name, _SIGNATURE) for name in (DUE_TABLE, DONE_TABLE)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Due:
-    """A checkpoint asked for: the learner's train step, which learner, and which of its requests."""
+    """A checkpoint request: the learner's train step, the learner's number, and the request's number."""
 
     train_step: int
     learner: int
@@ -44,14 +44,14 @@ class Due:
 
 
 def read_due(address: str, timeout_secs: float = 5.0) -> Optional[Due]:
-    """Returns the last request, or None when there was none, or only a stranger's. Blocks as `messages.read`.
+    """Returns the last request, or None if there is none, or only a foreign row. Blocks as `messages.read`.
 
     Raises:
       Unreachable: The server does not answer within the deadline.
     """
     try:
         row = messages.read(address, DUE_TABLE, _SIGNATURE, timeout_secs=timeout_secs)
-    except Misfit:  # the learner asks again; until then the server must go on, and at the end save
+    except Misfit:  # the learner repeats its request; the server must keep running, and save at the end
         return None
     return row and Due(int(row["train_step"]), int(row["learner"]), int(row["number"]))
 
@@ -68,18 +68,18 @@ class Answers:
         self._sender = messages.Sender(address)
 
     def send(self, due: Due, is_saved: bool) -> None:
-        """Says that a checkpoint is whole, or could not be made. Raises `Unreachable`."""
+        """Answers that a checkpoint is complete, or could not be written. Raises `Unreachable`."""
         self._sender.put(DONE_TABLE, _row(due, is_saved), timeout_secs=2.0)
 
 
 class CheckpointRequests:
-    """The learner's side: asks every replay server for a checkpoint; those that are away have their last one."""
+    """The learner's side: requests a checkpoint of every replay server; those that are away keep their last one."""
 
     def __init__(self, servers: ReplayServers, learner: int, *, patience_secs: float = 120.0):
         """Args:
-        servers: Whom to ask.
-        learner: A number no other learner has.
-        patience_secs: A request without an answer is given up, with a warning, after this time.
+        servers: The servers to ask.
+        learner: This learner's unique number.
+        patience_secs: How long to wait for an answer, in seconds, before giving up with a warning.
         """
         self._servers = servers
         self._by_address: dict[str, _ServerRequests] = {}
@@ -91,12 +91,12 @@ class CheckpointRequests:
         servers.for_each(add)
 
     def ask(self, train_step: int) -> None:
-        """Asks for a checkpoint beside the learner's own of this train step; never blocks."""
+        """Requests a checkpoint to match the learner's own of this train step; never blocks."""
         for requests in tuple(self._by_address.values()):
             requests.ask(train_step)
 
     def wait(self, secs: float) -> bool:
-        """Returns whether each server that is there has answered the last request; blocks at most `secs` seconds."""
+        """Returns whether every reachable server has answered the last request; blocks at most `secs` seconds."""
         deadline = time.monotonic() + secs
         away = self._servers.away()
         return all(
@@ -106,13 +106,13 @@ class CheckpointRequests:
         )
 
     def close(self) -> None:
-        """Stops asking; never blocks."""
+        """Stops the threads; never blocks."""
         for requests in tuple(self._by_address.values()):
             requests.close()
 
 
 class _ServerRequests:
-    """Asks one server, and says when its checkpoint is whole, from a thread of its own."""
+    """Requests checkpoints of one server and logs when they are complete, from a thread of its own."""
 
     def __init__(self, address: str, learner: int, patience_secs: float, where: str):
         self._address = address
@@ -154,8 +154,8 @@ class _ServerRequests:
             assert due is not None
             try:
                 self._see_to(due)
-            except Exception:  # the next one may go better, and training goes on meanwhile
-                logging.exception("asking for a checkpoint of the replay failed")
+            except Exception:  # the next one may succeed, and training continues meanwhile
+                logging.exception("requesting a checkpoint of the replay failed")
 
     def _see_to(self, due: Due) -> None:
         deadline = time.monotonic() + self._patience_secs
@@ -163,7 +163,7 @@ class _ServerRequests:
         while time.monotonic() < deadline:
             with self._news:
                 if self._wanted is not None:
-                    return  # a later one takes its place
+                    return  # a later request replaces it
             try:
                 if not is_asked:
                     self._sender.put(DUE_TABLE, _row(due), timeout_secs=5.0)
@@ -178,8 +178,8 @@ class _ServerRequests:
                     else:
                         logging.log(
                             logging.DEBUG if self._has_warned else logging.WARNING,
-                            "train step %d is saved without its replay, which the replay server%s could not write: its "
-                            "log says why. A resumed run goes on with the replay's last checkpoint, if there is one.",
+                            "train step %d is saved without its replay, which the replay server%s could not write: see "
+                            "its log. A resumed run uses the replay's last checkpoint, if there is one.",
                             due.train_step,
                             self._where,
                         )
@@ -187,13 +187,13 @@ class _ServerRequests:
                     return
             except Unreachable as error:
                 logging.debug("%s", error)
-                is_asked = False  # a restarted server has not heard of it
+                is_asked = False  # a restarted server does not know the request
             with self._news:
                 self._news.wait_for(lambda: self._closing or self._wanted is not None, timeout=0.25)
                 if self._closing:
                     return
         logging.warning(
-            "the replay server at %s has not saved its tables for train step %d within %.0f s; trying again with the "
+            "the replay server at %s did not save its tables for train step %d within %.0f s; trying again with the "
             "next checkpoint",
             self._address,
             due.train_step,

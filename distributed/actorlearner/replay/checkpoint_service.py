@@ -18,11 +18,11 @@ from actorlearner.runtime.messages import Unreachable, read_server_info
 from actorlearner.runtime.tls.tunnel import reach
 
 CHECKPOINT_SECS = 3600.0
-"""A checkpoint that takes longer to write or to read, in seconds, is taken for a hang."""
+"""Longest time to write or read a checkpoint, in seconds; then the server counts as hung."""
 
 
 class CheckpointService:
-    """Saves the tables when the learner asks, and at the end what has come since."""
+    """Saves the tables when the learner asks, and at the end."""
 
     def __init__(
         self, address: str, variables_address: str, checkpoints: Optional[TableCheckpoints], tables: Sequence[str]
@@ -39,7 +39,7 @@ class CheckpointService:
         self._saved_inserts = self._count_inserts()
 
     def serve_request(self) -> None:
-        """Saves if the learner asked since the last look; blocks until that is written. Raises `Unreachable`."""
+        """Saves if the learner has asked since the last call; blocks until it is written. Raises `Unreachable`."""
         num_asked = read_server_info(self._address, timeout_secs=5)[DUE_TABLE].rate_limiter_info.insert_stats.completed
         if num_asked == self._num_asked:
             return
@@ -52,7 +52,7 @@ class CheckpointService:
         self._answers.send(due, is_saved)
 
     def save_what_is_new(self) -> None:
-        """Saves what was inserted since the last checkpoint, under the train step of the last request."""
+        """Saves if anything was inserted since the last checkpoint, under the train step of the last request."""
         version = None
         with contextlib.suppress(Unreachable):
             version = variable_container.read_version(self._variables_address, timeout_secs=1)

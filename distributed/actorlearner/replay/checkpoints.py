@@ -1,7 +1,7 @@
 """Checkpoints of a replay server's tables, in a folder of its own.
 
-Reverb saves every table, keeps one checkpoint and deletes whatever else is in its folder. So it writes into a folder of
-its own, from which each finished checkpoint is moved away, without the rows that matter to living processes only.
+Reverb saves every table, keeps one checkpoint and deletes everything else in its folder. So it writes into a folder of
+its own, from which each finished checkpoint is moved, without the rows that only living processes need.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from actorlearner.runtime import durable_files, messages
 from actorlearner.runtime.lifecycle import ExitCode, RoleError
 
 MAX_TO_KEEP = 2
-"""The replay server's newest checkpoints kept; where these are young `find_superfluous` keeps up to two more."""
+"""Number of newest checkpoints that are kept; `find_superfluous` keeps up to two more while these are young."""
 
 _NAME = re.compile(r"(\d+)-(\d+)$")
 _ABOUT = "about.json"  # written last
 
 
 def describe_settings(tables: Sequence[reverb.Table]) -> dict[str, dict[str, Any]]:
-    """Returns what restoring a checkpoint would change without a word: sizes, selectors, limiters, signatures."""
+    """Returns what restoring a checkpoint would silently change: sizes, selectors, limiters, signatures."""
     described = {}
     for table in tables:
         info = table.info
@@ -64,11 +64,11 @@ class TableCheckpoints:
 
     def __init__(self, folder: Path, tables: Sequence[reverb.Table]):
         """Args:
-        folder: Where they are; made if missing.
-        tables: Those that are kept; the server may have more.
+        folder: Holds the checkpoints; made if missing.
+        tables: The tables to save; the server may have more.
 
         Raises:
-          RoleError: It cannot be written (CANNOT_CREATE), or another replay server holds it (OCCUPIED).
+          RoleError: The folder cannot be written (CANNOT_CREATE), or another replay server holds it (OCCUPIED).
         """
         self.folder = folder
         self._described = describe_settings(tables)
@@ -90,12 +90,12 @@ class TableCheckpoints:
                 "write to.",
                 ExitCode.CANNOT_CREATE,
             ) from error
-        # What a process left that was killed while it wrote.
+        # Left by a process that was killed while writing.
         for leftover in [self._writing, *folder.glob("*.new"), *folder.glob("*.old")]:
             shutil.rmtree(leftover, ignore_errors=True)
 
     def make_checkpointer(self) -> reverb.checkpointers.DefaultCheckpointer:
-        """Returns what a server with all of its tables is to be made with: it begins with the newest whole checkpoint.
+        """Returns the checkpointer for the server, with which it restores the newest whole checkpoint.
 
         Raises:
           RoleError: That checkpoint's tables have other settings (DATA); each difference is listed.
@@ -110,7 +110,7 @@ class TableCheckpoints:
         for path in self._all():
             damage = _find_damage(path)
             if damage is not None:
-                logging.warning("passing over the replay's checkpoint %s, which is damaged: %s", path, damage)
+                logging.warning("skipping the replay's checkpoint %s, which is damaged: %s", path, damage)
                 continue
             about = json.loads((path / _ABOUT).read_text())
             self._compare(path, about["tables"])
@@ -139,21 +139,21 @@ class TableCheckpoints:
             ]
         if differences:
             raise RoleError(
-                f"the replay's checkpoint {path} has other settings than this experiment, and Reverb would bring them "
-                "back:\n  "
+                f"the replay's checkpoint {path} has other settings than this experiment, and Reverb would restore "
+                "them:\n  "
                 + "\n  ".join(differences)
                 + f"\nStart with the settings it was made with; or remove {self.folder} to go on with an empty replay.",
                 ExitCode.DATA,
             )
 
     def save(self, client: reverb.Client, train_step: int) -> Path:
-        """Returns the folder of a new checkpoint, whole and on disk.
+        """Writes a checkpoint, syncs it to disk, and returns its folder.
 
-        Inserting and sampling stand still while Reverb writes: about 0.1 s for 100,000 small transitions. What follows
-        (leaving out the other tables' rows, checksums) holds nobody up.
+        Inserts and samples are blocked while Reverb writes: about 0.1 s for 100,000 small transitions. The rest
+        (removing the other tables' rows, checksums) blocks nothing.
 
         Raises:
-          RoleError: It could not be written (CANNOT_CREATE); those before it are still there.
+          RoleError: It could not be written (CANNOT_CREATE); earlier ones are kept.
         """
         started_at = time.monotonic()
         name = f"{train_step}-{1 + max([0, *(_number(path)[1] for path in self._all())])}"
@@ -177,7 +177,7 @@ class TableCheckpoints:
             ) from error
         written_at = [(path, path.stat().st_mtime) for path in self._all()]
         for path in durable_files.find_superfluous(written_at, MAX_TO_KEEP):
-            # Renamed first: half a folder must not look like a whole one.
+            # Rename first: half a folder must not look like a whole one.
             with contextlib.suppress(OSError):
                 shutil.rmtree(path.rename(path.with_name(path.name + ".old")))
         num_bytes = sum(file.stat().st_size for path in self._all() for file in path.iterdir())
@@ -207,7 +207,7 @@ class TableCheckpoints:
         return json.dumps(about, indent=1) + "\n"
 
     def _all(self) -> list[Path]:
-        """Returns the checkpoints there are, the newest first."""
+        """Returns the existing checkpoints, newest first."""
         return sorted((path for path in self.folder.iterdir() if _NAME.match(path.name)), key=_written, reverse=True)
 
 
@@ -243,10 +243,10 @@ def _checksum(path: Path) -> int:
 
 
 def _leave_out_others(path: Path, tables: set[str]) -> dict[str, int]:
-    """Returns how many items of each table a checkpoint of Reverb's holds; those not in `tables` are taken out of it.
+    """Removes tables that are not in `tables` from one of Reverb's checkpoints; returns the items of each table in it.
 
-    Boards and queues of requests matter to living processes only: brought back, they would tell actors that training is
-    over, or that old weights are the newest.
+    Boards and request queues matter only to living processes: restored, they would tell actors that training is over,
+    or that old weights are the newest.
     """
     _keep_records(path / "tables.tfrecord", _table_of, tables)
     items = _keep_records(path / "items.tfrecord", _table_of_item, tables)
@@ -262,7 +262,7 @@ def _table_of_item(record: bytes) -> str:
 
 
 def _keep_records(path: Path, table_of: Callable[[bytes], str], tables: set[str]) -> collections.Counter[str]:
-    """Returns how many records of each of `tables` a compressed record file holds; others are taken out of it."""
+    """Removes other tables' records from a compressed record file; returns the number of records of each kept table."""
     kept = path.with_name(path.name + ".kept")
     num_kept: collections.Counter[str] = collections.Counter()
     with tf.io.TFRecordWriter(str(kept), tf.io.TFRecordOptions(compression_type="ZLIB")) as writer:

@@ -1,6 +1,6 @@
-"""Whether an item of a replay's table can be one that this experiment's actors wrote. What a chunk is: `chunks.py`.
+"""Checks whether an item of a replay's table can come from this experiment's actors. `chunks.py` defines a chunk.
 
-An item of the right types may still end the run. A NaN, or a reward that overflows in the loss, reaches the weights; an
+An item of the right types may still end the run: a NaN, or a reward that overflows in the loss, reaches the weights; an
 action that does not exist ends the compiled call. The server keeps the item, so each resume would end too.
 """
 
@@ -17,22 +17,22 @@ import tree
 from actorlearner.runtime.row_checks import MAX_COUNT, MAX_MAGNITUDE, Between
 
 MAX_OF_OWN = 16
-"""So many times as large as this experiment's own a chunk may be: actors may have more environments."""
+"""Largest accepted chunk, as a multiple of this experiment's own: actors may have more environments."""
 
 CLOCKS_SECS = 86_400.0
-"""Chunks are numbered by their actor's clock, in nanoseconds; it may be ahead of this one by so much."""
+"""How far an actor's clock, which numbers its chunks, may be ahead of this one, in nanoseconds."""
 
-_STAMP = Between(-1, MAX_COUNT)  # of the acting weights' train step; -1: none acted
+_STAMP = Between(-1, MAX_COUNT)  # train step of the acting weights; -1: the random policy acted
 _SAMPLES = Between(-MAX_MAGNITUDE, MAX_MAGNITUDE)
 _STEP_TYPE = Between(0, 2)
 _DISCOUNT = Between(0.0, 1.0)
 
 
 def step_limits(step_spec: Any) -> list[Optional[Between]]:
-    """Returns what each leaf of a `Trajectory` step may hold, in the order of `tree.flatten`; None: anything.
+    """Returns the limits of each leaf of a `Trajectory` step, in the order of `tree.flatten`; None: any value.
 
-    Whole numbers keep their spec's bounds, as they stand for places in a table. Others only have to be finite, and not
-    so large that their square overflows: many environments leave their bounds.
+    Whole numbers keep their spec's bounds, because they index tables. Floats only have to be finite, and small enough
+    that their square does not overflow, because many environments leave their bounds.
     """
     limits: list[Optional[Between]] = []
     for path, spec in tree.flatten_with_path(step_spec):
@@ -51,12 +51,12 @@ def step_limits(step_spec: Any) -> list[Optional[Between]]:
 
 
 def leaf_names(step_spec: Any) -> list[str]:
-    """Returns how a warning names each leaf, in the same order."""
+    """Returns each leaf's name for warnings, in the same order."""
     return ["/".join(map(str, path)) for path, _ in tree.flatten_with_path(step_spec)]
 
 
 def is_chunk(leaves: Sequence[np.ndarray], signature: Any) -> bool:
-    """Returns whether an item is a chunk: the signature's leaves, all of the same environments and rows."""
+    """Returns whether an item is a chunk: the signature's leaves, with equal numbers of environments and rows."""
     specs = tree.flatten(signature)
     if len(leaves) != len(specs) or not all(
         spec.dtype == leaf.dtype and spec.shape.is_compatible_with(leaf.shape) for spec, leaf in zip(specs, leaves)
@@ -72,11 +72,11 @@ def is_chunk(leaves: Sequence[np.ndarray], signature: Any) -> bool:
 
 
 class ChunkCheck:
-    """What a chunk of this experiment's can hold; any thread may ask."""
+    """Checks items against what this experiment's chunks can hold. Thread-safe."""
 
     def __init__(self, step_spec: Any, max_rows: int):
         """Args:
-        step_spec: Of one trajectory step.
+        step_spec: Spec of one trajectory step.
         max_rows: Steps, of all environments together, in the largest chunk.
         """
         self._limits = step_limits(step_spec)
@@ -84,7 +84,7 @@ class ChunkCheck:
         self._max_rows = max_rows
 
     def find_misfit(self, leaves: Sequence[np.ndarray], signature: Any) -> Optional[str]:
-        """Returns why an item's leaves are none of this experiment's chunks, in words; None when they are one."""
+        """Returns why an item's leaves are not a chunk of this experiment, in words; None if they are one."""
         if not is_chunk(leaves, signature):
             return "its parts do not belong together"
         return self._find_untrue(tree.unflatten_as(signature, leaves))
@@ -92,11 +92,11 @@ class ChunkCheck:
     def _find_untrue(self, chunk: Mapping[str, Any]) -> Optional[str]:
         num_environments, num_rows = chunk["ends_run"].shape
         if num_environments * num_rows > self._max_rows:
-            return f"its steps = {num_environments} x {num_rows:,}, expected {self._max_rows:,} at most"
+            return f"its steps = {num_environments} x {num_rows:,}, expected at most {self._max_rows:,}"
         latest = time.time_ns() + int(CLOCKS_SECS * 1e9)
         if not 0 <= chunk["chunk"] <= latest:
             return (
-                f"its number, the time in nanoseconds, = {chunk['chunk']}, expected 0 to {latest}: "
+                f"its number, a time in nanoseconds, = {chunk['chunk']}, expected 0 to {latest}: "
                 "if it is an actor's, compare the clocks"
             )
         length = int(chunk["length"])
@@ -111,18 +111,18 @@ class ChunkCheck:
 
 
 def are_plausible(steps: Any, limits: Sequence[Optional[Between]]) -> tf.Tensor:
-    """Returns for each item of a batch whether its steps can be true, bool [B]; for compiled code.
+    """Returns whether each item of a batch is plausible, bool [B]; for compiled code.
 
     Args:
       steps: Nest of leaves [B, ...].
-      limits: As `step_limits` gives them.
+      limits: As `step_limits` returns them.
     """
     leaves = tree.flatten(steps)
     found = tf.ones([tf.shape(leaves[0])[0]], tf.bool)
     for leaf, limit in zip(leaves, limits):
         if limit is not None:
             least, most = (tf.constant(bound, leaf.dtype) for bound in _in_range(limit, leaf.dtype))
-            fits = (leaf >= least) & (leaf <= most)  # false of a NaN
+            fits = (leaf >= least) & (leaf <= most)  # False for a NaN
             found &= tf.reduce_all(tf.reshape(fits, [tf.shape(leaf)[0], -1]), axis=1)
     return found
 

@@ -1,7 +1,8 @@
-"""Chunks: what one actor's environments did in a row of steps, and how an actor writes them.
+"""Chunks: consecutive steps of all of one actor's environments, and how an actor writes them.
 
-A chunk is [num_environments, length, ...]. It needs no other: the last `num_steps - 1` steps of one open the next, so
-each window of an episode lies in exactly one chunk, as each is exactly one item in a stock TF-Agents table.
+A chunk is [num_environments, length, ...]. It is self-contained: it starts with the last `num_steps - 1` steps of the
+previous one, so each window of an episode lies in exactly one chunk, as it is exactly one item in a stock TF-Agents
+table.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ STREAM_TABLE = "stream"
 EXPERIENCE_TABLE = "experience"
 
 MAX_CHUNK_SECS = 30.0
-"""However empty, a chunk is sent after this time: the learner waits for it."""
+"""A chunk is sent after this time, in seconds, however few steps it has: the learner waits for it."""
 
 
 class ChunkSink(TrajectorySink):
-    """Writes what one actor's environments do as chunks. See `TrajectorySink`.
+    """Writes the steps of one actor's environments as chunks. See `TrajectorySink`.
 
-    Each chunk goes to the server that is the actor's own at that moment. If that is another before the chunk is
-    confirmed, it goes there as well, under its number: the learner leaves out what it has had.
+    Each chunk goes to the server that is the actor's own at that moment. If that changes before the chunk is confirmed,
+    it is also sent to the new one, under the same number: the learner leaves out duplicates.
     """
 
     def __init__(
@@ -56,15 +57,15 @@ class ChunkSink(TrajectorySink):
         self._columns: Any = None  # leaves of a chunk, [num_rows, num_environments, ...]
         self._acted_at = np.zeros(num_rows, np.int64)
         self._ends_run = np.zeros((num_rows, num_environments), bool)
-        # Where windows may end early, which rows are the last of an episode.
+        # Which rows end an episode, for windows that may end early.
         self._is_last = np.zeros((num_rows, num_environments), bool) if windows_may_end_early else None
-        self._length = 0  # rows filled; a new chunk begins with the last ones of the chunk before
+        self._length = 0  # rows filled; a new chunk starts with the last rows of the previous one
         self._opened_at = 0.0
-        self._sending: Any = None  # the chunk that is not confirmed yet
+        self._sending: Any = None  # the chunk that the server has not confirmed yet
 
     def append(self, steps: Any, acted_at: int, crashed: np.ndarray) -> None:
-        """Adds one step per environment and hands the chunk to the writer when it is full, or half full and old."""
-        assert self._sending is None, "append while blocked: ask is_blocked first"
+        """Adds one step per environment; sends the chunk when it is full, or half full and old."""
+        assert self._sending is None, "append while blocked: call is_blocked first"
         now = time.monotonic()
         leaves = tree.flatten(steps)
         if self._columns is None:
@@ -80,7 +81,7 @@ class ChunkSink(TrajectorySink):
         if self._is_last is not None:
             self._is_last[row] = self._ends_run[row]
         if crashed.any():
-            self._ends_run[row] |= crashed  # nothing leads from the row that is none ...
+            self._ends_run[row] |= crashed  # no window may span the crash: neither from this row ...
             if row:
                 self._ends_run[row - 1] |= crashed  # ... nor into it
         self._length += 1
@@ -98,9 +99,9 @@ class ChunkSink(TrajectorySink):
 
     def _send(self) -> None:
         length, kept = self._length, self._num_steps - 1
-        # Always whole arrays, though only `length` rows count: a writer's columns must keep their shapes.
+        # Send whole arrays, though only `length` rows count: the shapes of a writer's columns must not change.
         columns = [np.ascontiguousarray(np.swapaxes(column, 0, 1)) for column in self._columns]
-        # Ordered by time, so that a restarted learner knows which are the oldest; the last bits tell actors apart.
+        # Numbers are times, so that a restarted learner knows the oldest chunks; the last bits tell actors apart.
         number = (time.time_ns() & ~0xFFFF) | secrets.randbits(16)
         self._sending = {
             "acted_at": self._acted_at.copy(),
@@ -119,18 +120,18 @@ class ChunkSink(TrajectorySink):
     def _write(self) -> None:
         address = self._servers.mine()
         if address != self._address:
-            logging.info("writing to the replay server at %s from here on", address)
-            # With its server away it takes about a second to close, and what it still holds need not arrive.
+            logging.info("switching to the replay server at %s", address)
+            # If its server is away, closing takes about a second; its unsent data is sent to the new server.
             threading.Thread(target=self._writer.close, name="closing writer", daemon=True).start()
             self._address, self._writer = address, _make_writer(address)
         self._writer.append(self._sending)
         trajectory = tree.map_structure(lambda column: column[-1], self._writer.history)
-        # First the durable table: what reaches the learner must be there to come back from.
+        # First the durable table: what the learner gets must be there for its restart.
         for table in (EXPERIENCE_TABLE, STREAM_TABLE):
             self._writer.create_item(table, priority=1.0, trajectory=trajectory)
 
     def is_blocked(self) -> bool:
-        """Returns whether the queue has not taken the last chunk. See `TrajectorySink.is_blocked`."""
+        """Returns whether the queue has not accepted the last chunk. See `TrajectorySink.is_blocked`."""
         if self._sending is None:
             return False
         try:
@@ -143,7 +144,7 @@ class ChunkSink(TrajectorySink):
         return False
 
     def close(self, timeout_secs: float) -> None:
-        """Sends the chunk under way if the one before was taken; blocks at most `timeout_secs` seconds."""
+        """Sends the unfinished chunk if the previous one was accepted; blocks at most `timeout_secs` seconds."""
         if self._sending is None and self._length >= self._num_steps:
             self._send()
         if self._sending is not None:

@@ -1,6 +1,6 @@
-"""The durable table of chunks: which server holds it, and all of it read.
+"""Reads the durable table of chunks, and the incarnation of the server that holds it.
 
-What a chunk is says `chunks.py`.
+`chunks.py` defines a chunk.
 """
 
 from __future__ import annotations
@@ -21,44 +21,44 @@ from actorlearner.runtime.row_checks import say_left_out
 from actorlearner.runtime.tls.tunnel import reach
 
 ANSWER_SECS = 5.0
-"""Within this time a server says how its table stands."""
+"""Deadline for a server's table info, in seconds."""
 
 
 CLOCK_SLACK_SECS = 2.0
-"""So much later a server must have begun to be taken for another one: clocks are set. Starting one takes longer."""
+"""Tolerance for a server's start time, in seconds, as clocks are adjusted; a restart takes longer than this."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ServerIncarnation:
-    """One process's life as a replay server, as far as it tells."""
+    """One incarnation of a replay server: when it started, and how many inserts it counts."""
 
-    began_after: float  # both in seconds of this machine's monotonic clock
+    began_after: float  # bounds of its start, in seconds of this machine's monotonic clock
     began_before: float
     num_inserted: int  # items, so far
 
     @classmethod
     def read(cls, address: str) -> tuple[ServerIncarnation, Any]:
-        """Returns the life of the server that answers there, and its durable table's info.
+        """Returns the incarnation of the server at `address`, and its durable table's info.
 
         Blocks at most twice `ANSWER_SECS`.
 
         Raises:
           Unreachable: It does not answer, or has no such table.
         """
-        for _ in range(2):  # the answer to the first may wait for a connection, and say little of when it was given
+        for _ in range(2):  # the first answer may wait for a connection, so its time is inexact
             asked_at = time.monotonic()
             table: Any = read_server_info(address, ANSWER_SECS).get(EXPERIENCE_TABLE)
             if table is None:
                 raise Unreachable(f"the server at {address} has no table '{EXPERIENCE_TABLE}'")
             if time.monotonic() - asked_at < CLOCK_SLACK_SECS / 4:
                 break
-        # A worker's time in each of its states, the present one too: together its age.
+        # The times of a worker in all of its states add up to its age.
         age_secs = sum(millis for _, millis in table.table_worker_time.ListFields()) / 1000
         life = cls(asked_at - age_secs, time.monotonic() - age_secs, table.rate_limiter_info.insert_stats.completed)
         return life, table
 
     def has_ended(self, now: ServerIncarnation) -> bool:
-        """Returns whether `now`, read later, is another life: it began later, or counts fewer inserts."""
+        """Returns whether `now`, read later, is another incarnation: it started later, or counts fewer inserts."""
         return now.began_after > self.began_before + CLOCK_SLACK_SECS or now.num_inserted < self.num_inserted
 
 
@@ -77,28 +77,28 @@ def read_chunks(
 ) -> dict[int, Any]:
     """Returns the chunks of a server's table by number, or None for each unless `has_data`; in no order.
 
-    As many may be left out as come in meanwhile. Sampled, as Reverb lists none: about ten times the table comes over
-    the network. Blocks for that long.
+    Chunks that arrive meanwhile may be missing. Reverb cannot list items, so they are sampled: about ten times the
+    table crosses the network. Blocks for that long.
 
     Args:
-      address: The server's.
-      silent_secs: So long it may hand out nothing; it hands out nothing while it saves a checkpoint.
+      address: Address of the server.
+      silent_secs: How long it may send nothing, in seconds; it sends nothing while it saves a checkpoint.
       on_chunk: Called for each sample; what it raises ends the reading.
-      has_data: Whether the chunks are kept, or their numbers alone.
-      find_misfit: Returns why an item, given its leaves and the table's signature, is no chunk of this experiment's: a
-        stranger's, as Reverb's server takes what its client did not check. It is left out, with a warning of each kind.
-      into: What was read before, which is added to and returned; what was read is there also after an error.
+      has_data: Whether to keep the chunks, or only their numbers.
+      find_misfit: Returns why an item, given its leaves and the table's signature, is not a chunk of this experiment,
+        because Reverb's server accepts any item. Such items are left out, with one warning for each kind.
+      into: Chunks read before, to which this adds; they are kept after an error too.
 
     Raises:
-      Unreachable: The server does not answer, went away, was silent for too long, was restarted meanwhile, or has no
-        such table.
+      Unreachable: The server does not answer, went away, was silent for too long, restarted meanwhile, or has no such
+        table.
     """
     client = reverb.Client(reach(address))
     chunks: dict[int, Any] = {} if into is None else into
     keys: set[int] = set()
     life, table = ServerIncarnation.read(address)
-    # Drawing n of n with replacement takes about n ln n draws; the bound leaves room, and ends it though others write.
-    # The client's own sampler is ten times as fast as a dataset here.
+    # Drawing all of n items with replacement takes about n ln n draws; the bound leaves room, and ends the loop if
+    # others keep writing. The client's own sampler is ten times as fast as a dataset here.
     num_draws, most_draws = 0, table.current_size * (np.log(max(1, table.current_size)) + 8)
     while size := table.current_size:
         samples = client.sample(EXPERIENCE_TABLE, num_samples=size, emit_timesteps=False)
@@ -115,7 +115,7 @@ def read_chunks(
             chunks.setdefault(int(chunk["chunk"]), chunk if has_data else None)
         num_draws += size
         now, table = ServerIncarnation.read(address)
-        if life.has_ended(now):  # Reverb's sampler goes on with the next one, unasked
+        if life.has_ended(now):  # Reverb's sampler silently continues with the new server
             raise Unreachable(f"the server at {address} was restarted while '{EXPERIENCE_TABLE}' was read")
         if len(keys) >= size or num_draws >= most_draws:
             break
@@ -126,5 +126,5 @@ def _each_sample(samples: Iterable[Any], address: str, silent_secs: float) -> It
     where = f"table '{EXPERIENCE_TABLE}' at {address}"
     try:
         yield from each_within(silent_secs, samples, where)
-    except (reverb.errors.ReverbError, RuntimeError) as error:  # its server was stopped meanwhile
+    except (reverb.errors.ReverbError, RuntimeError) as error:  # the server stopped meanwhile
         raise Unreachable(f"reading {where} failed: {error}") from error

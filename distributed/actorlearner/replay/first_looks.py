@@ -1,4 +1,4 @@
-"""Moments of the observations in batches that a server sampled: each item counts when it is first drawn."""
+"""Moments of observations in server-sampled batches: each item counts when it is drawn for the first time."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from actorlearner.replay.moments import Moments
 
 
 class FirstLooks:
-    """Sums up observations inside the compiled loop; the sums are read between two calls."""
+    """Accumulates observations inside the compiled loop; the sums are read between two calls."""
 
     def __init__(self, strategy: tf.distribute.Strategy, observation_spec: Any):
-        """`observation_spec` is that of a batch of windows with one leaf: [B, T, ...]."""
+        """`observation_spec` is the spec of a batch of windows, with one leaf: [B, T, ...]."""
         (leaf,) = tf.nest.flatten(observation_spec)
         shape = leaf.shape.as_list()[2:]
 
@@ -27,10 +27,10 @@ class FirstLooks:
             )
 
         with strategy.scope():
-            self._sums = [make([]), make(shape), make(shape)]  # how many, of them, of their squares
+            self._sums = [make([]), make(shape), make(shape)]  # count, sum, sum of squares
 
     def count(self, observation: Any, is_first_look: tf.Tensor) -> None:
-        """Adds the first observation of each window that `is_first_look` marks; called inside each replica.
+        """Adds the first observation of each window marked in `is_first_look`; called inside each replica.
 
         Shapes: `observation` has one leaf, [B, T, ...]; `is_first_look` is [B].
         """
@@ -44,7 +44,7 @@ class FirstLooks:
         squares.assign_add(tf.reduce_sum(spread * tf.square(first), axis=0))
 
     def take(self) -> list[Moments]:
-        """Returns the moments of what was counted since the last call."""
+        """Returns the moments of the observations counted since the last call."""
         count, total, squares = (variable.read_value().numpy() for variable in self._sums)
         for variable in self._sums:
             variable.assign(tf.zeros_like(variable.read_value()))

@@ -1,4 +1,4 @@
-"""A replay server that began anew is given back what it lost of its durable table."""
+"""Refills a restarted replay server with the chunks that its durable table lost."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from actorlearner.runtime.messages import Unreachable
 from actorlearner.runtime.tls.tunnel import reach
 
 LOOK_FOR_LOSSES_SECS = 2.0
-"""Time between two looks whether a replay server has been restarted and lacks what the mirror holds."""
+"""Time between two checks whether a replay server has restarted and lacks chunks of the mirror, in seconds."""
 
 SAVING_SECS = 60.0
-"""So long a server may be silent while training goes on: it hands out and takes nothing while it saves a checkpoint."""
+"""How long a server may be silent during training, in seconds: it sends and accepts nothing while it saves."""
 
 GIVE_BACK_CHUNKS = 32
-"""So many chunks are given back at a time; while they are read from the mirror nothing is written to it."""
+"""Number of chunks refilled at a time; while they are read from the mirror, nothing is written to it."""
 
 FIRST_RETRY_SECS, MAX_RETRY_SECS = 1.0, 60.0
-"""Time until what could not be given back is tried again: twice as long with each failure in a row."""
+"""Delay before a failed refill is retried, in seconds: doubles with each failure in a row."""
 
 MAX_PASSES = 3
-"""So often a restarted server is looked through for what it lacks."""
+"""Largest number of passes over a restarted server's table, to find what it lacks."""
 
 
 class LossDetector:
-    """Whether a replay server may lack what it had: it began anew and was not given all back since."""
+    """Tells whether a replay server has lost chunks: it restarted, and was not completely refilled since."""
 
     def __init__(self, address: str):
         self._address = address
         self._seen: Optional[ServerIncarnation] = None
         self._made_up_for: Optional[ServerIncarnation] = None
-        self._num_passes = 0  # in the life that was seen last
+        self._num_passes = 0  # in the incarnation seen last
 
     def has_losses(self) -> bool:
-        """Returns whether something may be lost, until it is made up for; never at the first look.
+        """Returns whether chunks may be lost and not refilled yet; False at the first call.
 
         Blocks at most twice `ANSWER_SECS`.
 
@@ -62,43 +62,44 @@ class LossDetector:
         return False
 
     def note_pass(self, num_given: int) -> None:
-        """Counts a look through the table: nothing is lost any more when it lacked none, or with the last look.
+        """Counts a pass over the table: after a pass without missing chunks, or the last pass, nothing is lost.
 
         Blocks at most twice `ANSWER_SECS`.
 
         Args:
-          num_given: The chunks that the table lacked and was given.
+          num_given: Number of chunks that the table lacked and was refilled with.
 
         Raises:
-          Unreachable: It does not answer, or was restarted since `has_losses`: what was given to it is lost again.
+          Unreachable: It does not answer, or was restarted since `has_losses`: which lost the refill.
         """
-        assert self._seen is not None, "note_pass before has_losses"
+        assert self._seen is not None, "call has_losses before note_pass"
         now, _ = ServerIncarnation.read(self._address)
         if self._seen.has_ended(now):
-            raise Unreachable(f"the server at {self._address} was restarted while it was given back what it lacked")
+            raise Unreachable(f"the server at {self._address} restarted while it was refilled")
         self._num_passes += 1
-        # What came from the server's last life may be taken in meanwhile, so once more; others write there as well, so
-        # not for ever.
+        # The mirror may still receive chunks from the old incarnation, so make another pass; others write to the table
+        # too, so not endlessly.
         if not num_given or self._num_passes == MAX_PASSES:
             self._forget()
 
     def _forget(self) -> None:
-        """Nothing that was lost until the last look is missing any more."""
+        """Marks what was lost until the last check as refilled."""
         self._made_up_for, self._num_passes = self._seen, 0
 
 
 class ChunkWriter:
-    """Writes chunks into one server's durable table alone, past the queue. Close it; that takes up to a second."""
+    """Writes chunks only into one server's durable table, not into the queue. `close` takes up to a second."""
 
     def __init__(self, address: str):
         self._address = address
-        self._writers: dict[tuple[int, ...], reverb.TrajectoryWriter] = {}  # by shape: a writer's columns keep theirs
+        # by shape, because a writer's columns cannot change theirs
+        self._writers: dict[tuple[int, ...], reverb.TrajectoryWriter] = {}
 
     def write(self, chunks: Iterable[Mapping[str, Any]], timeout_secs: float) -> None:
-        """Returns when the server has confirmed them all.
+        """Writes chunks, and blocks until the server has confirmed all of them.
 
         Raises:
-          reverb.errors.ReverbError, RuntimeError: It did not within `timeout_secs`; some may be there.
+          reverb.errors.ReverbError, RuntimeError: It did not within `timeout_secs`; some chunks may have arrived.
         """
         for chunk in chunks:
             shape = chunk["ends_run"].shape
@@ -118,7 +119,7 @@ class ChunkWriter:
 
 
 class GivingBack:
-    """Knows where in the mirrors the chunks are, and gives each server back those that it lost."""
+    """Knows where the chunks are in the mirrors, and refills each server with those that it lost."""
 
     def __init__(
         self,
@@ -131,10 +132,10 @@ class GivingBack:
     ):
         """Args:
         changed: Guards the places, and is notified when the source closes.
-        writing: Whoever holds it is the one that writes to the mirrors.
-        is_closing: Returns whether the source closes.
+        writing: Held by the one thread that writes to the mirrors.
+        is_closing: Returns whether the source is closing.
         find_misfit: See `read_chunks`.
-        num_durable_chunks: Chunks that a server holds at most.
+        num_durable_chunks: Largest number of chunks that a server holds.
         """
         self.num_given_back = 0
         self._changed = changed
@@ -143,20 +144,20 @@ class GivingBack:
         self._find_misfit = find_misfit
         self._num_durable_chunks = num_durable_chunks
         self._losses: dict[str, LossDetector] = {}  # by address
-        self._places: dict[int, Place] = {}  # of the chunks in the mirrors, by number, oldest first
+        self._places: dict[int, Place] = {}  # where each chunk of the mirrors is, by number, oldest first
 
     def note_place(self, number: int, place: Place) -> None:
-        """Notes where a chunk is, and forgets those that have left. Whoever calls holds the lock."""
+        """Records where a chunk is, and drops those that have left the mirror. The caller holds the lock."""
         self._places[number] = place
         while not next(iter(self._places.values())).is_held():
             del self._places[next(iter(self._places))]
 
     def losses_at(self, address: str) -> LossDetector:
-        """Returns what tells whether the server at `address` may lack something."""
+        """Returns the loss detector of the server at `address`."""
         return self._losses.setdefault(address, LossDetector(address))
 
     def look_after(self, address: str) -> None:
-        """Gives the server at `address` back what it lost, whenever it began anew; returns when the source closes."""
+        """Refills the server at `address` whenever it has restarted; returns when the source closes."""
         losses, wait_secs, retry_secs = self.losses_at(address), LOOK_FOR_LOSSES_SECS, FIRST_RETRY_SECS
         while True:
             with self._changed:
@@ -165,20 +166,20 @@ class GivingBack:
             try:
                 may_be_lost = losses.has_losses()
             except (Unreachable, reverb.errors.ReverbError, RuntimeError) as error:
-                logging.debug("looking after the replay server at %s: %s", address, error)
-                may_be_lost = False  # as far as one knows; asked again when it is back
+                logging.debug("watching the replay server at %s for a restart: %s", address, error)
+                may_be_lost = False  # unknown; checked again when it is back
             if not may_be_lost:
                 wait_secs, retry_secs = LOOK_FOR_LOSSES_SECS, FIRST_RETRY_SECS
                 continue
             try:
                 num_given = self._give_back(address)
                 losses.note_pass(num_given)
-            except Exception as error:  # it has what its last checkpoint held; no reason to end training
+            except Exception as error:  # it has its last checkpoint; no reason to end training
                 wait_secs, retry_secs = retry_secs, min(MAX_RETRY_SECS, 2 * retry_secs)
                 is_expected = isinstance(error, (Unreachable, reverb.errors.ReverbError, RuntimeError))
                 logging.warning(
-                    "the replay server at %s began anew and is not given back yet what it had lost: %s. Trying again "
-                    "in %.0f s",
+                    "the replay server at %s has restarted and was not refilled with the chunks it lost: %s. "
+                    "Retrying in %.0f s",
                     address,
                     error,
                     wait_secs,
@@ -186,19 +187,19 @@ class GivingBack:
                 )
                 continue
             logging.info(
-                "the replay server at %s began anew; %d chunks that it had lost were given back", address, num_given
+                "the replay server at %s restarted and was refilled with %d chunks that it had lost", address, num_given
             )
             wait_secs, retry_secs = LOOK_FOR_LOSSES_SECS, FIRST_RETRY_SECS
 
     def _give_back(self, address: str) -> int:
-        """Returns how many chunks were written into the durable table that it lacked.
+        """Writes into the durable table the chunks that it lacks, and returns their number.
 
         Blocks for seconds; a table of 20,000 chunks takes a minute. Raises `Unreachable` and Reverb's errors.
         """
-        with self._changed:  # before the table is read: what comes later is there
+        with self._changed:  # before the table is read: chunks that arrive later are there
             places = {number: place for number, place in self._places.items() if place.address == address}
         there = read_chunks(address, silent_secs=SAVING_SECS, has_data=False, find_misfit=self._find_misfit).keys()
-        newest = heapq.nlargest(self._num_durable_chunks, places.keys() | there)  # others it would have dropped
+        newest = heapq.nlargest(self._num_durable_chunks, places.keys() | there)  # it would have dropped the others
         lost = sorted(set(newest) - there)
         num_given = 0
         try:
@@ -208,9 +209,9 @@ class GivingBack:
                     with self._writing:
                         rows = {number: places[number].read() for number in numbers if places[number].is_held()}
                     num_given += len(rows)
-                    # Only here are they awaited: a GPU's come after the compiled call that is under way.
+                    # This waits for the rows: a GPU copies them after its present compiled call.
                     writer.write((places[number].unfold(number, held) for number, held in rows.items()), SAVING_SECS)
-        finally:  # what was not confirmed may be there too
+        finally:  # unconfirmed chunks may have arrived too
             with self._changed:
                 self.num_given_back += num_given
         return num_given

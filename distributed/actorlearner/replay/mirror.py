@@ -1,6 +1,6 @@
-"""Mirror: a ring of steps beside the learner's compute, and the windows in it that may be drawn.
+"""Mirror: a ring of steps in the learner's device memory, and the windows in it that may be drawn.
 
-Knows no server and no thread; `resident.py` fills it.
+Has no servers and no threads; `resident.py` fills it.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from tf_agents.trajectories import StepType
 
 
 class Mirror:
-    """The steps and the valid windows among them, in variables the compiled loop reads; the oldest leave first.
+    """Steps and the valid windows among them, in variables that the compiled loop reads; the oldest leave first.
 
-    One ring holds step rows, another the positions in it at which a window begins. A chunk leaves as a whole.
+    One ring holds step rows, another the rows at which a window starts. A chunk leaves as a whole.
 
-    Two sides work on it: one thread at a time writes chunks where no window that may be drawn lies, also while a
-    compiled call draws; the learner's loop reveals them to the next call, and makes room, between two calls.
-    Where XLA compiled the call, it holds the locks of what it reads to its end (seen on a CPU): there a chunk waits for
-    that, and comes between two calls.
+    Two sides use it. One thread at a time writes chunks into rows that no drawable window uses, even while a compiled
+    call draws. Between two calls the learner's loop reveals the written chunks to the next call, and makes room. If XLA
+    compiled the call, it holds the locks of the variables it reads until it ends (seen on a CPU); a chunk then waits
+    until the call has ended.
 
-    Rows and windows are numbered from the first ever written, without end; a number modulo `_num_rows` is the place.
+    Rows and windows are numbered from the first one ever written; a number modulo `_num_rows` is the place in the ring.
     """
 
     def __init__(
@@ -39,9 +39,9 @@ class Mirror:
         windows_may_end_early: bool = False,
     ):
         """Args:
-        step_spec: Of one trajectory step.
+        step_spec: Spec of one trajectory step.
         num_steps: Steps in a window.
-        capacity: Windows held at most.
+        capacity: Largest number of windows.
         device: Where the variables live: the device that draws from them.
         windows_may_end_early: See `Sampling`.
         """
@@ -56,22 +56,22 @@ class Mirror:
                 tf.Variable(tf.zeros([self._num_rows, *spec.shape], _held_dtype(spec.dtype)), trainable=False)
                 for spec in tf.nest.flatten(self._spec)
             ]
-            # As many places as rows: wherever there is room for a chunk's rows, there is for its windows.
+            # As many places as rows, so that room for a chunk's rows is room for its windows.
             self._starts = tf.Variable(tf.zeros([self._num_rows], tf.int64), trainable=False)
-            # The numbers of the first window held and of the one past the last; one variable, as an assignment is slow.
+            # Numbers of the first window and of the one after the last; one variable, because each assignment is slow.
             self._bounds = tf.Variable([0, 0], dtype=tf.int64, trainable=False)
-        # The writing thread's: rows and windows written so far, and the rows for which there is no room yet.
+        # Used by the writing thread: rows and windows written so far, and rows that still need room.
         self._next_row = self._next_window = 0
         self._num_wanted_rows = 0
-        # From the one to the other, then the other's, oldest first: (row after its last, windows) of each chunk.
+        # Written but not revealed, then revealed, oldest first: (row after the last, number of windows) of each chunk.
         self._written: collections.deque[tuple[int, int]] = collections.deque()
         self._chunks: collections.deque[tuple[int, int]] = collections.deque()
-        self._oldest_row = 0  # what lies before it may be written over
+        self._oldest_row = 0  # rows before it may be overwritten
         self._first_window = 0
         self.num_windows = 0
         int64 = tf.TensorSpec((), tf.int64)
         blocks = [tf.TensorSpec([None, *variable.shape[1:]], variable.dtype) for variable in self._rows]
-        # Flat positional arguments of a concrete function: a list costs several times the work, at every call.
+        # A concrete function with flat positional arguments: a list would cost several times as much at every call.
         self._write = tf.function(self._write_block, autograph=False).get_concrete_function(
             int64, int64, tf.TensorSpec([None], tf.int64), *blocks
         )
@@ -82,15 +82,15 @@ class Mirror:
 
     @staticmethod
     def num_bytes_for(step_spec: Any, num_steps: int, capacity: int) -> int:
-        """Returns how much memory a mirror takes."""
+        """Returns the memory that a mirror takes, in bytes."""
         row = sum(int(np.prod(spec.shape)) * _held_dtype(spec.dtype).size for spec in tf.nest.flatten(step_spec))
         return (row + 2 * tf.int64.size) * _num_rows_for(num_steps, capacity)
 
     def make_block(self, chunk: Mapping[str, Any]) -> Block:
-        """Returns a chunk as `write` takes it, its rows on this mirror's device; any thread may call it.
+        """Returns a chunk in the form that `write` takes, with its rows on this mirror's device. Thread-safe.
 
         Raises:
-          ValueError: It could never be held.
+          ValueError: It is larger than the mirror.
         """
         length = int(chunk["length"])
         ends_run = chunk["ends_run"][:, :length]
@@ -113,10 +113,10 @@ class Mirror:
         return Block(rows, num_rows, lanes * length + steps)
 
     def has_room(self, block: Block, *, more_follow: bool = False) -> bool:
-        """Returns whether `write` may be called; if not, the next `reveal` makes the room. For the writing thread.
+        """Returns whether `write` may be called; if not, the next `reveal` makes room. For the writing thread.
 
-        Where `more_follow`, it makes room for at least a hundredth of the mirror, or four such chunks: a compiled call
-        takes long, and with room for one chunk the others would wait for the next.
+        With `more_follow` it asks for room for at least a hundredth of the mirror, or four such chunks: a compiled call
+        takes long, and with room for one chunk the others would wait for the next call.
         """
         has_room = self._next_row + block.num_rows - self._oldest_row <= self._num_rows
         self._num_wanted_rows = 0 if has_room else block.num_rows
@@ -126,14 +126,14 @@ class Mirror:
         return has_room
 
     def write(self, block: Block) -> int:
-        """Copies a chunk's rows and windows beside those that are held, and returns the number of its first row.
+        """Copies a chunk's rows and windows into free rows, and returns the number of its first row.
 
-        `has_room` must have said yes.
+        `has_room` must have returned True.
         """
         first_row, self._next_row = self._next_row, self._next_row + block.num_rows
         starts = (first_row + block.starts) % self._num_rows
         self._write(
-            # Of NumPy's numbers: TensorFlow keeps a tensor for ever for each of Python's that it ever converted.
+            # NumPy ints: TensorFlow caches one tensor per Python int.
             tf.constant(np.int64(first_row % self._num_rows)),
             tf.constant(np.int64(self._next_window % self._num_rows)),
             tf.convert_to_tensor(starts, tf.int64),
@@ -144,11 +144,11 @@ class Mirror:
         return first_row
 
     def holds(self, first_row: int) -> bool:
-        """Returns whether the chunk that was written there is still held."""
+        """Returns whether the chunk written at `first_row` is still held."""
         return first_row >= self._oldest_row
 
     def read(self, first_row: int, num_rows: int) -> dict[str, Any]:
-        """Returns rows that were written, as tensors {acted_at: [num_rows], step: [num_rows, ...]}.
+        """Returns written rows, as tensors {acted_at: [num_rows], step: [num_rows, ...]}.
 
         Nothing may be written until it returns.
         """
@@ -167,7 +167,7 @@ class Mirror:
         self._starts.scatter_nd_update(windows[:, None], starts)
 
     def reveal(self) -> tuple[int, int]:
-        """Returns how many chunks and windows that were written may be drawn from now on; what is too old leaves.
+        """Makes written chunks drawable and drops the oldest; returns the number of revealed chunks and windows.
 
         Call it between two compiled calls.
         """
@@ -190,7 +190,7 @@ class Mirror:
         return num_chunks, num_windows
 
     def add(self, block: Block) -> None:
-        """Takes in a chunk where one thread does both."""
+        """Writes and reveals a chunk, for use from a single thread."""
         if not self.has_room(block):
             self.reveal()
             assert self.has_room(block)
@@ -200,14 +200,15 @@ class Mirror:
     def draw(self, batch_size: int) -> tuple[Any, tf.Tensor]:
         """Returns windows drawn uniformly, with replacement, as `(experience, acted_at)`; for compiled code.
 
-        Shapes: B = batch_size, T = num_steps. `experience` leaves are [B, T, ...]; `acted_at` is [B], of first steps.
+        Shapes: B = batch_size, T = num_steps. `experience` leaves are [B, T, ...]; `acted_at` is [B], of each window's
+          first step.
         """
         first, end = tf.unstack(self._bounds)
         windows = tf.random.uniform([batch_size], first, end, tf.int64)
         return self.gather(windows)
 
     def gather(self, windows: tf.Tensor) -> tuple[Any, tf.Tensor]:
-        """Returns the windows with these numbers; `draw` chooses the numbers."""
+        """Returns the windows with these numbers, which `draw` chooses."""
         starts = tf.gather(self._starts, windows % self._num_rows)
         rows = (starts[:, None] + tf.range(self.num_steps, dtype=tf.int64)) % self._num_rows
         drawn = [
@@ -220,7 +221,7 @@ class Mirror:
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """A chunk's rows, one tensor [num_rows, ...] per leaf, and the rows at which a window begins."""
+    """A chunk's rows, one tensor [num_rows, ...] per leaf, and the rows at which a window starts."""
 
     rows: Sequence[tf.Tensor]
     num_rows: int
@@ -229,7 +230,7 @@ class Block:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a chunk is: its rows in a mirror, and the server it came from."""
+    """Where a chunk is: its mirror, its rows, and the server it came from."""
 
     mirror: Mirror
     first_row: int
@@ -246,7 +247,7 @@ class Place:
         return self.mirror.read(self.first_row, len(self.ends_run) * self.length)
 
     def unfold(self, number: int, held: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the chunk with this number as it was sent, as far as it counts, made of the rows that `read` gave."""
+        """Returns the chunk with this number as it was sent, made from the rows that `read` returned."""
         num_environments, num_rows = self.ends_run.shape
 
         def unfold(leaf: tf.Tensor) -> np.ndarray:
@@ -265,13 +266,13 @@ class Place:
 
 
 def find_starts(ends_run: np.ndarray, num_steps: int, is_last: Optional[np.ndarray] = None) -> np.ndarray:
-    """Returns at which steps a window begins, as [num_environments, num_rows - num_steps + 1].
+    """Returns at which steps a window starts, as [num_environments, num_rows - num_steps + 1].
 
     Args:
-      ends_run: [num_environments, num_rows]: whether nothing leads from a step to the next.
+      ends_run: [num_environments, num_rows]: whether the next step does not follow from this one.
       num_steps: Steps in a window.
-      is_last: Of the same shape, which steps are the last of their episode, where windows may end with it early; None
-        where only whole windows count. One that meets a crash counts in neither case.
+      is_last: [num_environments, num_rows]: whether a step is the last of its episode, if windows may end early; None
+        if only whole windows count. A window with a crash never counts.
     """
     num_environments, num_rows = ends_run.shape
     is_start = np.ones((num_environments, max(0, num_rows - num_steps + 1)), bool)
@@ -285,9 +286,9 @@ def find_starts(ends_run: np.ndarray, num_steps: int, is_last: Optional[np.ndarr
 
 
 def _num_rows_for(num_steps: int, capacity: int) -> int:
-    # Full chunks overlap, at worst by a third of their length; an episode's end costs some rows more.
+    # Full chunks overlap by at most a third of their length; the end of an episode costs some more rows.
     return int(1.1 * capacity * 3 * num_steps / (2 * num_steps + 1)) + 1_000
 
 
 def _held_dtype(dtype: tf.DType) -> tf.DType:
-    return tf.int64 if dtype == tf.int32 else dtype  # TensorFlow keeps int32 variables of a GPU in host memory
+    return tf.int64 if dtype == tf.int32 else dtype  # TensorFlow keeps a GPU's int32 variables in host memory

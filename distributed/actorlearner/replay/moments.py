@@ -1,4 +1,4 @@
-"""Moments of observations: what running statistics are made of, counted where the learner takes data in."""
+"""Moments of observations, from which running statistics are updated; computed where the learner receives data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Of `count` observations: their mean, and the sum of their squared distances from it, for each component."""
+    """Mean of `count` observations and sum of their squared distances from it, for each component."""
 
     count: int
     mean: np.ndarray

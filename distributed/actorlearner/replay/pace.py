@@ -1,9 +1,9 @@
-"""At whose speed collect actors and the learner go: each at its own, or in turns.
+"""The pace of collect actors and learner: each at its own speed, or in turns.
 
-A replay chooses (`Replay.pace`), and both roles ask: the actor before it takes up other weights and after each step,
-the learner before it publishes and when it has nothing left to train on. In turns, an actor sends one chunk of steps;
-the learner makes the train steps that it allows and publishes once, with the number of chunks it has answered on the
-version board; the actor goes on when its own is among them.
+A replay chooses the pace (`Replay.pace`), and both roles ask it: the actor before it takes newer weights and after each
+step, the learner before it publishes and when it has no more data to train on. In turns, an actor sends one chunk of
+steps; the learner makes the train steps that it allows and publishes once, with the number of chunks it has answered on
+the version board; the actor continues when its own chunk is among them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Pace:
-    """What both sides need to know; a pace keeps no state of its own."""
+    """The settings of a pace, which both sides use; it has no state."""
 
     is_repeatable: bool
     """Whether two new runs of one seed end with equal weights, bit for bit."""
@@ -28,37 +28,37 @@ class Pace:
     """Whether an actor sends a chunk only when it is full, however long that takes."""
 
     least_secs_between_looks: float
-    """How often at most an actor asks whether the warm-up is over, in seconds."""
+    """Shortest time between two requests of an actor whether the warm-up is over, in seconds."""
 
     def check_actor(self, task: int) -> None:
-        """Returns when a collect actor with this task number can take part. Raises `RoleError` (USAGE)."""
+        """Checks that a collect actor with this task number can take part. Raises `RoleError` (USAGE)."""
 
     def note_restart(self, what: str) -> None:
-        """Warns where a restart breaks what the pace promises; `what` was restarted."""
+        """Warns if a restart (of `what`) breaks the promise of the pace."""
 
     def make_actors_turn(self, sink: TrajectorySink, weights: Subscriber, patience_secs: float) -> ActorsTurn:
         """Returns one collect actor's side.
 
         Args:
-          sink: Where its steps go.
-          weights: Where it hears of the learner.
-          patience_secs: How long it waits for an answer.
+          sink: The actor's sink.
+          weights: The actor's view of the learner.
+          patience_secs: How long it waits for an answer, in seconds.
         """
         raise NotImplementedError
 
     def make_learners_turn(self, source: BatchSource) -> LearnersTurn:
-        """Returns the learner's side; `source` says what has arrived."""
+        """Returns the learner's side; `source` knows which data has arrived."""
         raise NotImplementedError
 
 
 class ActorsTurn:
-    """One collect actor's side, as it is where everybody goes at their own speed."""
+    """One collect actor's side; this class is for free pace."""
 
     may_change = True
-    """Whether the actor may take up other weights, or end its warm-up, before its next step."""
+    """Whether the actor may take newer weights, or end its warm-up, before its next step."""
 
     def await_answer(self, stop: Stop) -> None:
-        """Returns when the next step may be made; called after each one.
+        """Blocks until the next step may be made; called after each step.
 
         Raises:
           RoleError: The learner gave no answer within `patience_secs` (UNAVAILABLE).
@@ -67,21 +67,21 @@ class ActorsTurn:
 
 
 class LearnersTurn:
-    """The learner's side, as it is where everybody goes at their own speed."""
+    """The learner's side; this class is for free pace."""
 
     num_answered = 0
-    """How many chunks are trained on as far as they allow; goes to the version board."""
+    """Number of chunks whose train steps have all been made, for the version board."""
 
     may_publish = True
     """Whether weights may be published whenever they are due."""
 
     def is_over(self) -> bool:
-        """Returns whether actors await weights now; asked when no train step is allowed. True once for each turn."""
+        """Returns whether actors wait for weights now; called when no train step is allowed. True once per turn."""
         return False
 
 
 class Free(Pace):
-    """Actors and learner each go at their own speed; samples per insert alone holds either side back."""
+    """Actors and learner go at their own speed; only samples per insert makes one wait for the other."""
 
     is_repeatable = False
     sends_whole_chunks_only = False
@@ -99,18 +99,17 @@ class TakingTurns(Pace):
 
     is_repeatable = True
     sends_whole_chunks_only = True
-    least_secs_between_looks = 0.0  # which step is the first must not depend on the clock
+    least_secs_between_looks = 0.0  # the first step with new weights must not depend on the clock
 
     def check_actor(self, task: int) -> None:
         if task:
             raise RoleError(
-                f"--task = {task} with train.lock_step = True: there is one collect actor in lock-step, and its task "
-                "is 0.",
+                f"--task = {task} with train.lock_step = True: lock-step has one collect actor, and its task is 0.",
                 ExitCode.USAGE,
             )
 
     def note_restart(self, what: str) -> None:
-        logging.warning("train.lock_step = True, but %s cannot be repeated bit for bit; --fresh starts over", what)
+        logging.warning("train.lock_step = True, but %s is not reproducible; --fresh starts over", what)
 
     def make_actors_turn(self, sink: TrajectorySink, weights: Subscriber, patience_secs: float) -> ActorsTurn:
         return _ChunkByChunk(sink, weights, patience_secs)
@@ -135,7 +134,7 @@ class _ChunkByChunk(ActorsTurn):
         wait_until(
             lambda: self._weights.num_chunks() >= self._num_sent or self._weights.phase() > Phase.TRAINING,
             lambda: (
-                f"the learner to train on chunk {self._num_sent:,}, in lock-step: it has on "
+                f"the learner to train on chunk {self._num_sent:,}, in lock-step: it has done "
                 f"{self._weights.num_chunks():,}"
             ),
             stop=stop,
@@ -146,7 +145,7 @@ class _ChunkByChunk(ActorsTurn):
 
 
 class _AnswerByAnswer(LearnersTurn):
-    may_publish = False  # weights change between chunks only
+    may_publish = False  # weights change only between chunks
 
     def __init__(self, source: BatchSource):
         self._source = source

@@ -2,10 +2,10 @@
 
 collect actors --chunks--> [stream, a queue] --> learner's mirror --windows--> agent.train
                \\--chunks--> [experience, durable] --> refills the mirror of a restarted learner
-                                              <-- the learner gives a restarted server back what it lost
+                                              <-- the learner refills a restarted server
 
-Of several replay servers each has both tables. An actor writes to one, the learner reads all.
-What a chunk is, `chunks.py` says.
+Each of several replay servers has both tables. An actor writes to one; the learner reads all.
+`chunks.py` defines a chunk.
 """
 
 from __future__ import annotations
@@ -38,14 +38,13 @@ class ResidentReplay(Replay):
     """Uniform experience replay (Lin, 1992) held by the learner, mirrored by a table on the server.
 
     Attributes:
-      replay_buffer_capacity: Windows the mirror holds at most; with two-step windows a window is a transition.
-      samples_per_insert: Overrides the ratio that `collect_steps_per_iteration` and `batch_size` give.
-      error_buffer: How many samples the ratio may be off at any moment; None takes those of one compiled call.
-      chunk_length: Steps an actor sends in one piece, all its environments together; never less than three windows'
-        length for each environment.
-      chunk_secs: A chunk with half the windows of a full one is sent after this time, in seconds. The durable table has
-        room for so many as the mirror holds. Emptier ones are sent after `MAX_CHUNK_SECS`: where steps take longer than
-        half a second, lower `chunk_length`, or a restarted learner gets back a part of what it had.
+      replay_buffer_capacity: Largest number of windows in the mirror; a two-step window is a transition.
+      samples_per_insert: Overrides the ratio derived from `collect_steps_per_iteration` and `batch_size`.
+      error_buffer: Largest deviation from the ratio, in samples; None takes the samples of one compiled call.
+      chunk_length: Steps in a full chunk, over all environments; at least three windows' length for each environment.
+      chunk_secs: A chunk with at least half the windows of a full one is sent after this time, in seconds. Emptier ones
+        are sent after `MAX_CHUNK_SECS`, because the durable table has room for only so many chunks: where steps take
+        longer than half a second, lower `chunk_length`, or a restarted learner gets back only a part of its replay.
       stream_length: Chunks that wait in the queue; when it is full, actors wait.
     """
 
@@ -57,18 +56,18 @@ class ResidentReplay(Replay):
     stream_length: PositiveInt = 4
 
     def check(self, *, initial_collect_steps: int) -> None:
-        """Raises `ValueError` when the mirror could never hold what training waits for."""
+        """Raises `ValueError` if the mirror could never hold what training waits for."""
         if self.replay_buffer_capacity < initial_collect_steps:
             raise ValueError(
                 f"resident_replay.replay_buffer_capacity = {self.replay_buffer_capacity:,} is smaller than "
-                f"train.initial_collect_steps = {initial_collect_steps:,}: training would never begin. "
+                f"train.initial_collect_steps = {initial_collect_steps:,}: training would never start. "
                 "Raise the first or lower the second."
             )
 
     can_spread = True
 
     def pace(self, lock_step: bool) -> Pace:
-        """Returns the schedule's wish: its draws can be repeated. See `Replay.pace`."""
+        """Returns lock-step if asked, because its draws are reproducible. See `Replay.pace`."""
         return TakingTurns() if lock_step else Free()
 
     def table_signatures(self, step_spec: Any) -> dict[str, Any]:
@@ -98,17 +97,18 @@ class ResidentReplay(Replay):
         ]
 
     def _num_rows(self, sampling: Sampling) -> int:
-        """Returns how many steps of each environment a full chunk holds."""
+        """Returns the number of steps of each environment in a full chunk."""
         return max(3 * sampling.num_steps, math.ceil(self.chunk_length / sampling.num_environments))
 
     def _num_durable_chunks(self, sampling: Sampling) -> int:
-        """Returns room for twice what the mirror holds: short episodes and slow environments leave chunks half full."""
+        """Returns the durable table's size, twice the mirror's: short episodes and slow environments half-fill it."""
         windows_per_chunk = sampling.num_environments * (self._num_rows(sampling) - sampling.num_steps + 1)
         return math.ceil(2 * self.replay_buffer_capacity / windows_per_chunk)
 
     def _make_check(self, step_spec: Any, sampling: Sampling, capacity: int) -> ChunkCheck:
         own = sampling.num_environments * self._num_rows(sampling)
-        return ChunkCheck(step_spec, max(own, min(MAX_OF_OWN * own, capacity)))  # larger ones fit into no mirror
+        # larger ones do not fit into the mirror
+        return ChunkCheck(step_spec, max(own, min(MAX_OF_OWN * own, capacity)))
 
     def make_sink(self, servers: ReplayServers, sampling: Sampling) -> ChunkSink:
         """Returns a writer of chunks. See `Replay.make_sink`."""
@@ -124,7 +124,7 @@ class ResidentReplay(Replay):
     def make_source(
         self, servers: ReplayServers, step_spec: Any, sampling: Sampling, strategy: tf.distribute.Strategy
     ) -> ResidentSource:
-        """Returns the mirror, a share of it on each replica's device, with a thread that reads each server's queue.
+        """Returns the mirror, divided over the replicas' devices, with a thread that reads each server's queue.
 
         Raises:
           RoleError: It does not fit (USAGE).
@@ -133,7 +133,7 @@ class ResidentReplay(Replay):
         capacity = math.ceil(self.replay_buffer_capacity / len(devices))
         num_bytes = Mirror.num_bytes_for(step_spec, sampling.num_steps, capacity)
         logging.info(
-            "the replay holds %s transitions (windows of %d steps) beside the learner: %.1f MB on each of %s",
+            "the resident replay holds %s transitions (windows of %d steps): %.1f MB on each of %s",
             f"{self.replay_buffer_capacity:,}",
             sampling.num_steps,
             num_bytes / 1e6,

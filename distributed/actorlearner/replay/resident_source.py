@@ -1,4 +1,4 @@
-"""The learner's side of resident replay: chunks of every replay server in, batches out.
+"""The learner's side of the resident replay: chunks from every replay server in, batches out.
 
 collect actors --chunks--> [stream, a queue] --> [mirror --windows--> agent.train]
 """
@@ -31,15 +31,15 @@ from actorlearner.runtime.row_checks import say_left_out
 from actorlearner.runtime.tls.tunnel import reach
 
 RESTORE_SILENT_SECS = 10.0
-"""So long the server may hand out nothing while the mirror is filled; then filling begins anew."""
+"""If the server sends nothing for this many seconds while the mirror is filled, filling restarts."""
 
 
 LOOK_SECS = 0.02
-"""After so long a reading thread looks again whether there is room, and whether the learner has caught up."""
+"""How often a waiting reader checks for room, and whether the learner has caught up, in seconds."""
 
 
 def _moments_at_starts(chunk: Mapping[str, Any], block: Block) -> Moments:
-    """Returns the moments of the observations at which a window begins: of those acted on, each lies in one chunk."""
+    """Returns the moments of the observations at which a window starts; each lies in exactly one chunk."""
     (observations,) = tree.flatten(chunk["step"].observation)
     rows = observations[:, : int(chunk["length"])]
     return moments_of(rows.reshape(-1, *rows.shape[2:])[block.starts])
@@ -48,8 +48,8 @@ def _moments_at_starts(chunk: Mapping[str, Any], block: Block) -> Moments:
 class ResidentSource(BatchSource):
     """Feeds the mirrors from the queues and keeps samples per insert, in both directions. See `BatchSource`.
 
-    The account stays within its error buffer: beyond it no queue is read, they fill, and hold the actors back; below it
-    no update is allowed.
+    The account stays within its error buffer: above it, queues are not read, so they fill up and block the actors;
+    below it, no update is allowed.
 
     A thread for each server reads its queue and writes each chunk into its mirror while the compiled loop runs; between
     two calls it is only revealed. A server that was away when this process began, or that joined since, is first read
@@ -72,16 +72,16 @@ class ResidentSource(BatchSource):
         num_durable_chunks: int = MAX_KNOWN_CHUNKS,
     ):
         """Args:
-        servers: To read.
-        mirrors: One for each replica, which draws its part of a batch from it; chunks go to them in turn.
+        servers: The servers to read.
+        mirrors: One for each replica, which draws its part of a batch from it; chunks are distributed in turn.
         batch_size: Windows in one update, over all replicas together.
         initial_collect_steps: Windows inserted before training begins.
         samples_per_insert: The ratio to keep.
         error_buffer: How many samples it may be off.
-        check: Tells strangers' items from chunks, both in the queues and in the durable tables.
+        check: Recognises foreign items, in the queues and in the durable tables.
         num_durable_chunks: Chunks that a server holds at most.
         """
-        self.handle = tf.constant(0)  # nothing to pass: the mirrors are captured
+        self.handle = tf.constant(0)  # unused: the function captures the mirrors
         self._servers = servers
         self._mirrors = mirrors
         self._batch_size = batch_size
@@ -93,15 +93,15 @@ class ResidentSource(BatchSource):
         )
         self._check = check
         self._num_durable_chunks = num_durable_chunks
-        self.num_chunks = 0  # those the mirrors hold or held
-        self._turns = itertools.count()  # of the mirrors
-        self._moments: list[Moments] = []  # of the new chunks written since they were last taken
+        self.num_chunks = 0  # number of chunks written to the mirrors so far
+        self._turns = itertools.count()  # distributes chunks over the mirrors
+        self._moments: list[Moments] = []  # of new chunks, since the last `take_moments`
         self._counts_observations = False
-        self._misfit: Optional[ValueError] = None  # a chunk that no mirror can hold
-        # By address, what was read of a server that went away meanwhile: the next one may not have it any more.
+        self._misfit: Optional[ValueError] = None  # error for a chunk that no mirror can hold
+        # By address, chunks read from a server that went away during the read: its next incarnation may lack them.
         self._half_read: dict[str, dict[int, Any]] = {}
         self._changed = threading.Condition()  # guards the account and the places of chunks
-        # Mirrors have one writer at a time, and what it took counts for the next. Held for moments, as others wait.
+        # One writer at a time, whose inserts count for the next. Hold it only briefly, because others wait.
         self._writing = threading.Lock()
         self._closing = False
         self._giving_back = GivingBack(
@@ -117,7 +117,7 @@ class ResidentSource(BatchSource):
         return self._giving_back.num_given_back
 
     def restore(self, counts: Mapping[str, Any], on_progress: Callable[[], object] = lambda: None) -> None:
-        """Goes on from a checkpoint's counts; the mirror is filled from the durable tables. See `BatchSource.restore`.
+        """Restores the counts of a checkpoint and fills the mirror from the durable tables. See `BatchSource.restore`.
 
         What the servers hold but the checkpoint did not count is counted now, so the samples-per-insert account is
         exact whichever of them was saved later. A server that is away is read when it is back. May be called again
@@ -129,8 +129,8 @@ class ResidentSource(BatchSource):
         chunks, were_read = self._read_all_experience(on_progress)
         self._account.restore(counts)
         num_new, have_come = 0, bool(chunks)
-        for number in sorted(chunks):  # in the order they were sent: the oldest leave first
-            address, chunk = chunks.pop(number)  # not to hold the replay twice
+        for number in sorted(chunks):  # in the order of sending, so that the oldest leave first
+            address, chunk = chunks.pop(number)  # pop, to avoid holding the replay twice
             num_new += self._stage(chunk, address, make_room=self._ingest)
             self._ingest()
             on_progress()
@@ -149,12 +149,12 @@ class ResidentSource(BatchSource):
         self._servers.for_each(start_reading)
 
     def counts(self) -> dict[str, Any]:
-        """Returns what a checkpoint keeps."""
+        """Returns what a checkpoint stores."""
         with self._changed:
             return self._account.counts(self._max_durable_chunks())
 
     def unpack(self, *parts: Any) -> Batch:
-        """Returns one replica's batch, which it draws from its own mirror. See `BatchSource.unpack`."""
+        """Returns one replica's batch, drawn from its own mirror. See `BatchSource.unpack`."""
         num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
         return Batch(*self._own_mirror().draw(self._batch_size // num_replicas))
 
@@ -162,45 +162,45 @@ class ResidentSource(BatchSource):
         if len(self._mirrors) == 1:
             return self._mirrors[0]
         replica = tf.get_static_value(tf.distribute.get_replica_context().replica_id_in_sync_group)
-        if replica is None:  # the first in its place would leave the others' shares undrawn, without a word
-            raise AssertionError(f"a replica cannot tell which of the {len(self._mirrors)} shares is its own")
+        if replica is None:  # defaulting to the first would silently leave the other shares undrawn
+            raise AssertionError(f"the replica has no number to choose one of the {len(self._mirrors)} mirrors by")
         return self._mirrors[int(replica)]
 
     def allow(self, num_updates: int) -> int:
-        """Returns how many updates may be made now, at most `num_updates`; takes in what has arrived first."""
+        """Returns how many updates may be made now, at most `num_updates`; reveals arrived chunks first."""
         if not self.is_ready():
             return 0
         return min(num_updates, self._account.num_updates_allowed())
 
     def note_updates(self, num_updates: int) -> None:
         """Counts the samples of updates that were made."""
-        # Wakes nobody: the reading threads would take the interpreter while the loop wants to begin the next call. They
-        # look again within `LOOK_SECS`, most likely during that call.
+        # Do not wake the readers: they would take the interpreter lock when the loop wants to start the next call. They
+        # check again within `LOOK_SECS`, most likely during that call.
         with self._changed:
             self._account.note_updates(num_updates)
 
     def await_data(self, secs: float) -> None:
-        """Returns when something arrived, or after `secs` seconds."""
+        """Blocks until data arrives, for at most `secs` seconds."""
         with self._changed:
-            self._changed.notify_all()  # here the loop has nothing to do: whoever reads may go on at once
+            self._changed.notify_all()  # the loop is idle now, so wake the readers
             self._changed.wait_for(lambda: self._account.num_staged > 0, timeout=secs)
 
     def is_ready(self) -> bool:
-        """Returns whether training may begin, or go on after a restart; takes in what has arrived first."""
+        """Returns whether training may start or resume; reveals arrived chunks first."""
         self._ingest()
         if not all(mirror.num_windows for mirror in self._mirrors):
             return False
         return self._account.is_warm()
 
     def account(self) -> dict[str, Any]:
-        """Returns how the replay stands, in figures. See `BatchSource.account`."""
+        """Returns the replay's account, in figures. See `BatchSource.account`."""
         servers, away = self._servers.all(), self._servers.away()
         several = {"servers": {address: address not in away for address in servers}} if len(servers) > 1 else {}
-        with self._changed:  # what is just being revealed would else count twice
+        with self._changed:  # otherwise chunks that are being revealed would count twice
             return {"held": self._num_windows(), **self._account.figures(), **several}
 
     def describe(self) -> str:
-        """Returns how the replay stands, in words; never blocks."""
+        """Returns the replay's account, in words; never blocks."""
         return self._account.describe(self._num_windows()) + self._servers.describe()
 
     def close(self) -> None:
@@ -213,7 +213,7 @@ class ResidentSource(BatchSource):
         return sum(mirror.num_windows for mirror in self._mirrors)
 
     def _ingest(self) -> None:
-        """Lets the next call draw what has arrived. Raises `ValueError` when a chunk fits into no mirror."""
+        """Reveals arrived chunks to the next call. Raises `ValueError` if a chunk fits into no mirror."""
         if self._misfit is not None:
             raise self._misfit
         for mirror in self._mirrors:
@@ -223,14 +223,14 @@ class ResidentSource(BatchSource):
                 self._account.reveal(num_windows)
 
     def _read(self, address: str, was_read: bool) -> None:
-        """Takes in what the server at `address` holds, unless that `was_read`, and from then on what it is sent."""
+        """Reads what the server at `address` holds, unless that `was_read`, and then its queue."""
         is_looked_after = False
         while not self._closing:
             try:
                 if not was_read:
                     self._take_in_late(address)
                     was_read = True
-                if not is_looked_after:  # only now: what is not taken in yet cannot be given back
+                if not is_looked_after:  # only now: a refill needs the chunks in the mirror
                     name, look_after = f"ingest losses {address}", self._giving_back.look_after
                     threading.Thread(target=look_after, args=(address,), name=name, daemon=True).start()
                     is_looked_after = True
@@ -275,16 +275,16 @@ class ResidentSource(BatchSource):
     def _stage(
         self, chunk: Mapping[str, Any], address: str, make_room: Callable[[], None], is_held_back: bool = False
     ) -> int:
-        """Writes a chunk to its mirror and returns how many inserts it adds; 0 if it was counted before, or closing.
+        """Writes a chunk to its mirror and returns the inserts it adds; 0 if it was counted before, or when closing.
 
-        A restored server hands some out twice, and what a server did not confirm before it went away was sent to
-        another too.
+        A restored server may send a chunk twice, and a chunk that a server did not confirm before it went away was also
+        sent to another one.
 
         Args:
           chunk: As it was sent.
           address: The server it came from.
-          make_room: Called, again and again, while the mirror has no room.
-          is_held_back: Whether it comes from an actor just now, and waits while the actors are too far ahead.
+          make_room: Called repeatedly while the mirror has no room.
+          is_held_back: Whether it comes from an actor's queue, and waits while the actors are too far ahead.
         """
         number = int(chunk["chunk"])
         if self._account.has_taken_in(number):
@@ -297,7 +297,8 @@ class ResidentSource(BatchSource):
             with self._writing:
                 if self._account.has_taken_in(number):
                     return 0
-                is_its_turn = not (is_held_back and self._account.are_actors_ahead())  # or another server's was quicker
+                # false if another server's chunk came first
+                is_its_turn = not (is_held_back and self._account.are_actors_ahead())
                 if is_its_turn and mirror.has_room(block, more_follow=is_held_back):
                     return self._write(mirror, block, chunk, address, is_held_back)
             if is_its_turn:
@@ -321,20 +322,20 @@ class ResidentSource(BatchSource):
         self._counts_observations = True
 
     def take_moments(self) -> list[Moments]:
-        """Returns those of the observations that may be drawn since the last call. See `BatchSource.take_moments`."""
+        """Returns the moments of observations revealed since the last call. See `BatchSource.take_moments`."""
         with self._changed:
             moments, self._moments = self._moments, []
         return moments
 
     def standing_still(self) -> contextlib.AbstractContextManager[Any]:
-        """Lets nothing be taken in meanwhile: what `counts` and `take_moments` say is of one moment."""
+        """Stops ingestion meanwhile, so that `counts` and `take_moments` are of one moment."""
         return self._writing
 
     def _max_durable_chunks(self) -> int:
         return self._num_durable_chunks * len(self._servers.all())
 
     def _await_account(self) -> None:
-        """Returns when the actors are not too far ahead, or closing."""
+        """Blocks until the actors are no longer too far ahead, or until closing."""
         with self._changed:
             while self._account.are_actors_ahead() and not self._closing:
                 self._changed.wait(timeout=LOOK_SECS)
@@ -346,7 +347,7 @@ class ResidentSource(BatchSource):
     def _read_all_experience(
         self, on_progress: Callable[[], object]
     ) -> tuple[dict[int, tuple[str, Any]], Sequence[str]]:
-        """Returns all durable tables' chunks and their servers by number, and the servers read; others are away.
+        """Returns every durable table's chunks and their servers by number, and the servers that were read.
 
         Raises:
           Unreachable: All are away.
@@ -365,11 +366,11 @@ class ResidentSource(BatchSource):
             except Unreachable as error:
                 if address == addresses[-1] and not were_read:
                     raise
-                logging.warning("%s; what it holds is read when it is back", error)
+                logging.warning("%s; its chunks are read when it is back", error)
         return chunks, were_read
 
     def _read_queue(self, address: str) -> tf.data.Dataset:
-        """Returns what the queue hands out, one chunk after another; ends when nothing came for a second."""
+        """Returns the queue's chunks, one by one; ends when none came for a second."""
         dataset = reverb.TrajectoryDataset.from_table_signature(
             reach(address),
             STREAM_TABLE,

@@ -1,4 +1,4 @@
-"""Batches of windows that Reverb's server sampled, and how the learner reads them."""
+"""The learner's side of server-sampled replay: batches of windows that Reverb's server samples."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _MISFIT = re.compile(
 )
 
 NUM_FIRST_LOOKS = 8
-"""So many batches are looked at before the first update, where observations are counted; within any error buffer."""
+"""Batches drawn before the first update to count observations; fewer than any error buffer allows."""
 
 
 def make_dataset(
@@ -45,25 +45,25 @@ def make_dataset(
     num_workers: int,
     wait_secs: float,
 ) -> tf.data.Dataset:
-    """Returns batches of windows that the server samples, as long as it does.
+    """Returns a dataset of batches of windows that the server samples.
 
     Shapes: B = batch_size, T = num_steps. An element is (steps, acted_at, is_first_look): leaves [B, T, ...], [B], [B].
 
     Args:
-      address: The server's.
-      step_spec: Of one step.
+      address: Address of the server.
+      step_spec: Spec of one step.
       num_steps, batch_size: Steps in a window, windows in a batch.
-      leaves_out: Whether items that do not fit are left out; otherwise reading fails at the first.
-      max_in_flight: Items each stream asks for ahead.
-      num_workers: Streams that fetch items.
-      wait_secs: After this time without a batch the dataset ends.
+      leaves_out: Whether to skip foreign items; otherwise reading fails at the first one.
+      max_in_flight: Items that each stream prefetches.
+      num_workers: Number of streams that fetch items.
+      wait_secs: The dataset ends after this time without a batch, in seconds.
     """
     limits = step_limits(step_spec)
     dataset = reverb.TrajectoryDataset(
         reach(address),
         REPLAY_TABLE,
         dtypes=tree.map_structure(lambda spec: spec.dtype, step_spec),
-        # Of any length: Reverb compares items with the table's signature, which says no more.
+        # Any length, as in the table's signature, with which Reverb compares items.
         shapes=tree.map_structure(lambda spec: tf.TensorShape([None]).concatenate(spec.shape), step_spec),
         max_in_flight_samples_per_worker=max_in_flight,
         num_workers_per_iterator=num_workers,
@@ -77,7 +77,7 @@ def make_dataset(
         return tf.ensure_shape(leaf, [batch_size, num_steps, *spec.shape])
 
     def unpack(sample: reverb.ReplaySample) -> tuple[Any, tf.Tensor, tf.Tensor]:
-        # Of a whole batch, as to look at each item takes far longer; the first that fails ends this dataset.
+        # Check whole batches, because checking each item takes far longer; the first failure ends this dataset.
         can_be_true = tf.reduce_all(_can_be_true(sample, limits))
         with tf.control_dependencies([tf.debugging.Assert(can_be_true, [_UNTRUE])]):
             priority = tf.identity(sample.info.priority)
@@ -88,13 +88,13 @@ def make_dataset(
 
 
 def _can_be_true(sample: reverb.ReplaySample, limits: Sequence[Optional[Between]]) -> tf.Tensor:
-    """Returns for each item of a batch, [B, T, ...] each leaf, whether an actor of this experiment can have sent it."""
-    is_stamped = sample.info.priority <= make_stamp(MAX_COUNT)  # false of a NaN
+    """Returns whether each item of a batch, leaves [B, T, ...], can come from an actor of this experiment."""
+    is_stamped = sample.info.priority <= make_stamp(MAX_COUNT)  # False for a NaN
     return are_plausible(sample.data, limits) & is_stamped
 
 
 def _is_ours(sample: reverb.ReplaySample, num_steps: int, limits: Sequence[Optional[Between]]) -> tf.Tensor:
-    """Returns whether an item, [T, ...] each leaf, has `num_steps` steps and can be true."""
+    """Returns whether an item, leaves [T, ...], has `num_steps` steps and is plausible."""
     lengths = [tf.shape(leaf)[0] for leaf in tree.flatten(sample.data)]
     batch = tree.map_structure(lambda leaf: leaf[None], sample)
     return tf.reduce_all(tf.stack(lengths) == num_steps) & _can_be_true(batch, limits)[0]
@@ -103,9 +103,9 @@ def _is_ours(sample: reverb.ReplaySample, num_steps: int, limits: Sequence[Optio
 class ServerSampledSource(BatchSource):
     """Batches that Reverb sampled, distributed over a strategy's replicas. See `BatchSource`.
 
-    Reverb's server takes whatever a client inserts, and its dataset fails at each item that does not fit. From the
-    first one on (see `leave_out`) another dataset is read, which passes over them: to look at each costs time, and it
-    would ask again and again a server that refuses for good.
+    Reverb's server accepts whatever a client inserts, and its dataset fails at each item that does not fit. After the
+    first failure (see `leave_out`) another dataset is used, which skips such items. It is not used from the start,
+    because checking each item costs time, and it would endlessly retry a server that refuses for good.
     """
 
     def __init__(
@@ -117,11 +117,11 @@ class ServerSampledSource(BatchSource):
         is_queue: bool = False,
     ):
         """Args:
-        address: The server's.
+        address: Address of the server.
         batch_size: Windows in one batch, over all replicas together.
-        strategy: Whose replicas share a batch.
-        make_dataset: Returns a replica's batches; given whether to leave out items that do not fit.
-        is_queue: Whether each item comes once: none is drawn to be looked at only.
+        strategy: Its replicas share a batch.
+        make_dataset: Returns a replica's dataset; its argument is whether to skip foreign items.
+        is_queue: Whether each item is handed out once; then none is drawn only to be counted.
         """
         self._is_queue = is_queue
         self._address = address
@@ -133,13 +133,13 @@ class ServerSampledSource(BatchSource):
         self._leaves_out = False
         self._dataset = self._distribute()
         self.handle: Any = iter(self._dataset)
-        self._meets_strangers: Any = None  # the iterator that failed at one, until it is renewed
+        self._meets_strangers: Any = None  # the iterator that failed at a foreign item, until it is renewed
 
     def _distribute(self) -> Any:
         return self._strategy.distribute_datasets_from_function(functools.partial(self._make_dataset, self._leaves_out))
 
     def restore(self, counts: Mapping[str, Any], on_progress: Callable[[], object] = lambda: None) -> None:
-        del on_progress  # nothing is read
+        del on_progress  # this reads nothing
         self._samples = counts.get("samples", 0)
 
     def counts(self) -> dict[str, Any]:
@@ -161,12 +161,12 @@ class ServerSampledSource(BatchSource):
         self._first_looks = FirstLooks(self._strategy, self._dataset.element_spec[0].observation)
 
     def take_moments(self) -> list[Moments]:
-        """Returns the moments of what was drawn for the first time. See `BatchSource.take_moments`."""
-        assert self._first_looks is not None, "count_observations first"
+        """Returns the moments of the items drawn for the first time. See `BatchSource.take_moments`."""
+        assert self._first_looks is not None, "call count_observations first"
         return self._first_looks.take()
 
     def look_first(self) -> None:
-        """Draws some batches that nothing is trained on; they count as samples. See `BatchSource.look_first`."""
+        """Draws some batches only to count them; they count as samples. See `BatchSource.look_first`."""
         draw = tf.function(lambda handle: self._strategy.run(self.unpack, args=self.draw(handle)))
         while self._samples < NUM_FIRST_LOOKS * self._batch_size and not self._is_queue:
             draw(self.handle)
@@ -179,15 +179,15 @@ class ServerSampledSource(BatchSource):
         self.handle = iter(self._dataset)
 
     def leave_out(self, error: tf.errors.InvalidArgumentError) -> bool:
-        """Returns whether some other client's item made `draw` fail; `renew` then. See `BatchSource.leave_out`."""
-        if self.handle is self._meets_strangers:  # its server was away when it was to be renewed
+        """Returns whether a foreign item made `draw` fail; then call `renew`. See `BatchSource.leave_out`."""
+        if self.handle is self._meets_strangers:  # the server was away when it should have been renewed
             return True
         if self._leaves_out or not _FROM_THE_ITERATOR.search(error.message):
             return False
         misfit = _MISFIT.search(error.message)
         logging.warning(
-            "an item in the table '%s' at %s is not this experiment's: %s. It and all others that do not fit are left "
-            "out from here on. Some other client inserts there; keep its port on a network you trust.",
+            "an item in the table '%s' at %s is not this experiment's: %s. It and all others that do not fit are "
+            "skipped from now on. Another client inserts there; keep the port on a network you trust.",
             REPLAY_TABLE,
             self._address,
             misfit[0] if misfit else find_reason(error),
@@ -205,7 +205,7 @@ class ServerSampledSource(BatchSource):
         return table.current_size >= table.rate_limiter_info.min_size_to_sample
 
     def account(self) -> dict[str, float]:
-        """Returns how the table stands, in figures. See `BatchSource.account`."""
+        """Returns the table's account, in figures. See `BatchSource.account`."""
         try:
             table = self._read_table(timeout_secs=1)
         except Unreachable:

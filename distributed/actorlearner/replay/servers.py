@@ -1,11 +1,12 @@
-"""Which replay servers a run has, as one role sees them, and which of them answer.
+"""The replay servers of a run, as one role sees them, and which of them answer.
 
-replay server that joins --its address--> [replay_servers, beside the variables] --> learner, collect actors
+joining replay server --its address--> [replay_servers, beside the variables] --> learner, collect actors
 
-Those that --replay_address names are known from the start. One that joins later writes itself on a board; if the board
-is lost with its server, it does so again. Whoever reaches the port can write there too, and a Reverb client uses what a
-server answers as pointers into its own memory. So the board only says who is there. Who may be there is the first
-server's own word, its --may_join: the table's signature says it, and no client can write that.
+The servers that --replay_address names are known from the start. A server that joins later writes itself on a board;
+if the board is lost with its server, it does so again. Any client that reaches the port can write there too, and a
+Reverb client uses a server's answers as pointers into its own memory. So the board only says which servers are there.
+The first server decides which may be there, by its --may_join: that is the board's signature, which no client can
+write.
 """
 
 from __future__ import annotations
@@ -31,36 +32,36 @@ from actorlearner.runtime.sockets import notice_dead_peers
 JOINED_TABLE = "replay_servers"
 
 LOOK_EVERY_SECS = 1.5
-"""Time between two looks at the board, and at who answers."""
+"""Time between two checks of the board and of which servers answer, in seconds."""
 
 AWAY_SECS = 5.0
-"""A server that has not answered for this time is away: others are written to. Saving a large table takes a while."""
+"""A server without an answer for this time, in seconds, is away, and its actors switch. Saving a table takes long."""
 
 SOME_ARE_ENOUGH_SECS = 15.0
-"""At its start a role waits this long for all of several servers; then those that answer are enough."""
+"""How long a starting role waits for all of several servers, in seconds; then those that answer are enough."""
 
 MAX_SERVERS = 16
-"""More than so many a run does not take: over TLS each role has a process for each of them."""
+"""Largest number of replay servers: over TLS each role has a process for each of them."""
 
 _MAX_BYTES = 4_096
 _SIGNATURE = {"addresses": tf.TensorSpec((_MAX_BYTES,), tf.uint8)}
 
 
 def make_tables(may_join: Sequence[str] = ()) -> list[reverb.Table]:
-    """Returns the board on which those replay servers that `may_join` say that they have joined; none where none may.
+    """Returns the board on which the servers listed in `may_join` announce that they have joined; no board if none may.
 
     Args:
-      may_join: Their addresses, "host:port", as the others reach them.
+      may_join: Their addresses, "host:port", as the other roles reach them.
 
     Raises:
-      RoleError: They are more than a run takes (USAGE).
+      RoleError: There are too many (USAGE).
     """
     if not may_join:
         return []
     if len(may_join) >= MAX_SERVERS:
         raise RoleError(
             f"--may_join = '{','.join(may_join)}' lists {len(may_join)} replay servers: expected fewer than "
-            f"{MAX_SERVERS}, with the first one as many as a run takes. List those that will join.",
+            f"{MAX_SERVERS}, because a run takes {MAX_SERVERS} with the first. List only those that will join.",
             ExitCode.USAGE,
         )
     spec = tf.TensorSpec((_MAX_BYTES,), tf.uint8, name=" ".join(may_join))
@@ -68,13 +69,13 @@ def make_tables(may_join: Sequence[str] = ()) -> list[reverb.Table]:
 
 
 def read_may_join(address: str, timeout_secs: float) -> tuple[str, ...]:
-    """Returns which addresses may join, by the word of the first server, at `address`. Raises `Unreachable`."""
+    """Returns the addresses that may join, as listed by the first server, at `address`. Raises `Unreachable`."""
     table = read_table(address, JOINED_TABLE, timeout_secs)
     return tuple(table.signature["addresses"].name.split()) if table else ()
 
 
 def refuse_several(replay: Replay, addresses: Sequence[str]) -> None:
-    """Returns when the replay can be spread over so many servers.
+    """Checks that the replay can be shared by so many servers.
 
     Raises:
       RoleError: It cannot (USAGE).
@@ -82,14 +83,14 @@ def refuse_several(replay: Replay, addresses: Sequence[str]) -> None:
     if len(addresses) > 1 and not replay.can_spread:
         raise RoleError(
             f"--replay_address = '{','.join(addresses)}': this experiment's replay is sampled by its server, whose "
-            "rate limiter keeps samples per insert and knows of no other server. Give one address, or let the learner "
-            "hold the replay: experiment.replay = @resident_replay().",
+            "rate limiter counts only one server. Give one address, or let the learner hold the replay: "
+            "experiment.replay = @resident_replay().",
             ExitCode.USAGE,
         )
 
 
 class Announcement:
-    """A joined server's side: keeps its address on the board."""
+    """A joining server's side: keeps its address on the board."""
 
     def __init__(self, variables_address: str, address: str):
         self._variables_address = variables_address
@@ -100,19 +101,19 @@ class Announcement:
     def renew(self) -> None:
         """Writes the address on the board unless it is there; blocks some seconds at most.
 
-        Of two that do so at the same moment one wins, and the other is there with its next call.
+        If two servers do so at the same moment one wins, and the other succeeds in its next call.
 
         Raises:
-          RoleError: The first server does not let this address join (USAGE).
+          RoleError: The first server does not admit this address (USAGE).
           Unreachable: The first server does not answer.
         """
         may_join = read_may_join(self._variables_address, timeout_secs=2)
         if self._address not in may_join:
-            if self._has_joined:  # the others know it; the first server was started again without the flag
-                raise Unreachable(f"the replay server at {self._variables_address} lists no --may_join any more")
+            if self._has_joined:  # the others know it; the first server restarted without the flag
+                raise Unreachable(f"the replay server at {self._variables_address} has no --may_join any more")
             raise RoleError(
-                f"--advertise = '{self._address}': the replay server at {self._variables_address} lets "
-                f"{', '.join(may_join) or 'nobody'} join. Start it again with --may_join={self._address}, or give the "
+                f"--advertise = '{self._address}': the replay server at {self._variables_address} admits "
+                f"{', '.join(may_join) or 'no server'}. Restart it with --may_join={self._address}, or give an "
                 "address that it lists.",
                 ExitCode.USAGE,
             )
@@ -127,7 +128,7 @@ class Announcement:
 
 
 def _read(reader: BoardReader) -> list[str]:
-    """Returns what the board says, true or not. Raises `Unreachable`."""
+    """Returns the addresses on the board, admitted or not. Raises `Unreachable`."""
     try:
         row = reader.read(timeout_secs=1.0)
     except Misfit:
@@ -137,56 +138,56 @@ def _read(reader: BoardReader) -> list[str]:
 
 
 class ReplayServers:
-    """The replay servers of a run: those that `--replay_address` names, then those that have joined.
+    """The replay servers of a run: those in `--replay_address`, then those that have joined.
 
-    While there is only one, nobody asks whether it answers. Thread-safe.
+    A single server is not pinged. Thread-safe.
     """
 
     def __init__(self, addresses: Sequence[str], task: int = 0):
         """Args:
-        addresses: Of those known from the start, each "host:port".
-        task: Whose own server `mine` is to be.
+        addresses: Addresses, "host:port", of the servers known from the start.
+        task: Task number for which `mine` chooses a server.
         """
         self._task = task
         self._addresses = tuple(addresses)
         self._heard_at = dict.fromkeys(addresses, time.monotonic())
-        self._mute: set[str] = set()  # did not answer when they were asked last
+        self._mute: set[str] = set()  # did not answer the last ping
         self._away: frozenset[str] = frozenset()
         self._mine = self._choose()
         self._signatures: Mapping[str, Any] = {}
         self._callbacks: list[Callable[[str], None]] = []
-        self._lock = threading.RLock()  # guards the callbacks, and that each hears of each server once
+        self._lock = threading.RLock()  # so that each callback gets each server once
         self._closing = threading.Event()
 
     def all(self) -> tuple[str, ...]:
         return self._addresses
 
     def away(self) -> Mapping[str, float]:
-        """Returns, by address, for how many seconds those have been silent that do not answer."""
+        """Returns for how many seconds each server that does not answer has been silent, by address."""
         now = time.monotonic()
         return {address: now - self._heard_at[address] for address in self._addresses if address in self._away}
 
     def mine(self) -> str:
-        """Returns the address to write to: one in turn by task number, or the next that answers. Never blocks."""
+        """Returns the address to write to: that of the task number, or the next one that answers. Never blocks."""
         return self._mine
 
     def describe(self) -> str:
-        """Returns who is away, in words, to be added to a sentence; empty when nobody is."""
+        """Returns which servers are away, as the end of a sentence; empty if none is."""
         away = ", ".join(f"{address} for {secs:.0f} s" for address, secs in self.away().items())
         return f"; no answer from {away}" if away else ""
 
     def for_each(self, callback: Callable[[str], None]) -> None:
-        """Calls `callback` with the address of each server: now of those there are, from a thread of those to join."""
+        """Calls `callback` with each server's address: now for known servers, later from a thread for joining ones."""
         with self._lock:
             self._callbacks.append(callback)
             for address in self._addresses:
                 callback(address)
 
     def await_tables(self, signatures: Mapping[str, Any], *, stop: Stop, deadline_secs: float) -> None:
-        """Returns once each server answers, or some have and the others are still missing after 15 s.
+        """Blocks until every server answers, or until only some do after 15 s; checks their tables.
 
         Raises:
-          RoleError: Not one answered within `deadline_secs` seconds (UNAVAILABLE), or one has other tables (DATA).
+          RoleError: None answered within `deadline_secs` seconds (UNAVAILABLE), or one has other tables (DATA).
           Stopped: `stop` was set.
         """
         self._signatures = signatures
@@ -220,7 +221,7 @@ class ReplayServers:
         self._note_away()
 
     def watch(self, variables_address: str) -> None:
-        """Starts a thread that looks who joins and, of several, who answers; has looked at the board once."""
+        """Starts a thread that finds joining servers and, of several, which answer; reads the board once before."""
         self._board = BoardReader(variables_address, JOINED_TABLE, _SIGNATURE)
         self._take_in_joined()
         threading.Thread(target=self._look, name="replay servers", daemon=True).start()
@@ -237,8 +238,8 @@ class ReplayServers:
                     for address in self._addresses:
                         self._ask(address)
                     self._note_away()
-            except Exception:  # who is away would stay in use, and who joins unknown
-                logging.exception("looking after the replay servers failed; trying again")
+            except Exception:  # otherwise a dead server would stay in use, and a joining one unknown
+                logging.exception("checking the replay servers failed; will retry")
 
     def _take_in_joined(self) -> None:
         try:
@@ -252,20 +253,20 @@ class ReplayServers:
                 self._take_in(address)
 
     def _may_be_asked(self, address: str, may_join: Sequence[str]) -> bool:
-        """Returns whether a client may be made of the server there, and its tables are this experiment's; says if not.
+        """Returns whether the server at `address` may be used and has this experiment's tables; logs if not.
 
-        Its tables are asked for in one call that hands out no pointer.
+        It reads the tables with one call whose answer has no pointer.
         """
         why = ""
         if address not in may_join:
-            why = "an address is not one that --may_join of the first replay server lists"
+            why = "an address is not in the first replay server's --may_join"
         elif len(self._addresses) >= MAX_SERVERS:
             why = f"there are {MAX_SERVERS} replay servers already"
         else:
             try:
                 check_tables(address, read_server_info(address, timeout_secs=1), self._signatures)
             except Unreachable as error:
-                logging.debug("%s", error)  # asked again with the next look
+                logging.debug("%s", error)  # tried again at the next check
                 return False
             except RoleError as error:
                 why = error.message
@@ -296,7 +297,7 @@ class ReplayServers:
         now = time.monotonic()
         away = frozenset(address for address in self._mute if now - self._heard_at[address] >= AWAY_SECS)
         for address in away - self._away:
-            logging.warning("the replay server at %s does not answer: going on without it until it does", address)
+            logging.warning("the replay server at %s does not answer: continuing without it until it does", address)
         for address in self._away - away:
             logging.info("the replay server at %s answers again", address)
         self._away = away

@@ -1,4 +1,4 @@
-"""A replay's tables as its roles compare and describe them."""
+"""Compares and describes a replay's tables."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from actorlearner.runtime.messages import Unreachable, check_signature, read_ser
 
 
 def check_tables(address: str, tables: Mapping[str, Any], signatures: Mapping[str, Any]) -> None:
-    """Returns when a replay server's tables hold what `signatures` says.
+    """Checks that a replay server's tables match `signatures`.
 
     Args:
-      address: The server's.
+      address: Address of the server.
       tables: Reverb's `TableInfo` by table name.
-      signatures: Of the tables this experiment needs.
+      signatures: Signatures of the tables that this experiment needs.
 
     Raises:
-      RoleError: It has no such tables, or they hold something else (DATA).
+      RoleError: A table is missing or has another signature (DATA).
     """
     for name, signature in signatures.items():
         if name not in tables:
             raise RoleError(
                 f"the Reverb server at {address} has no table '{name}' but {', '.join(sorted(tables)) or 'none'}: it "
-                "is not this experiment's replay server, or serves another replay. Mend --replay_address, or start it "
-                "with the same experiment and --gin_bindings.",
+                "serves another experiment or another replay. Correct --replay_address, or start it with the same "
+                "experiment and --gin_bindings.",
                 ExitCode.DATA,
             )
         check_signature(f"table '{name}'", address, tables[name].signature, signature)
 
 
 def describe_tables(address: str, names: Iterable[str]) -> str:
-    """Returns how some of a server's tables stand, in words; blocks at most about a second."""
+    """Returns the state of some of a server's tables, in words; blocks at most about a second."""
     try:
         tables = read_server_info(address, timeout_secs=1)
     except Unreachable as error:
@@ -63,7 +63,7 @@ def describe_account(
     Args:
       size: Windows held now.
       inserts, samples: Windows ever inserted and sampled.
-      needed: Windows held before training begins.
+      needed: Windows held before training starts.
       ahead: `inserts * samples_per_insert - samples`, kept between `least` and `most`.
     """
     if inserts < needed:

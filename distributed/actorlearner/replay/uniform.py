@@ -1,4 +1,4 @@
-"""Server-sampled uniform replay: Reverb's table draws the items; stock TF-Agents clients can write and read it too."""
+"""Server-sampled uniform replay: Reverb draws the items; stock TF-Agents clients can also write and read them."""
 
 from __future__ import annotations
 
@@ -31,19 +31,20 @@ class UniformReplay(Replay):
     """Uniform experience replay (Lin, 1992) in one Reverb table, sampled by the server.
 
     Attributes:
-      replay_buffer_capacity: Items the table holds; with two-step windows an item is a transition.
-      sampler: Which item a sample is: "uniform", or the oldest ("fifo") or newest ("lifo").
-      remover: Which item leaves a full table: "fifo" the oldest, "lifo" the newest, "uniform" any.
+      replay_buffer_capacity: Items in the table; a two-step window is a transition.
+      sampler: Which item is sampled: any ("uniform"), the oldest ("fifo") or the newest ("lifo").
+      remover: Which item is removed from a full table: the oldest ("fifo"), the newest ("lifo") or any ("uniform").
       rate_limiter: "sample_to_insert_ratio" keeps samples per insert at the schedule's ratio in both directions (the
         learner waits for actors, actors for the learner); "min_size" only waits for `initial_collect_steps`; "queue"
         hands each item out once, in order.
-      samples_per_insert: Overrides the ratio that `collect_steps_per_iteration` and `batch_size` give.
-      error_buffer: How many samples the ratio may be off at any moment; None takes a hundred inserts' worth.
-      num_workers: Streams that fetch samples.
-      max_in_flight: Items each stream asks for ahead; None takes two batches.
-      wait_secs: How long a batch may be awaited before the learner looks up, says so and tries again.
-      chunk_length: Steps an actor's writer sends in one piece; items share pieces, and few long ones sample fastest.
-      max_pending_items: Items one environment's writer may have unconfirmed before it waits for the server.
+      samples_per_insert: Overrides the ratio derived from `collect_steps_per_iteration` and `batch_size`.
+      error_buffer: Largest deviation from the ratio, in samples; None takes the samples of a hundred inserts.
+      num_workers: Number of streams that fetch samples.
+      max_in_flight: Items that each stream prefetches; None takes two batches.
+      wait_secs: How long the learner waits for a batch, in seconds, before it logs the wait and tries again.
+      chunk_length: Steps in one of Reverb's chunks; items share chunks, and few long ones are fastest to sample.
+      max_pending_items: Largest number of unconfirmed items of one environment's writer, before it waits for the
+        server.
     """
 
     replay_buffer_capacity: PositiveInt = 100_000
@@ -59,16 +60,16 @@ class UniformReplay(Replay):
     max_pending_items: PositiveInt = 64
 
     def check(self, *, initial_collect_steps: int) -> None:
-        """Raises `ValueError` when the table could never hold what training waits for."""
+        """Raises `ValueError` if the table could never hold what training waits for."""
         if self.rate_limiter != "queue" and self.replay_buffer_capacity < initial_collect_steps:
             raise ValueError(
                 f"uniform_replay.replay_buffer_capacity = {self.replay_buffer_capacity:,} is smaller than "
-                f"train.initial_collect_steps = {initial_collect_steps:,}: training would never begin. "
+                f"train.initial_collect_steps = {initial_collect_steps:,}: training would never start. "
                 "Raise the first or lower the second."
             )
 
     def table_signatures(self, step_spec: Any) -> dict[str, Any]:
-        """Returns the one table's signature; the unknown outer dimension is what stock TF-Agents clients write."""
+        """Returns the one table's signature, with the unknown outer dimension that stock TF-Agents clients write."""
         return {REPLAY_TABLE: tensor_spec.add_outer_dim(step_spec)}
 
     def make_tables(self, step_spec: Any, sampling: Sampling) -> list[reverb.Table]:
@@ -94,7 +95,7 @@ class UniformReplay(Replay):
     def is_warm(self, servers: ReplayServers, initial_collect_steps: int) -> Optional[bool]:
         """Returns whether the table holds `initial_collect_steps` items. See `Replay.is_warm`."""
         table = read_server_info(servers.mine(), timeout_secs=5)[REPLAY_TABLE]
-        # A queue is emptied as it fills.
+        # A queue never fills up, because it is emptied meanwhile.
         held = table.rate_limiter_info.insert_stats.completed if self.rate_limiter == "queue" else table.current_size
         return held >= initial_collect_steps
 
@@ -107,7 +108,7 @@ class UniformReplay(Replay):
         if error_buffer < max(1.0, ratio):
             raise ValueError(
                 f"uniform_replay.error_buffer = {error_buffer:g} must be at least max(1, samples_per_insert) = "
-                f"{max(1.0, ratio):g}, or neither side could ever move. Raise it, or leave it out."
+                f"{max(1.0, ratio):g}, or neither side could ever proceed. Raise it, or leave it out."
             )
         return reverb.rate_limiters.SampleToInsertRatio(
             samples_per_insert=ratio, min_size_to_sample=min_size, error_buffer=error_buffer
@@ -127,7 +128,7 @@ class UniformReplay(Replay):
     def make_source(
         self, servers: ReplayServers, step_spec: Any, sampling: Sampling, strategy: tf.distribute.Strategy
     ) -> ServerSampledSource:
-        """Returns batches sampled by the one server, which keeps the ratio. See `Replay.make_source`."""
+        """Returns batches that the one server samples, keeping the ratio. See `Replay.make_source`."""
         address, batch_size = servers.mine(), sampling.batch_size
 
         def make_batches(leaves_out: bool, context: tf.distribute.InputContext) -> tf.data.Dataset:

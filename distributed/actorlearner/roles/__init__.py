@@ -1,1 +1,1 @@
-"""The four processes. None imports another, or an algorithm; they meet at the edges."""
+"""The four processes. No role imports another role or an algorithm; they meet at the edges."""

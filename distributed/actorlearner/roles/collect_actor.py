@@ -1,4 +1,4 @@
-"""Collect actor: steps its environments and writes what it sees to replay.
+"""Collect actor: steps its environments and writes their trajectories to the replay.
 
 variable container --weights--> [collect actor] --trajectories--> replay
 """
@@ -36,16 +36,16 @@ def run_collect_actor(
     report_interval_secs: PositiveFloat = 2.0,
     events_interval_secs: PositiveFloat = 20.0,
 ) -> ExitCode:
-    """Collects experience until training needs no more or `stop` is set.
+    """Collects trajectories until training ends or `stop` is set.
 
     Args:
       experiment: What to run; read only.
       cluster: Where the replay server and the variable container listen.
       root_dir: Where TensorBoard's events go, under collect/.
-      stop: Set on SIGTERM; looked at between steps.
-      refresh_interval_secs: Time between two looks for newer weights, in seconds.
+      stop: Set on SIGTERM; checked between steps.
+      refresh_interval_secs: Time between two checks for newer weights, in seconds.
       report_interval_secs: Time between two reports to the learner, in seconds.
-      events_interval_secs: Time between two points in TensorBoard, in seconds.
+      events_interval_secs: Time between two TensorBoard points, in seconds.
 
     Raises:
       RoleError: A peer is unreachable past the deadline (UNAVAILABLE), the server's tables are those of another
@@ -55,7 +55,7 @@ def run_collect_actor(
     experiment.pace.check_actor(cluster.task)
     experiment.seed_process("collect-actor", cluster.task)
     events_folder = RunDirectory(root_dir).make_collect_events(cluster.task)
-    life = len(list(events_folder.glob("events*")))  # 0 for the first process of this task, as its files tell
+    life = len(list(events_folder.glob("events*")))  # number of earlier processes of this task, by their files
     events = Events(events_folder)
     policies = experiment.policies()
     agent, train_step, variables = policies.agent, policies.train_step, policies.variables
@@ -67,16 +67,16 @@ def run_collect_actor(
     )
     servers.watch(cluster.variables_address)
     weights = Subscriber(cluster.variables_address, variables, refresh_interval_secs=refresh_interval_secs)
-    wait_until(  # a restarted actor must know that training is under way, or it acts at random
+    wait_until(  # a restarted actor must learn the phase first, or it would act at random again
         weights.has_looked,
-        lambda: f"the variable container at {cluster.variables_address} to say how far training is",
+        lambda: f"the variable container at {cluster.variables_address} to report the phase of training",
         stop=stop,
         deadline_secs=cluster.peer_patience_secs,
         setting="--peer_patience_secs",
         every_secs=0.05,
     )
     if life or weights.num_chunks():
-        experiment.pace.note_restart("a run whose actor was restarted")
+        experiment.pace.note_restart("a run with a restarted actor")
     sampling = experiment.sampling(agent)
     collector = Collector(experiment, cluster, servers, tuple(signatures), sampling, life)
     turn = experiment.pace.make_actors_turn(collector.sink, weights, cluster.peer_patience_secs)

@@ -1,4 +1,4 @@
-"""Eval actor: plays the greedy policy of each snapshot that is due and reports how it did.
+"""Eval actor: evaluates the greedy policy of each snapshot that is due and reports the returns.
 
 variable container --due snapshots--> [eval actor] --results--> learner
 """
@@ -50,13 +50,13 @@ def run_eval_actor(
     Args:
       experiment: What to run; read only.
       cluster: Where the variable container listens.
-      stop: Set on SIGTERM; looked at between steps.
-      max_environments: Episodes played side by side, with one policy call for all.
-      poll_interval_secs: Time between two looks for a due snapshot, in seconds.
+      stop: Set on SIGTERM; checked between steps.
+      max_environments: Largest number of episodes run side by side, with one policy call for all.
+      poll_interval_secs: Time between two checks for a due snapshot, in seconds.
 
     Raises:
-      RoleError: The container is unreachable past the deadline (UNAVAILABLE) or another experiment's, or an environment
-        gave what its spaces do not allow (DATA).
+      RoleError: The container is unreachable past the deadline (UNAVAILABLE) or belongs to another experiment, or an
+        environment returned what its spec does not allow (DATA).
     """
     experiment.seed_process("eval-actor", cluster.task)
     policies = experiment.policies()
@@ -64,7 +64,7 @@ def run_eval_actor(
     variable_container.await_container(
         cluster.variables_address, variables, stop=stop, deadline_secs=cluster.peer_patience_secs
     )
-    make_acting = functools.cache(policies.make_greedy)  # once for each size of a batch
+    make_acting = functools.cache(policies.make_greedy)  # compiled once per batch size
     make_acting(min(_num_episodes(experiment, Purpose.PERIODIC), max_environments))
     reporter = Reporter(cluster.variables_address)
     belief = Belief()
@@ -82,7 +82,7 @@ def run_eval_actor(
             if now - said_at > SAY_EVERY_SECS:
                 said_at = now
                 logging.info(
-                    "waiting for the variable container at %s to say what to evaluate, in its table '%s' (%.0f s): %s",
+                    "waiting for the variable container at %s to send an evaluation, in its table '%s' (%.0f s): %s",
                     cluster.variables_address,
                     EVALUATIONS_TABLE,
                     now - answered_at,
@@ -91,7 +91,7 @@ def run_eval_actor(
             if now - answered_at > cluster.peer_patience_secs:
                 raise RoleError(
                     f"{error}, for longer than --peer_patience_secs = {cluster.peer_patience_secs:g}. "
-                    "Start the replay server, or mend --variables_address.",
+                    "Start the replay server, or correct --variables_address.",
                     ExitCode.UNAVAILABLE,
                 ) from error
             request, over = None, False
@@ -101,7 +101,8 @@ def run_eval_actor(
             stop.wait(poll_interval_secs)
             continue
         progress = EvaluationProgress(request.snapshot.train_step, int(request.purpose), cluster.task)
-        with EvaluationHeartbeat(cluster.variables_address, progress):  # else the learner takes this process for dead
+        # otherwise the learner takes this process for dead
+        with EvaluationHeartbeat(cluster.variables_address, progress):
             request.snapshot.assign_to(variables)
             num_episodes = _num_episodes(experiment, request.purpose)
             num_environments = min(num_episodes, max_environments)
@@ -114,12 +115,12 @@ def run_eval_actor(
                 )
             except UnfitData as error:
                 raise RoleError(
-                    f"evaluating train step {request.snapshot.train_step:,}, {error}: what such an episode returns "
-                    "means nothing. Mend the environment, then start again with the same --root_dir.",
+                    f"evaluating train step {request.snapshot.train_step:,}, {error}: the return of such an episode is "
+                    "meaningless. Fix the environment, then start again with the same --root_dir.",
                     ExitCode.DATA,
                 ) from error
             environments.close()
-            del environments  # or they are there while the next are made: twenty Minitaurs take 0.8 GB
+            del environments  # free them before the next ones are made: twenty Minitaurs take 0.8 GB
             _report(reporter, result, cluster, stop)
     return stop.exit_code
 
@@ -134,14 +135,14 @@ def _num_episodes(experiment: Experiment, purpose: Purpose) -> int:
 def evaluate(
     acting: Any, environments: EnvironmentBatch, num_episodes: int, request: EvaluationRequest, task: int, stop: Stop
 ) -> EvaluationResult:
-    """Returns what `num_episodes` whole episodes gave.
+    """Returns the result of `num_episodes` whole episodes.
 
-    Which environment plays how many episodes is settled beforehand; taking whichever end first would favour short ones.
-    An episode whose environment crashes is played again.
+    The number of episodes per environment is fixed beforehand: taking the first to finish would favour short episodes.
+    An episode whose environment crashes is repeated.
 
     Raises:
       Stopped: `stop` was set before the end.
-      UnfitData: An environment gave a NaN, or what its spaces do not allow.
+      UnfitData: An environment returned a NaN, or what its spec does not allow.
     """
     start = time.monotonic()
     num_environments = len(environments)
@@ -159,7 +160,7 @@ def evaluate(
         time_step = environments.step(acting.act(time_step).action, playing)
         returns += time_step.reward
         lengths += 1
-        has_begun = time_step.step_type == StepType.FIRST  # anew, after the last step or after a crash
+        has_begun = time_step.step_type == StepType.FIRST  # a new episode, after a last step or a crash
         returns[has_begun], lengths[has_begun] = 0.0, 0
         for index in [index for index in playing if time_step.step_type[index] == StepType.LAST]:
             all_returns.append(float(returns[index]))
@@ -189,10 +190,10 @@ def _is_over(cluster: Cluster, belief: Belief) -> bool:
 
 
 def _report(reporter: Reporter, result: EvaluationResult, cluster: Cluster, stop: Stop) -> None:
-    """Returns once the learner's queue has the result."""
+    """Blocks until the learner's queue has the result."""
     wait_until(
         lambda: reporter.send(result),
-        lambda: f"the variable container at {cluster.variables_address} to take an evaluation's result",
+        lambda: f"the variable container at {cluster.variables_address} to accept an evaluation's result",
         stop=stop,
         deadline_secs=cluster.peer_patience_secs,
         setting="--peer_patience_secs",

@@ -1,4 +1,4 @@
-"""Learner: trains the agent on what the replay holds, publishes its weights and keeps the run's record.
+"""Learner: trains the agent on the replay, publishes its weights and keeps the run's record.
 
 replay --batches--> [learner] --weights--> variable container
                         ^ evaluation results, counts of collected steps
@@ -69,29 +69,29 @@ def run_learner(
     jit_compile: Optional[bool] = None,
     command: Optional[Mapping[str, Any]] = None,
 ) -> ExitCode:
-    """Trains until `train.num_iterations`, waits for the evaluations due, and writes the run's summary.
+    """Trains until `train.num_iterations`, waits for pending evaluations, and writes the run's summary.
 
     Args:
       experiment: What to run; read only.
       cluster: Where the replay server and the variable container listen.
-      root_dir: The run directory; holds checkpoints to go on from, or becomes a new run.
+      root_dir: The run directory; a run in it is resumed, otherwise a new one starts.
       strategy: The agent's variables live under it; the batch is divided over its replicas.
-      versions: Of the packages at work, for the summary.
-      stop: Set on SIGTERM; looked at between calls of the compiled loop. A checkpoint is saved before returning.
-      publish_interval: Fewest train steps between two publishes; the call that makes them is ended first. By time alone
-        a faster machine would collect with weights that are more train steps old.
-      publish_interval_secs: Least time between two publishes, in seconds; both must have passed.
+      versions: Versions of the packages in use, for the summary.
+      stop: Set on SIGTERM; checked between compiled calls. A checkpoint is saved before returning.
+      publish_interval: Smallest number of train steps between two publishes. With a time limit alone, a faster machine
+        would collect with weights that are more train steps old.
+      publish_interval_secs: Shortest time between two publishes, in seconds; both limits must have passed.
       checkpoint_interval_secs: Time between two checkpoints, in seconds.
-      evaluation_retry_secs: A snapshot without a result is evaluated again after this time, in seconds.
-      evaluation_lease_secs: A snapshot is evaluated again when no eval actor has been at work on it for this time, in
-        seconds, and none is to take it.
-      evaluation_patience_secs: At the end, the longest wait for the next evaluation's result, in seconds.
-      jit_compile: Whether XLA makes one program of a whole call's train steps; None does it where it pays, on one GPU.
-      command: What else the run's starts.jsonl is to say of this start, such as the bindings given.
+      evaluation_retry_secs: An evaluation without a result is repeated after this time, in seconds.
+      evaluation_lease_secs: An evaluation is repeated if no eval actor has sent a heartbeat for it for this time, in
+        seconds, and it is not in the queue.
+      evaluation_patience_secs: At the end, the longest wait for the next result, in seconds.
+      jit_compile: Whether XLA compiles a whole call into one program; None does so on one GPU, where it pays.
+      command: Further facts for this start's line in starts.jsonl, such as the given bindings.
 
     Raises:
-      RoleError: The run directory is unfit or occupied, a peer is unreachable past the deadline, the tables are another
-        experiment's, or evaluations do not come back.
+      RoleError: The run directory is unfit or occupied, a peer is unreachable past the deadline, the tables belong to
+        another experiment, or evaluations do not come back.
     """
     refuse_several(experiment.replay, cluster.replay_addresses)
     experiment.seed_process("learner")
@@ -182,5 +182,5 @@ def run_learner(
         servers.close()
         requests.close()
         source.close()
-    # The publisher goes on until this process ends: a replay server that is started again by then must hear of the end.
+    # The publisher runs until this process ends, so that a replay server that restarts meanwhile learns of the end.
     return ExitCode.DONE

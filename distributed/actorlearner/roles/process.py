@@ -1,6 +1,6 @@
 """Starts any role as a process: its arguments, signals, connections to peers, and exit code.
 
-Nothing heavy is imported before the arguments are known to be right.
+Heavy imports come after the arguments have been checked.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class RoleCommand:
     """A role's subcommand.
 
     Attributes:
-      summary: What it does, for --help.
+      summary: One line for --help.
       add_arguments: Adds its arguments to a parser.
       run: Runs it and ends the process with its exit code; never returns.
     """
@@ -63,14 +63,14 @@ def _add_replay_server_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--advertise", metavar="HOST:PORT",
-        help="join the run under way at --variables_address: the other roles find this server here",
+        help="join the training of --variables_address; the address at which the other roles reach this server",
     )  # fmt: skip
     parser.add_argument(
         "--may_join", metavar="HOST:PORT[,...]",
-        help="of the first replay server: others may join the run under way at these addresses (default: none may)",
+        help="first replay server only: addresses at which others may join during training (default: none)",
     )  # fmt: skip
     parser.add_argument(
-        "--local_only", action="store_true", help="let nobody but this machine reach the port, as `train` does"
+        "--local_only", action="store_true", help="close the port to other machines, as `train` does"
     )
 
 
@@ -131,7 +131,7 @@ def _check_may_join(arguments: argparse.Namespace, may_join: Sequence[str]) -> N
         check_address("may_join", address, arguments.may_join)
     if may_join and arguments.advertise:
         raise ValueError(
-            f"--may_join = '{arguments.may_join}' and --advertise: only the first replay server lists who may"
+            f"--may_join = '{arguments.may_join}' and --advertise: only the first replay server may list who may join"
         )
 
 
@@ -164,14 +164,14 @@ def _show_results(experiment: Experiment, root_dir: Path, num_video_episodes: in
     from actorlearner.tools.video import record_videos
 
     try:
-        if experiment.schedule.eval_interval:  # else there are no points to draw
+        if experiment.schedule.eval_interval:  # otherwise there are no points to draw
             write_learning_curve(root_dir)
         if num_video_episodes:
             record_videos(experiment, root_dir, num_video_episodes)
     except Exception as error:
         raise RoleError(
             f"training has ended and {root_dir / 'summary.json'} is written, but the curve or the videos could not be "
-            f"made: {error!r}. Mend the cause and run: actorlearner video {root_dir}",
+            f"made: {error!r}. Fix the cause, then run: actorlearner video {root_dir}",
             ExitCode.CANNOT_CREATE,
         ) from error
 
@@ -200,14 +200,14 @@ def _eval_actor(arguments: argparse.Namespace) -> int:
 
 COMMANDS: Mapping[str, RoleCommand] = {
     "replay-server": RoleCommand("serve replay and variables", _add_replay_server_arguments, _replay_server),
-    "learner": RoleCommand("train on what the replay holds", _add_learner_arguments, _learner),
+    "learner": RoleCommand("train and publish weights", _add_learner_arguments, _learner),
     "collect-actor": RoleCommand("collect experience", _add_actor_arguments, _collect_actor),
     "eval-actor": RoleCommand("evaluate snapshots", _add_actor_arguments, _eval_actor),
 }
 
 
 def _run_role(arguments: argparse.Namespace, run: Callable[[Cluster, Stop], ExitCode]) -> int:
-    """Runs one role under signals and ends the process with its exit code; never returns."""
+    """Runs one role with signal handling and ends the process with its exit code; never returns."""
     set_up_logging()  # before TensorFlow is imported
     def run_in_cluster(stop: Stop) -> ExitCode:
         watch(arguments.health_file, arguments.hang_secs)
@@ -233,18 +233,18 @@ def _run_role(arguments: argparse.Namespace, run: Callable[[Cluster, Stop], Exit
 
 def _claim_task(arguments: argparse.Namespace) -> int:
     if arguments.root_dir is None:
-        raise ValueError("--task = auto: expected a --root_dir, in which the first free number is looked for")
+        raise ValueError("--task = auto needs a --root_dir, in which it looks for the first free number")
     task = RunDirectory(arguments.root_dir).claim_task(arguments.command)
     logging.info("--task=auto: this is task %d", task)
     return task
 
 
 def _open_to_peers(arguments: argparse.Namespace, port: int) -> int:
-    """Opens the replay server's end of the tunnels at `port`; returns the port where Reverb is to listen."""
+    """Opens the replay server's TLS end at `port`; returns the port on which Reverb must listen."""
     from actorlearner.runtime.tls.tunnel import open_to_peers, use_certificates
 
     if arguments.local_only:
-        raise RoleError("--local_only and --tls_dir: expected one of them: TLS is for other machines", ExitCode.USAGE)
+        raise RoleError("--local_only and --tls_dir: give one of them: TLS is for other machines", ExitCode.USAGE)
     folder, reverb_port = Path(arguments.tls_dir) / arguments.command, find_free_port()
     use_certificates(folder, in_the_clear=[f"localhost:{reverb_port}"])
     open_to_peers(port, folder, reverb_port)
@@ -252,10 +252,10 @@ def _open_to_peers(arguments: argparse.Namespace, port: int) -> int:
 
 
 def _run_with_peers(arguments: argparse.Namespace, cluster: Cluster, run: Callable[[], ExitCode]) -> ExitCode:
-    """Runs a role that others answer, through TLS if asked; when they do not, its error says what is wrong with TLS.
+    """Runs a role that has peers, through TLS if asked; if a peer does not answer, the error says what TLS reports.
 
     Raises:
-      RoleError: As `run`; REFUSED in place of UNAVAILABLE when a certificate is the reason.
+      RoleError: As `run`; REFUSED instead of UNAVAILABLE if a certificate is the reason.
     """
     from actorlearner.runtime.tls.certificates import speaks_tls
     from actorlearner.runtime.tls.tunnel import find_trouble, use_certificates
@@ -277,7 +277,7 @@ def _run_with_peers(arguments: argparse.Namespace, cluster: Cluster, run: Callab
             host, _, port = address.rpartition(":")
             if speaks_tls(host, int(port)):
                 raise RoleError(
-                    f"{error.message} {address} speaks TLS: give --tls_dir, with certificates of the same "
+                    f"{error.message} {address} uses TLS: give --tls_dir, with certificates from the same "
                     "`actorlearner certs`.",
                     ExitCode.REFUSED,
                 ) from error

@@ -1,12 +1,12 @@
-"""Replay server: holds every table that the other roles meet at.
+"""Replay server: holds every table through which the roles communicate.
 
 collect actors --> [replay server] --> learner
                         ^ weights, evaluations, reports
                         |
-                        +--> its own checkpoints, from which it begins again
+                        +--> its own checkpoints, from which it restarts
 
-Of several the first is the variable container as well; the others hold their part of the replay, and look there how far
-training is.
+Of several servers the first is also the variable container; the others hold their part of the replay, and read the
+phase of training there.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from actorlearner.runtime.sockets import close_to_other_machines
 from actorlearner.variable_container import Belief, Phase, Version
 
 VERSION_EVERY_SECS = 1.5
-"""Time between two looks at how far training is; each costs some milliseconds and a line of Reverb's in the log."""
+"""Time between two reads of the version board, in seconds; each takes milliseconds and makes Reverb log a line."""
 
 
 @gin.configurable(
@@ -75,20 +75,20 @@ def run_replay_server(
 ) -> ExitCode:
     """Serves until training is over or `stop` is set.
 
-    Begins with the newest whole checkpoint under `root_dir`. Writes one whenever the learner asks, and at the end.
+    Restores the newest whole checkpoint under `root_dir`. Saves when the learner asks, and at the end.
 
     Args:
       experiment: What to run; read only.
-      port: To listen on, on every interface.
-      root_dir: Where the replay's checkpoints are, under checkpoints/replay, or replay-<task>; None saves nothing.
-      stop: Set on SIGTERM; looked at several times a second.
-      task: Which of several replay servers.
-      variables_address: Of the variable container, where another replay server is that; None: this one is.
-      advertise: Joins the run under way at `variables_address`: the others find this server at this address.
-      may_join: Addresses at which other replay servers may join; where this is the variable container.
-      local_only: Lets nobody but this machine reach the port; where the system does not allow that, warns.
-      tunnel_only: Likewise; where the system does not allow that, does not serve.
-      linger_secs: How long it answers after the end of training, in seconds, so that every role hears of it.
+      port: Port to listen on, on every interface.
+      root_dir: Holds the replay's checkpoints, under checkpoints/replay or replay-<task>; None saves nothing.
+      stop: Set on SIGTERM; checked several times a second.
+      task: Number of this replay server among several.
+      variables_address: Address of the variable container; None: this server is it.
+      advertise: Joins the running training of `variables_address`; the other roles reach this server here.
+      may_join: Addresses at which more replay servers may join; only for the variable container.
+      local_only: Closes the port to other machines; warns if the system does not allow that.
+      tunnel_only: Likewise, but does not serve if the system does not allow that.
+      linger_secs: How long it answers after the end of training, in seconds, so that every role learns of the end.
 
     Raises:
       RoleError: The port is taken (UNAVAILABLE), the tables' settings contradict each other or the port cannot be
@@ -98,7 +98,7 @@ def run_replay_server(
     replay_tables, other_tables = _make_tables(experiment, may_join)
     checkpoints = TableCheckpoints(RunDirectory(root_dir).replay_checkpoints(task), replay_tables) if root_dir else None
     if not checkpoints:
-        logging.warning("without --root_dir the replay is not saved: it ends with this process")
+        logging.warning("without --root_dir the replay is not saved: it is lost when this process ends")
     with beat_meanwhile(CHECKPOINT_SECS):  # the tables are read before the port opens
         checkpointer = checkpoints.make_checkpointer() if checkpoints else None
         server = _serve([*replay_tables, *other_tables], port, checkpointer)
@@ -106,8 +106,8 @@ def run_replay_server(
     if tunnel_only and not is_closed:
         server.stop()
         raise RoleError(
-            "--tls_dir: whoever cannot come through the tunnel could go round it, for the reason above. Run the replay "
-            "server where it may close its port, or without --tls_dir behind a tunnel and a firewall of your own.",
+            "--tls_dir: clients could bypass the TLS tunnel, because Reverb's port could not be closed (see above). "
+            "Run the server where it may close its port, or without --tls_dir behind your own tunnel and firewall.",
             ExitCode.USAGE,
         )
     address = f"localhost:{port}"
@@ -145,7 +145,7 @@ def run_replay_server(
 
 
 class PrimaryServer:
-    """The run's first replay server, as the others see it: the variable container, where a joined one is announced."""
+    """The run's first replay server, as another one sees it: it has the version board and the joined servers."""
 
     def __init__(self, address: str, tables: Sequence[reverb.Table], advertise: Optional[str]):
         self._address = address
@@ -155,10 +155,10 @@ class PrimaryServer:
         self._is_away = False
 
     def look(self) -> Optional[Version]:
-        """Returns how far training is, as of the last time that was heard of; blocks some seconds at most.
+        """Returns the newest version read from the board; blocks at most some seconds.
 
         Raises:
-          RoleError: Its tables are another experiment's (DATA), or it does not let this server join (USAGE).
+          RoleError: Its tables belong to another experiment (DATA), or it does not admit this server (USAGE).
         """
         try:
             if self._signatures is not None:
@@ -169,7 +169,7 @@ class PrimaryServer:
             self._version = variable_container.read_version(self._address, timeout_secs=2)
         except Unreachable as error:
             if not self._is_away:
-                logging.warning("%s; going on without the variable container until it does", error)
+                logging.warning("%s; continuing without the variable container until it answers", error)
             self._is_away = True
         else:
             self._is_away = False
@@ -177,7 +177,7 @@ class PrimaryServer:
 
 
 def _make_tables(experiment: Experiment, may_join: Sequence[str] = ()) -> tuple[list[reverb.Table], list[reverb.Table]]:
-    """Returns the replay's tables, which checkpoints keep, and the others."""
+    """Returns the replay's tables, which checkpoints store, and the other tables."""
     agent, _ = experiment.make_agent()
     try:
         replay_tables = experiment.replay.make_tables(
@@ -192,7 +192,7 @@ def _make_tables(experiment: Experiment, may_join: Sequence[str] = ()) -> tuple[
 
 
 def _step_signature(collect_data_spec: object) -> object:
-    # Bounds are the environment's to keep; Reverb compares types and shapes.
+    # Without bounds, because Reverb compares types and shapes.
     return tree.map_structure(tensor_spec.TensorSpec.from_spec, collect_data_spec)
 
 
@@ -200,7 +200,7 @@ def _serve(
     tables: list[reverb.Table], port: int, checkpointer: Optional[reverb.checkpointers.CheckpointerBase]
 ) -> reverb.Server:
     try:
-        # gRPC shares a port with any other server that would; half the actors would then talk to the wrong one.
+        # gRPC would share the port with another server, and half of the actors would reach the wrong one.
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("", port))
@@ -218,8 +218,8 @@ def _close_to_other_machines(port: int) -> bool:
         close_to_other_machines(port)
     except OSError as error:
         logging.warning(
-            "port %d can be reached from other machines, and who reaches it can read and change this run: this system "
-            "does not let it be closed (%s). Put a firewall before it, such as: "
+            "port %d can be reached from other machines, where any client can read and change this run: this system "
+            "does not allow closing it (%s). Put a firewall before it, such as: "
             "iptables -I INPUT ! -i lo -p tcp --dport %d -j DROP",
             port,
             error,

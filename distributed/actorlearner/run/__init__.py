@@ -1,1 +1,1 @@
-"""What a run leaves behind: its directory, its record, its starts, its policies and its status."""
+"""The files of a run: its directory, record, starts, policies and status."""

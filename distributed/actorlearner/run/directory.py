@@ -1,4 +1,4 @@
-"""What a run leaves behind, and where: every file name under --root_dir is here.
+"""The run directory: every file name under --root_dir is defined here.
 
 operative_config.gin  starts.jsonl  summary.json  status.json  metrics.jsonl  learning_curve.png  run.json
 checkpoints/  policies/  train/ eval/ collect/ (TensorBoard)  logs/  videos/  .*.lock (held while a process lives)
@@ -25,7 +25,7 @@ _HELD: list[IO[str]] = []
 
 
 class RunDirectory:
-    """The files of one run. One learner at a time holds it; writing is atomic, so a reader never sees half a file."""
+    """The files of one run. One learner at a time holds the directory; files are replaced atomically."""
 
     def __init__(self, root_dir: Path):
         self.root = Path(root_dir)
@@ -47,7 +47,7 @@ class RunDirectory:
         return self.checkpoints / (f"replay-{task}" if task else "replay")
 
     def earlier_operative_config(self, number: int) -> Path:
-        """Returns where the operative configuration is that was in force until the start of this number."""
+        """Returns the path of the operative configuration that was in force until the start with this number."""
         return self.root / f"operative_config.{number}.gin"
 
     def make_collect_events(self, task: int) -> Path:
@@ -61,10 +61,10 @@ class RunDirectory:
         return folder
 
     def require_writable(self) -> None:
-        """Returns when the directory is there, made if missing, and this user may write to it.
+        """Makes the directory if missing, and checks that this user may write to it.
 
         Raises:
-          RoleError: It is not (CANNOT_CREATE).
+          RoleError: It cannot be made or written (CANNOT_CREATE).
         """
         self._make_writable(self.root)
 
@@ -84,7 +84,7 @@ class RunDirectory:
         )
 
     def hold(self) -> None:
-        """Makes the directory and keeps other learners out of it until this process ends.
+        """Makes the directory, and locks it against other learners until this process ends.
 
         Raises:
           RoleError: It cannot be written (CANNOT_CREATE), or another learner holds it (OCCUPIED).
@@ -92,14 +92,14 @@ class RunDirectory:
         try:
             self.evaluated.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.root / ".learner.lock", "a+")  # noqa: SIM115  (held until the process ends)
-            _HELD.append(self._lock)  # this object may go before the process does
+            _HELD.append(self._lock)  # keep the lock even if this object is deleted
         except OSError as error:
             raise self._cannot_write(error) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise RoleError(
-                f"another learner is at work in --root_dir = '{self.root}'. Stop it, or give another directory.",
+                f"another learner is running in --root_dir = '{self.root}'. Stop it, or give another directory.",
                 ExitCode.OCCUPIED,
             ) from error
         for folder in (self.root, self.evaluated):  # of learners that were killed while writing
@@ -109,7 +109,7 @@ class RunDirectory:
             durable_files.end_last_line(lines)
 
     def is_held(self) -> bool:
-        """Returns whether a learner is at work in the directory."""
+        """Returns whether a learner is running in the directory."""
         try:
             with open(self.root / ".learner.lock") as lock:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -160,23 +160,23 @@ class RunDirectory:
         return [int(line) for line in self._lock if line.strip().isdigit()]
 
     def note_learner(self, learner: int) -> None:
-        """Adds a number to those that `past_learners` returns to the next learner."""
+        """Adds a number to those that `past_learners` will return to later learners."""
         assert self._lock is not None, "hold first"
         self._lock.write(f"{learner}\n")
         self._lock.flush()
 
     def read_json(self, path: Path) -> Any:
-        """Returns what `path` holds; None when it is missing or not JSON."""
+        """Returns the content of `path`; None if it is missing or not JSON."""
         try:
             return json.loads(path.read_text())
         except (OSError, ValueError):
             return None
 
     def move_aside(self) -> Optional[Path]:
-        """Returns where the directory and all in it went, beside its old place; None when there was nothing to move.
+        """Renames the directory and returns its new path, next to the old one; None if there was nothing to rename.
 
         Raises:
-          RoleError: A learner is at work in it (OCCUPIED), or it cannot be moved (CANNOT_CREATE).
+          RoleError: A learner is running in it (OCCUPIED), or it cannot be renamed (CANNOT_CREATE).
         """
         if not self.root.is_dir() or not any(self.root.iterdir()):
             return None
@@ -206,7 +206,7 @@ class RunDirectory:
         except (OSError, ValueError) as error:
             raise RoleError(
                 f"{self.identity} cannot be read ({error}). Give another --root_dir, or remove the file if you are "
-                "sure that its checkpoints are of this experiment.",
+                "sure that its checkpoints belong to this experiment.",
                 ExitCode.DATA,
             ) from error
         wanted = json.loads(json.dumps(identity))
@@ -224,7 +224,7 @@ class RunDirectory:
             )
 
     def write_json(self, path: Path, content: Any) -> None:
-        """Replaces `path` by `content`; not-a-number becomes null."""
+        """Replaces `path` by `content` as JSON; NaN becomes null."""
         self.write_text(path, json.dumps(_finite(content), indent=2) + "\n")
 
     def write_text(self, path: Path, text: str) -> None:
@@ -232,22 +232,22 @@ class RunDirectory:
         durable_files.write(path, text)
 
     def add_metrics(self, kind: str, values: dict[str, Any]) -> None:
-        """Appends one line to metrics.jsonl; `sync_metrics` brings it to disk."""
+        """Appends one line to metrics.jsonl; `sync_metrics` syncs it to disk."""
         line = json.dumps(_finite({"kind": kind, "time": time.time(), **values}))
         with open(self.metrics, "a") as file:
             file.write(line + "\n")
 
     def sync_metrics(self) -> None:
-        """Returns when what `add_metrics` added is on disk."""
+        """Blocks until all lines of `add_metrics` are on disk."""
         if self.metrics.exists():
             durable_files.sync(self.metrics)
 
     def add_start(self, start: dict[str, Any]) -> None:
-        """Appends what one start of the run was; returns when that is on disk."""
+        """Appends one start of the run; returns when it is on disk."""
         durable_files.append(self.starts, json.dumps(_finite(start)) + "\n")
 
     def read_starts(self) -> list[dict[str, Any]]:
-        """Returns the starts of this run, the oldest first; lines that cannot be read are left out."""
+        """Returns the starts of this run, oldest first, without unreadable lines."""
         found = []
         with contextlib.suppress(OSError):
             for line in self.starts.read_text(errors="replace").splitlines():
@@ -256,7 +256,7 @@ class RunDirectory:
         return [start for start in found if isinstance(start, dict)]
 
     def read_seed(self) -> Optional[int]:
-        """Returns the seed of this run's first start; None when nothing says it."""
+        """Returns the seed of this run's first start; None if it is unknown."""
         for account in (*self.read_starts(), self.read_json(self.summary)):
             if isinstance(account, dict) and type(account.get("seed")) is int:
                 return account["seed"]
@@ -264,7 +264,7 @@ class RunDirectory:
 
 
 def _finite(content: Any) -> Any:
-    """Returns `content` with what JSON cannot hold replaced by null."""
+    """Returns `content` with NaN and infinities replaced by null."""
     if isinstance(content, dict):
         return {key: _finite(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):

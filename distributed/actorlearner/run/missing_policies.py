@@ -22,10 +22,11 @@ def make_up_missing(
     ledger: EvaluationLedger,
     export: PolicyExport,
 ) -> None:
-    """Writes the numbered policies that are missing at multiples of `interval`, as far as their weights are there.
+    """Writes the missing numbered policies at multiples of `interval`, if their weights still exist.
 
-    A learner killed between its checkpoint and the policy of the same train step never comes by that step again.
-    Weights are those restored, of older checkpoints, or of evaluations; all variables are then as before.
+    A learner that is killed between its checkpoint and the policy of the same train step never reaches that step again.
+    The weights are the restored ones, those of older checkpoints, or of evaluations; afterwards all variables are as
+    before.
 
     Raises:
       OSError, tf.errors.OpError: A policy could not be written.
@@ -56,10 +57,10 @@ def make_up_missing(
         train_step.assign(restored)
     lost = sorted(set(missing) - set(made))
     if made:
-        logging.info("made up the numbered policies of train steps %s", ", ".join(f"{step:,}" for step in sorted(made)))
+        logging.info("wrote missing policies of train steps %s", ", ".join(f"{step:,}" for step in sorted(made)))
     if lost:
         logging.info(
-            "%d numbered policies are missing, from train step %s to %s, and their weights are gone",
+            "%d numbered policies are missing, from train step %s to %s, because their weights no longer exist",
             len(lost),
             f"{lost[0]:,}",
             f"{lost[-1]:,}",

@@ -1,4 +1,4 @@
-"""The run's policies as files that others load: SavedModels and numbered checkpoints."""
+"""Exports the run's policies as SavedModels and numbered checkpoints."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ from actorlearner.agents.exported import with_environment_actions
 from actorlearner.agents.policies import Policies
 from actorlearner.runtime import durable_files
 
-_SPECS = "policy_specs.pbtxt"  # the last file of a SavedModel
+_SPECS = "policy_specs.pbtxt"  # written last in a SavedModel
 _VARIABLES = Path("variables", "variables")
 
 NAMES = ("policy", "collect_policy", "greedy_policy")
 
 
 class PolicyExport:
-    """Writes what others load: SavedModels, and numbered checkpoints that TF-Agents' `policy_loader` puts into them.
+    """Writes SavedModels, and numbered checkpoints that TF-Agents' `policy_loader` loads into them.
 
-    Folders and names are those of TF-Agents' `PolicySavedModelTrigger`. Each is written aside, synced and renamed, so
-    that none is ever seen half-written. Each says its train step: the number, or the SavedModel's `get_train_step()`.
+    Folders and names are those of TF-Agents' `PolicySavedModelTrigger`. Each is written to a temporary name, synced and
+    renamed, so that none is ever seen half-written. Each says its train step: the number, or the SavedModel's
+    `get_train_step()`.
 
-    Writing has two parts: the first reads the variables, between two train steps; what it returns is the second, which
-    waits for the disk and may be called in another thread, in the same order.
+    Writing has two parts: the first reads the variables between two train steps and returns the second, which waits for
+    the disk and may be called in another thread, in the same order.
 
     Attributes:
-      is_prepared: Whether the SavedModels are there, so that writing them takes milliseconds.
+      is_prepared: Whether the SavedModels exist, so that writing them takes milliseconds.
     """
 
     def __init__(
@@ -48,11 +49,11 @@ class PolicyExport:
         anew: bool = False,
     ):
         """Args:
-        agent: Whose policies they are.
-        train_step: What they are named after.
-        folder: Where they are; made if missing.
-        action_spec: The environment's, where its actions are not the agent's own. See `Experiment.action_spec`.
-        anew: SavedModels that are there were made with other settings: their graphs are of no use.
+        agent: The agent whose policies are exported.
+        train_step: Its value names the policies.
+        folder: Holds the policies; made if missing.
+        action_spec: The environment's action spec, if it differs from the agent's. See `Experiment.action_spec`.
+        anew: Existing SavedModels were made with other settings, so their graphs must be traced again.
         """
         policies = Policies(agent, train_step)
         each = (policies.plain, policies.collect, policies.greedy)
@@ -62,14 +63,14 @@ class PolicyExport:
                 name: with_environment_actions(policy, action_spec) for name, policy in self._policies.items()
             }
         self._train_step = train_step
-        # Which of them has the same variables, in the same order: these are written once.
+        # Policies with the same variables in the same order are written once.
         self._like = {name: next(other for other in self._policies if self._has_equal(name, other)) for name in NAMES}
         self._folder = folder
         self.is_prepared = not anew and all((folder / name / _SPECS).is_file() for name in self._policies)
         self._numbers = itertools.count()
         self._checkpoints = folder / "checkpoints"
         self._checkpoints.mkdir(parents=True, exist_ok=True)
-        for place in (folder, self._checkpoints):  # of a learner that was killed while it wrote
+        for place in (folder, self._checkpoints):  # left by a learner that was killed while writing
             for leftover in (*place.glob(".*.new"), *place.glob("*.old")):
                 shutil.rmtree(leftover, ignore_errors=True)
 
@@ -81,9 +82,9 @@ class PolicyExport:
     def _saver(self, name: str) -> policy_saver.PolicySaver:
         return policy_saver.PolicySaver(self._policies[name], batch_size=None, train_step=self._train_step)
 
-    @functools.cache  # noqa: B019  compiled at its first use: TensorFlow would walk through all objects at every write
+    @functools.cache  # noqa: B019  compiled at its first use: otherwise TensorFlow walks all objects at every write
     def _write_variables(self, name: str) -> Callable[[str], None]:
-        """Returns what writes a policy's variables under a prefix, as `PolicySaver.save_checkpoint` does."""
+        """Returns a function that writes a policy's variables under a prefix, as `PolicySaver.save_checkpoint` does."""
         module = tf.Module()
         module.model_variables, module.train_step = self._policies[name].variables(), self._train_step
         checkpoint = tf.train.Checkpoint(
@@ -92,7 +93,7 @@ class PolicyExport:
         return tf.function(checkpoint.write, input_signature=[tf.TensorSpec((), tf.string)], autograph=False)
 
     def prepare(self) -> None:
-        """Writes the SavedModels unless they are there, so that later only their variables are; takes some seconds."""
+        """Writes the SavedModels unless they exist; later only their variables are written. Takes some seconds."""
         if not self.is_prepared:
             self.save_policies()
 
@@ -105,7 +106,7 @@ class PolicyExport:
         self.is_prepared = True
 
     def write_policies(self) -> Callable[[], None]:
-        """Puts the weights that the agent has now into the three SavedModels; takes milliseconds after `prepare`."""
+        """Writes the agent's present weights into the three SavedModels; takes milliseconds after `prepare`."""
         self.prepare()
         written = {name: self._make_aside(self._folder / name) for name in NAMES}
         with _removed_if_it_fails(*written.values()):
@@ -138,7 +139,7 @@ class PolicyExport:
         return finish
 
     def find_missing(self, train_steps: Iterable[int]) -> list[int]:
-        """Returns which of these train steps have no numbered checkpoint, or one that was not finished."""
+        """Returns which of these train steps have no finished numbered checkpoint."""
 
         def is_there(train_step: int) -> bool:
             index = self._path(train_step) / _VARIABLES.with_suffix(".index")
@@ -157,7 +158,7 @@ class PolicyExport:
 
 @contextlib.contextmanager
 def _removed_if_it_fails(*folders: Path) -> Iterator[None]:
-    """Removes half-written folders: a disk that is full would be filled further by each try."""
+    """Removes half-written folders on an error, because each retry would fill a full disk further."""
     try:
         yield
     except BaseException:
@@ -167,7 +168,7 @@ def _removed_if_it_fails(*folders: Path) -> Iterator[None]:
 
 
 def _copy_graph(saved_model: Path, new: Path) -> None:
-    """Adds to a folder all of a SavedModel but its variables, and the fingerprint of those."""
+    """Copies a SavedModel into a folder, without its variables and their fingerprint."""
     for path in saved_model.iterdir():
         if path.is_dir():
             if path.name != _VARIABLES.parent.name:
@@ -179,5 +180,5 @@ def _copy_graph(saved_model: Path, new: Path) -> None:
 def _copy(path: Path, copy: Path) -> None:
     try:
         os.link(path, copy)
-    except OSError:  # a file system without links
+    except OSError:  # the file system has no links
         shutil.copy2(path, copy)

@@ -1,4 +1,4 @@
-"""The run's numbers: taken from the actors' reports in a thread, and written for people and tools to read."""
+"""The run's numbers: read from the actors' reports in a thread, and written for people and tools."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ALIVE_SECS = 15.0
 
 
 class RunRecord:
-    """Keeps the run's numbers: takes reports from actors in a thread and writes what people and tools read."""
+    """Keeps the run's numbers: reads the actors' reports in a thread, and writes status, metrics and summary."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class RunRecord:
         self._ledger = ledger
         self._versions = versions
         self._account = account
-        self._replay: dict[str, Any] = {}  # its account of at most a second ago
+        self._replay: dict[str, Any] = {}  # the replay's account, at most a second old
         self._wall_secs_before = counts.get("wall_secs", 0.0)
         self._collected: dict[str, int] = keep_plausible(counts.get("collected", {}))
         # Steps in the replay count as collected even if the actor died before reporting them.
@@ -61,11 +61,11 @@ class RunRecord:
         self._train_step_time: Optional[float] = None
         self._phase = "waiting"
         self._waiting_for: Optional[str] = None
-        self._heard_at: dict[int, float] = {}  # of collect actors, by task
+        self._heard_at: dict[int, float] = {}  # time of each collect actor's last report, by task
         self._blocked_share = reports.BlockedShare()
         self.attendance = reports.Attendance()
         self._train_rate, self._collect_rate = Rate(), Rate()
-        self._rates_lock = threading.Lock()  # the loop and a thread both ask for them
+        self._rates_lock = threading.Lock()  # the loop and a thread both read the rates
         self._taking = threading.Lock()  # one thread takes reports at a time
         self._status_lock = threading.Lock()  # two threads write the status
         self._train_events, self._eval_events = Events(directory.train_events), Events(directory.eval_events)
@@ -81,11 +81,11 @@ class RunRecord:
 
     @property
     def environment_steps(self) -> int:
-        """The steps that actors reported, never fewer than the transitions that the replay got."""
-        return max(sum(list(self._collected.values())), self._least_steps)  # a copy: the thread adds actors
+        """Environment steps that actors reported, but at least the number of transitions in the replay's account."""
+        return max(sum(list(self._collected.values())), self._least_steps)  # a copy, because the thread adds actors
 
     def counts(self) -> dict[str, Any]:
-        """Returns what a checkpoint keeps of this record."""
+        """Returns what a checkpoint stores of this record."""
         return {
             "wall_secs": self._wall_secs(),
             "collected": dict(self._collected),
@@ -115,7 +115,7 @@ class RunRecord:
             self._phase = "training" if what is None else "waiting"
 
     def describe_actors(self) -> str:
-        """Returns how many collect actors are alive and what they do together, in words."""
+        """Returns the number of live collect actors and their total rate, in words."""
         now = time.monotonic()
         num_alive = sum(now - heard_at <= ALIVE_SECS for heard_at in list(self._heard_at.values()))
         return f"actors: {num_alive} alive, {self._rates()['environment_steps_per_sec']:,.0f} steps/s"
@@ -267,7 +267,7 @@ class RunRecord:
         self._directory.write_json(self._directory.summary, summary)
 
     def sync(self) -> None:
-        """Returns when what was added to metrics.jsonl is on disk. Raises `OSError`."""
+        """Blocks until metrics.jsonl is on disk. Raises `OSError`."""
         self._directory.sync_metrics()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Every start of a run, in starts.jsonl: when, from which train step, with what, what differs from the one before."""
+"""Every start of a run, in starts.jsonl: its time, train step, settings, and differences from the previous start."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, Optional
 
 from actorlearner.run.directory import RunDirectory
 
-_MAX_TOLD = 8  # differences in the one log line; starts.jsonl has them all
+_MAX_TOLD = 8  # most differences in the log line; starts.jsonl has all
 
 
 def note_start(
@@ -23,18 +23,18 @@ def note_start(
     operative_config: str,
     command: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Returns the start it noted, under `differs` each [old, new] value by name; empty for a run's first start.
+    """Records a start and returns its differences from the previous one: [old, new] by name; empty for the first start.
 
-    Adds it to starts.jsonl and says it in one log line. Writes operative_config.gin; where it differs from what was in
-    force before, that is kept as `operative_config.<number of its last start>.gin`.
+    Appends to starts.jsonl and logs one line. Writes operative_config.gin; if it differs from the previous one, that is
+    kept as `operative_config.<number of its last start>.gin`.
 
     Args:
-      directory: The run's; held.
+      directory: The run directory, which this learner holds.
       train_step: The one that this start resumes from.
-      seed: The run's, or the one given for this start.
-      versions: Of the packages at work.
-      operative_config: What is in force, as gin.
-      command: What else is known of the start: its bindings and commit.
+      seed: The run's seed, or the one given for this start.
+      versions: Versions of the packages in use.
+      operative_config: The operative configuration, as gin.
+      command: Other facts about the start: its bindings and commit.
     """
     starts = directory.read_starts()
     before: Mapping[str, Any] = starts[-1] if starts else {}
@@ -56,7 +56,7 @@ def note_start(
         **command,
         "differs": differs,
     }
-    directory.add_start(start)  # first: a start that is killed after it is in the list, and in the curve
+    directory.add_start(start)  # first, so that a start that is killed later is in the list and in the curve
     if config_before is not None and config_before != operative_config:
         directory.write_text(directory.earlier_operative_config(number - 1), config_before)
     directory.write_text(directory.operative_config, operative_config)
@@ -66,24 +66,24 @@ def note_start(
 
 
 def describe(differs: Mapping[str, Any], most: int = _MAX_TOLD) -> str:
-    """Returns what differs from the start before, on one line."""
+    """Returns the differences from the previous start, on one line."""
     if not differs:
-        return "nothing differs from the start before"
+        return "nothing differs from the previous start"
     told = [f"{name}: {old} -> {new}" for name, (old, new) in list(differs.items())[:most]]
     rest = len(differs) - len(told)
-    return "it differs from the start before in " + "; ".join([*told, *([f"{rest} more"] if rest else [])])
+    return "differences from the previous start: " + "; ".join([*told, *([f"{rest} more"] if rest else [])])
 
 
 def find_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Returns [old, new] of each name whose values differ; None stands for one that is missing."""
+    """Returns [old, new] for each name whose values differ; None stands for a missing value."""
     names = [*now, *(name for name in before if name not in now)]
     return {name: [before.get(name), now.get(name)] for name in names if before.get(name) != now.get(name)}
 
 
 def read_settings(operative_config: str) -> dict[str, str]:
-    """Returns the settings of a configuration that gin wrote, as text by name."""
+    """Returns the settings of a gin configuration, as text by name."""
     text = re.sub(r"^#.*\n?", "", operative_config, flags=re.MULTILINE)
-    text = re.sub(r"\\?\n[ \t]+", " ", text)  # a long value goes on, further in, on the next lines
+    text = re.sub(r"\\?\n[ \t]+", " ", text)  # a long value continues, indented, on the next lines
     settings = {}
     for line in text.splitlines():
         name, equals, value = line.partition(" =")
@@ -93,8 +93,8 @@ def read_settings(operative_config: str) -> dict[str, str]:
 
 
 def find_commit(checkout: Path) -> Optional[str]:
-    """Returns the git commit of a checkout, with "-dirty" if it was changed; None if there is none."""
-    if not (checkout / ".git").exists():  # an installed package may lie below somebody else's checkout
+    """Returns the git commit of a checkout, with "-dirty" if it has changes; None outside a checkout."""
+    if not (checkout / ".git").exists():  # an installed package may lie inside another project's checkout
         return None
     command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:

@@ -1,7 +1,7 @@
-"""The schema of status.json and summary.json: what the learner says of training, for whoever reads it.
+"""The schema of status.json and summary.json, for everything that reads them.
 
-status.json is replaced every second while a learner lives, summary.json written when training ends. Whoever reads them
-gets a `Status` or a `Summary`; run/record.py writes what these classes hold, and nothing else.
+status.json is replaced every second while a learner lives; summary.json is written when training ends. Readers get a
+`Status` or a `Summary`; run/record.py writes exactly the fields of these classes.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ PHASES_AFTER_TRAINING = ("final evaluation", *PHASES_AFTER_EVALUATION)
 
 @dataclasses.dataclass(frozen=True)
 class Status:
-    """The learner's own account of training, as status.json has it. None where it said nothing usable.
+    """The learner's status, as in status.json. None where a value is missing or unusable.
 
     Attributes:
       phase: "waiting", "training", or one of `PHASES_AFTER_TRAINING`.
       train_step: Train steps so far.
-      train_step_time: When the last of them ended, in unix seconds; None before this learner's first.
+      train_step_time: End of the last train step, in unix seconds; None before this learner's first.
       num_iterations: Train steps until training ends.
-      environment_steps: Collected so far.
-      train_steps_per_sec, environment_steps_per_sec: Of the last half minute.
+      environment_steps: Environment steps collected so far.
+      train_steps_per_sec, environment_steps_per_sec: Rates over the last half minute.
       environment_crashes: Environments that were replaced after an error.
       last_evaluation: The result of the latest train step that has one; an entry of `Summary.evaluations`.
-      seconds_left: Until the last train step, at this rate.
-      waiting_for: What, in words; None when nothing is waited for.
+      seconds_left: Time to the last train step, at this rate.
+      waiting_for: What the learner waits for, in words; None if for nothing.
       replay: The account of samples and inserts; its fields depend on the replay.
       pending_evaluations: Train steps whose results have not come back.
       process: The learner's process id.
@@ -74,7 +74,7 @@ class Status:
 
 
 def parse_status(text: str) -> Optional[Status]:
-    """Returns the status in `text`, or None if it is not one. Missing and non-finite numbers are not errors."""
+    """Returns the status in `text`, or None if it is none. Missing and non-finite numbers become None."""
     try:
         fields = json.loads(text)
     except ValueError:
@@ -111,9 +111,9 @@ def parse_status(text: str) -> Optional[Status]:
 
 
 def read_status(path: Path, written_after: float = -math.inf) -> Optional[Status]:
-    """Returns the status in the file `path`, or None if there is none yet that this run wrote.
+    """Returns the status in the file `path`, or None if this start has written none yet.
 
-    A continued run finds the file of the run before it; only what is newer than `written_after` (unix seconds) counts.
+    A resumed run finds the file of the previous start; only one newer than `written_after` (unix seconds) counts.
     """
     try:
         status = parse_status(path.read_text(encoding="utf-8"))
@@ -123,7 +123,7 @@ def read_status(path: Path, written_after: float = -math.inf) -> Optional[Status
 
 
 class Delivered(TypedDict):
-    """How the policy did that the run hands over; lengths are in environment steps."""
+    """The delivered policy's result; lengths are in environment steps."""
 
     train_step: int
     average_return: float
@@ -135,17 +135,17 @@ class Delivered(TypedDict):
 
 
 class Summary(TypedDict):
-    """What summary.json holds.
+    """The content of summary.json.
 
     Attributes:
-      experiment, seed: What was trained.
-      versions: Of the packages.
-      starts: Of the run; see run/starts.py.
-      wall_seconds: Of training, all starts together.
+      experiment, seed: The trained experiment and its seed.
+      versions: Versions of the packages.
+      starts: The run's starts; see run/starts.py.
+      wall_seconds: Training time, all starts together.
       train_steps, environment_steps, environment_crashes: Totals.
       has_ended: Whether training reached its end and was not resumed past it.
       evaluations: Results by train step.
-      delivered: Result of the policy handed over; None without one.
+      delivered: The delivered policy's result; None without one.
     """
 
     experiment: str
@@ -176,11 +176,11 @@ _DELIVERED_NUMBERS = (
     "min_episode_length",
     "num_episodes",
 )
-_REMEDY = "It is written by the run itself: restore it, or run again in a fresh root_dir"
+_REMEDY = "The run itself writes it: restore it, or run again in a new root_dir"
 
 
 def read_ended_summary(path: Path) -> Optional[Summary]:
-    """Returns the `summary.json` at `path` if it is of a run that has ended and was not resumed since, else None."""
+    """Returns the summary at `path` if its run has ended and was not resumed since, else None."""
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -189,12 +189,12 @@ def read_ended_summary(path: Path) -> Optional[Summary]:
 
 
 def has_ended(path: Path) -> bool:
-    """Returns whether the `summary.json` at `path` is of a run that has nothing left to do but its videos."""
+    """Returns whether the `summary.json` at `path` says that training ended; only videos may be missing."""
     return read_ended_summary(path) is not None
 
 
 def describe_delivered(path: Path) -> Optional[str]:
-    """Returns one line on the policy the run hands over, from its `summary.json`, or None if that says nothing."""
+    """Returns one line on the delivered policy, from the run's `summary.json`, or None if that has none."""
     try:
         delivered = json.loads(path.read_text(encoding="utf-8"))["delivered"]
         return (
@@ -209,7 +209,7 @@ def describe_delivered(path: Path) -> Optional[str]:
 
 
 def require_summary(root_dir: Path) -> Summary:
-    """Returns a run directory's `summary.json`, checked to hold what the report shows.
+    """Returns a run directory's `summary.json`, checked to have every field that the report shows.
 
     Raises:
       ValueError: The file is missing, is not JSON, or lacks a field; the message names the file, the field and what
@@ -220,7 +220,7 @@ def require_summary(root_dir: Path) -> Summary:
         summary = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(
-            f"{path} does not exist. Pass the directory of a run that has finished or has been stopped in order."
+            f"{path} does not exist. Pass the directory of a run that has finished or was stopped normally."
         ) from None
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or not JSON
         raise ValueError(f"{path} cannot be read as JSON: {error}. {_REMEDY}") from error
@@ -231,7 +231,7 @@ def require_summary(root_dir: Path) -> Summary:
 
 
 def find_problem(summary: Any) -> Optional[str]:
-    """Returns what keeps `summary` from being shown, or None."""
+    """Returns why `summary` cannot be shown, or None."""
     if not isinstance(summary, Mapping):
         return f"expected an object, found {type(summary).__name__}"
     if not isinstance(summary.get("experiment"), str):

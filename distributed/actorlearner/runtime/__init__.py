@@ -1,1 +1,1 @@
-"""Knows no reinforcement learning: lifecycle, configuration, messages between processes, checkpoints, telemetry."""
+"""Infrastructure without reinforcement learning: lifecycle, configuration, messages, checkpoints, telemetry."""

@@ -1,4 +1,4 @@
-"""Checkpoints of TensorFlow objects, with numbers of ours beside them under the same step."""
+"""Checkpoints of TensorFlow objects, together with plain counts of the same train step."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ _SUFFIX = re.compile(r"\.(index|data-\d+-of-\d+)$")
 
 
 class Checkpoints:
-    """Keeps the newest few checkpoints in one folder, and one that is older than a minute.
+    """Keeps the newest few checkpoints in one folder, and one older than a minute.
 
-    A process may be killed, and its machine lose power, at any moment, also while it writes: no checkpoint is ever
-    overwritten, older ones are deleted only once a newer one is on disk, an unfinished one is passed over, and what it
-    left behind is removed by the next process. A second checkpoint of one train step is `ckpt-<train step>.1`.
+    A process may be killed, or lose power, at any moment, also while it writes. So a checkpoint is never overwritten,
+    older ones are deleted only once a newer one is on disk, an unfinished one is skipped, and the next process removes
+    its remains. A second checkpoint of one train step is `ckpt-<train step>.1`.
     """
 
     def __init__(self, folder: Path, train_step: tf.Variable, objects: dict[str, Any], max_to_keep: int = 3):
         """Args:
-        folder: Where they are.
-        train_step: Counts what a checkpoint is named after.
+        folder: Holds the checkpoints.
+        train_step: Its value names a checkpoint.
         objects: TensorFlow trackables by name. All of their variables exist at the first save: later ones are left out.
-        max_to_keep: Older ones are deleted, but for those that `durable_files.find_superfluous` keeps.
+        max_to_keep: Number of newest checkpoints to keep; `durable_files.find_superfluous` may keep more.
         """
-        # Ours travel as JSON in a string variable, so that they are saved and restored in one piece with the weights.
+        # The counts are JSON in a string variable, so that they are saved and restored together with the weights.
         self._counts = tf.Variable("{}", dtype=tf.string, trainable=False, name="counts")
         self._train_step = train_step
         self._folder = folder
@@ -44,27 +44,27 @@ class Checkpoints:
         self._checkpoint = tf.train.Checkpoint(train_step=train_step, counts=self._counts, **objects)
         self._moments = NamedMoments(self._checkpoint)
         self._has_written = False
-        # Compiled at its first use: TensorFlow would walk through all objects at every write, for most of its time.
+        # Compiled at its first use: otherwise TensorFlow walks through all objects at every write, which takes longest.
         self._write = tf.function(
             self._checkpoint.write, input_signature=[tf.TensorSpec((), tf.string)], autograph=False
         )
 
     def restore(self) -> dict[str, Any]:
-        """Returns the counts saved with the newest whole checkpoint after restoring it; an empty dict if there is none.
+        """Restores the newest whole checkpoint and returns its counts; an empty dict if there is none.
 
-        Damaged ones are passed over with a warning, and deleted once an older one has been restored.
+        Damaged ones are skipped with a warning, and deleted once an older one has been restored.
 
         Raises:
-          RoleError: The newest whole checkpoint does not fit the objects, or there are only damaged ones (DATA); an
-            optimizer's state could not be restored with certainty (USAGE), whether there is a checkpoint or not.
+          RoleError: The newest whole checkpoint does not fit the objects, or all are damaged (DATA); an optimizer's
+            state could not be restored with certainty (USAGE), even without a checkpoint.
         """
         self._moments.attach()
         for leftover in self._folder.glob("ckpt-*_temp"):
             shutil.rmtree(leftover, ignore_errors=True)
         damaged: list[Path] = []
         for prefix in self._prefixes():
-            if not prefix.with_name(prefix.name + ".index").exists():  # it comes last
-                logging.warning("passing over the checkpoint %s, which was not finished", prefix)
+            if not prefix.with_name(prefix.name + ".index").exists():  # the index is written last
+                logging.warning("skipping the checkpoint %s, which was not finished", prefix)
                 self._delete(prefix)
                 continue
             damage = _find_damage(prefix)
@@ -73,12 +73,12 @@ class Checkpoints:
                 for other in damaged:
                     self._delete(other)
                 return json.loads(self._counts.numpy())
-            logging.warning("passing over the checkpoint %s, which is damaged: %s", prefix, damage)
+            logging.warning("skipping the checkpoint %s, which is damaged: %s", prefix, damage)
             damaged.append(prefix)
         if damaged:
             raise RoleError(
-                f"every checkpoint in {self._folder} is damaged ({', '.join(prefix.name for prefix in damaged)}). Put "
-                "one back from a copy, or begin anew with another --root_dir (train: or with --fresh).",
+                f"every checkpoint in {self._folder} is damaged ({', '.join(prefix.name for prefix in damaged)}). "
+                "Restore one from a copy, or start over with another --root_dir (train: or with --fresh).",
                 ExitCode.DATA,
             )
         return {}
@@ -96,9 +96,9 @@ class Checkpoints:
         logging.info("restored %s", prefix)
 
     def visit(self, steps: Sequence[int]) -> Generator[int, None, None]:
-        """Yields each of these train steps that has a whole checkpoint, restored; at the end the newest one is back.
+        """Restores and yields each of these train steps that has a whole checkpoint; at the end restores the newest.
 
-        Only after `restore`, and before anything is trained.
+        Call it only after `restore`, and before training.
         """
         newest, visited = self._restored, False
         try:
@@ -117,7 +117,7 @@ class Checkpoints:
             self._checkpoint.read(str(prefix)).assert_existing_objects_matched()
 
     def variables(self) -> list[tf.Variable]:
-        """Returns all that a checkpoint holds of the objects: an optimizer's moments too, once they are there."""
+        """Returns all variables in a checkpoint, including an optimizer's moments once they exist."""
         self._moments.attach()
         everything = tf.train.TrackableView(self._checkpoint).descendants()
         return [one for one in everything if isinstance(one, tf.Variable) and one is not self._counts]
@@ -126,15 +126,15 @@ class Checkpoints:
         """Writes a checkpoint under the present train step; blocks until it is on disk.
 
         Raises:
-          tf.errors.OpError, OSError: It could not be written; those before it are still there.
+          tf.errors.OpError, OSError: It could not be written; earlier ones are kept.
         """
         self.keep(self.write(counts))
 
     def write(self, counts: dict[str, Any]) -> Path:
-        """Returns a new checkpoint under the present train step, not on disk yet: `keep` is to be called with it.
+        """Writes a checkpoint under the present train step and returns it; call `keep` with it to sync it to disk.
 
         Raises:
-          tf.errors.OpError, OSError: It could not be written; those before it are still there.
+          tf.errors.OpError, OSError: It could not be written; earlier ones are kept.
         """
         self._counts.assign(json.dumps(counts))
         if not self._has_written:
@@ -152,12 +152,12 @@ class Checkpoints:
         return self._folder / name
 
     def keep(self, prefix: Path) -> None:
-        """Returns when what `write` returned is on disk, and those that it makes superfluous are deleted.
+        """Syncs what `write` returned to disk, then deletes superfluous checkpoints.
 
         May be called in another thread than `write`, in the same order.
 
         Raises:
-          OSError: It could not be synced; it is removed, and those before it are still there.
+          OSError: It could not be synced; it is removed, and earlier ones are kept.
         """
         try:
             for path in _files_of(prefix):
@@ -166,19 +166,19 @@ class Checkpoints:
         except OSError:
             self._delete(prefix)
             raise
-        # Later ones may have been written meanwhile; they are not on disk yet.
+        # Later ones may have been written meanwhile, but they are not on disk yet.
         older = [other for other in self._prefixes() if _number(other) <= _number(prefix)]
         taken = [other for other in older if _number(other)[0] == _number(prefix)[0] and other != prefix]
         written = [(other, _written_at(other)) for other in older if other not in taken]
         for other in [*taken, *durable_files.find_superfluous(written, self._max_to_keep)]:
             self._delete(other)
         kept = [str(other) for other in reversed(self._prefixes()) if _number(other) <= _number(prefix)]
-        # For `tf.train.latest_checkpoint`; `restore` looks at the files themselves.
+        # For `tf.train.latest_checkpoint`; `restore` reads the files themselves.
         state = tf.compat.v1.train.generate_checkpoint_state_proto(str(self._folder), kept[-1], kept)
         durable_files.write(self._folder / "checkpoint", str(state))
 
     def _prefixes(self) -> list[Path]:
-        """Returns the checkpoints there are, finished or not, newest first."""
+        """Returns the existing checkpoints, finished or not, newest first."""
         prefixes = {path.with_name(_SUFFIX.sub("", path.name)) for path in self._files()}
         return sorted(prefixes, key=_number, reverse=True)
 
@@ -193,7 +193,7 @@ class Checkpoints:
 
 
 def _files_of(prefix: Path) -> list[Path]:
-    """Returns a checkpoint's files, the index first: without it none counts as whole."""
+    """Returns a checkpoint's files, the index first: without it the checkpoint is not whole."""
     index = prefix.with_name(prefix.name + ".index")
     return [*([index] if index.exists() else []), *prefix.parent.glob(prefix.name + ".data-*")]
 
@@ -214,6 +214,7 @@ def _find_damage(prefix: Path) -> Optional[str]:
         reader = tf.train.load_checkpoint(str(prefix))
         for name in reader.get_variable_to_shape_map():
             reader.get_tensor(name)
-    except (ValueError, LookupError, RuntimeError, tf.errors.OpError) as error:  # one too short gives an IndexError
+    # a file that is too short raises IndexError
+    except (ValueError, LookupError, RuntimeError, tf.errors.OpError) as error:
         return str(error).splitlines()[0]
     return None

@@ -1,7 +1,7 @@
-"""Reads gin files strictly: every name exists, every value has its type and range, or a clear error names the line.
+"""Reads gin files strictly: an error names the line of any unknown name, wrong type or value out of range.
 
-gin itself accepts a misspelt macro, any type and any value; a role would find out minutes later, or never. Types and
-ranges are those of the configurables' own annotations, e.g. `Annotated[int, annotated_types.Ge(1)]`.
+gin itself accepts a misspelt macro, any type and any value; a role would fail minutes later, or never. Types and ranges
+are those in the configurables' annotations, e.g. `Annotated[int, annotated_types.Ge(1)]`.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class _Reference:
 
 
 class _KeepNames(config_parser.ParserDelegate):
-    """Reads `%macro` and `@configurable` as what they are, without looking them up."""
+    """Parses `%macro` and `@configurable` without looking them up."""
 
     def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> _Reference:
         return _Reference(scoped_configurable_name, evaluate)
@@ -75,19 +75,19 @@ class _KeepNames(config_parser.ParserDelegate):
 
 
 def parse_strictly(config_file: Path, bindings: Sequence[str], search_path: Sequence[Path]) -> None:
-    """Makes gin hold `config_file`, what it includes, and `bindings`, the last one winning; or nothing at all.
+    """Loads `config_file`, its includes and `bindings` into gin, later ones winning; on an error it loads nothing.
 
     Args:
       config_file: The experiment's gin file.
       bindings: Lines as on the command line, e.g. `train.num_iterations = 100`.
-      search_path: Folders that `include` looks in, after `config_file`'s own.
+      search_path: Folders in which `include` searches, after `config_file`'s own.
 
     Raises:
       RoleError: A name, a type, a range or the syntax is wrong (USAGE). The message names the place, the binding and
         the nearest valid name.
     """
     search_path = [config_file.parent.resolve(), *search_path]
-    with gin.unlock_config():  # the files' imports register what an earlier configuration in this process did not need
+    with gin.unlock_config():  # the files' imports may register new configurables
         read = list(_read_bindings(config_file, search_path, including=()))
         for line in bindings:
             read.extend(_parse(line, COMMAND_LINE, search_path, including=()))
@@ -95,25 +95,25 @@ def parse_strictly(config_file: Path, bindings: Sequence[str], search_path: Sequ
     _check_values(read)
 
     gin.clear_config()
-    # gin would look into the working directory first, and can only add folders to the end.
+    # gin searches the working directory first, and can only append folders.
     gin.config._LOCATION_PREFIXES[:] = map(str, search_path)
-    logging.disable(logging.CRITICAL)  # gin logs an error for every folder in which it does not find a file
+    logging.disable(logging.CRITICAL)  # gin logs an error for every folder without the file
     try:
         gin.parse_config_files_and_bindings([str(config_file.resolve())], list(bindings), finalize_config=False)
-    except Exception as error:  # gin raises many kinds; after the checks above few are left
+    except Exception as error:  # gin raises many kinds of errors; the checks above catch most causes
         raise RoleError(f"{config_file}: {error}", ExitCode.USAGE) from error
     finally:
         logging.disable(logging.NOTSET)
 
 
 def split_bindings(text: str) -> list[str]:
-    """Returns the bindings in `text`, which are divided by new lines or by semicolons outside quotes."""
+    """Returns the bindings in `text`, separated by new lines or by semicolons outside quotes."""
     return [part.strip() for part in _UNDIVIDED.findall(text) if part.strip()]
 
 
 def operative_config() -> str:
-    """Returns what this process used, defaults included, and what was bound for the other roles, as a gin file."""
-    # gin's own operative_config_str leaves out what this process did not call; gin-config is pinned.
+    """Returns the values that this process used, defaults included, and the other roles' bindings, as a gin file."""
+    # gin's operative_config_str leaves out what this process did not call. (gin-config is pinned.)
     return gin.config._config_str({**gin.config._CONFIG, **gin.config._OPERATIVE_CONFIG})
 
 
@@ -128,7 +128,7 @@ def _read_bindings(path: Path, search_path: Sequence[Path], including: tuple[Pat
 
 
 def _parse(text: str, source: str, search_path: Sequence[Path], including: tuple[Path, ...]) -> Iterator[Binding]:
-    """Yields the bindings of `text`, those of its includes in their place, and runs its imports."""
+    """Yields the bindings of `text`, with those of its includes in place, and runs its imports."""
     try:
         statements = list(config_parser.ConfigParser(text, _KeepNames()))
     except (SyntaxError, ValueError, tokenize.TokenError) as error:
@@ -140,7 +140,7 @@ def _parse(text: str, source: str, search_path: Sequence[Path], including: tuple
             f"{place}: cannot be read as gin: {reason}: '{text.strip() if source == COMMAND_LINE else ''}'".rstrip(
                 ": '"
             )
-            + ". Expected lines such as `train.num_iterations = 1000`; text values need quotes.",
+            + ". Expected lines such as `train.num_iterations = 1000`; strings need quotes.",
             ExitCode.USAGE,
         ) from error
     for statement in statements:
@@ -151,7 +151,7 @@ def _parse(text: str, source: str, search_path: Sequence[Path], including: tuple
             yield from _read_bindings(_find(statement.filename, search_path, place), search_path, including)
         elif isinstance(statement, config_parser.ImportStatement):
             try:
-                with gin.unlock_config():  # an experiment parsed before may have locked it
+                with gin.unlock_config():  # an earlier experiment may have locked it
                     importlib.import_module(statement.module)
             except ImportError as error:
                 raise RoleError(
@@ -181,7 +181,7 @@ def _check_names(bindings: Sequence[Binding]) -> None:
         if not binding.parameter:
             if binding.selector not in used_macros:
                 raise RoleError(
-                    f"{binding.place}: nothing has the name '{binding.name}'."
+                    f"{binding.place}: there is no '{binding.name}'."
                     f"{_nearest(binding.selector, used_macros, _all_parameters())}",
                     ExitCode.USAGE,
                 )
@@ -207,7 +207,7 @@ def _check_names(bindings: Sequence[Binding]) -> None:
 
 
 def _check_values(bindings: Sequence[Binding]) -> None:
-    """Checks the value that wins for each parameter, with macros followed to where they are defined."""
+    """Checks the winning value of each parameter, following macros to their definitions."""
     macros = {binding.selector: binding for binding in bindings if not binding.parameter}
     winning = {
         (binding.scope, binding.selector, binding.parameter): binding for binding in bindings if binding.parameter
@@ -220,7 +220,7 @@ def _check_values(bindings: Sequence[Binding]) -> None:
                 break
             value, place, name = source.value, source.place, f"{source.name} (for {binding.name})"
         if _leaves(value, (_Macro, _Reference)):
-            continue  # an object, checked by whoever receives it
+            continue  # an object, checked by its receiver
         annotation = _annotations(_configurable(binding.selector, binding)).get(binding.parameter)
         problem = expectation_unmet(value, annotation)
         if problem:
@@ -228,7 +228,7 @@ def _check_values(bindings: Sequence[Binding]) -> None:
 
 
 def expectation_unmet(value: Any, annotation: Any) -> Optional[str]:
-    """Returns what `annotation` expects that `value` is not, in words; None when it fits or cannot be told."""
+    """Returns what `annotation` expects and `value` is not, in words; None if it fits or cannot be checked."""
     if annotation is None or annotation is Any or annotation is inspect.Parameter.empty:
         return None
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
@@ -266,9 +266,9 @@ def expectation_unmet(value: Any, annotation: Any) -> Optional[str]:
             return None
         return f"a number, not {_kind(value)},"
     if annotation is str:
-        return None if isinstance(value, str) else f"text in quotes, not {_kind(value)}"
+        return None if isinstance(value, str) else f"a string in quotes, not {_kind(value)}"
     if inspect.isclass(annotation) and type(value) is not annotation and isinstance(value, _LITERALS):
-        return f"@ and the name of what makes it, such as @sac(), not {_kind(value)}"
+        return f"a configurable reference such as @sac(), not {_kind(value)}"
     return None
 
 
@@ -305,14 +305,14 @@ def _macros_in(value: Any) -> list[str]:
 
 def _configurable(selector: str, binding: Binding) -> Any:
     """Returns the registered function or class that `selector` names."""
-    # gin offers no public list of what is registered; gin-config is pinned.
+    # gin has no public list of its configurables. (gin-config is pinned.)
     registry = gin.config._REGISTRY
     matches = registry.matching_selectors(selector)
     if len(matches) == 1:
         return registry[matches[0]].wrapped
     if matches:
         raise RoleError(
-            f"{binding.place}: '{selector}' in '{binding.name}' may mean {', '.join(sorted(matches))}; write it out.",
+            f"{binding.place}: '{selector}' in '{binding.name}' may mean {', '.join(sorted(matches))}; write it fully.",
             ExitCode.USAGE,
         )
     short = {key.rsplit(".", 1)[-1] for key in _our_selectors()}
@@ -322,13 +322,13 @@ def _configurable(selector: str, binding: Binding) -> Any:
         else _nearest(selector, short, prefix="@")
     )
     raise RoleError(
-        f"{binding.place}: nothing is called '{selector}' ({binding.name}).{hint}",
+        f"{binding.place}: there is no configurable '{selector}' ({binding.name}).{hint}",
         ExitCode.USAGE,
     )
 
 
 def _our_selectors() -> list[str]:
-    """Returns what experiments are written with: the configurables registered under "actorlearner"."""
+    """Returns the configurables registered under "actorlearner", from which experiments are built."""
     return [selector for selector, _ in gin.config._REGISTRY.items() if selector.startswith("actorlearner.")]
 
 
@@ -341,7 +341,7 @@ def _all_parameters() -> list[str]:
 
 
 def _parameters(configurable: Any) -> Optional[list[str]]:
-    """Returns the names that may be bound; None when it takes any keyword."""
+    """Returns the parameters that may be bound; None if it takes any keyword."""
     parameters = inspect.signature(configurable).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return None
@@ -352,12 +352,12 @@ def _annotations(configurable: Any) -> dict[str, Any]:
     function = configurable.__init__ if inspect.isclass(configurable) else configurable
     try:
         return typing.get_type_hints(function, include_extras=True)
-    except (NameError, TypeError):  # annotations of other packages that name what they do not import
+    except (NameError, TypeError):  # other packages' annotations may use names that they do not import
         return {}
 
 
 def _nearest(name: str, *names: Iterable[str], prefix: str = "") -> str:
-    """Returns " Did you mean ...?", or all the names there are when none is near and they are few."""
+    """Returns " Did you mean ...?", or all names if none is close and they are few."""
     candidates = sorted({candidate for group in names for candidate in group})
     last = {candidate.rsplit(".", 1)[-1]: candidate for candidate in reversed(candidates)}
     near = difflib.get_close_matches(name, candidates, n=1) or [

@@ -1,4 +1,4 @@
-"""Which devices a process computes on."""
+"""Chooses the devices on which a process computes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ StrategyName = Literal["default", "mirrored", "tpu"]
 
 
 def hold_to_one_thread() -> None:
-    """Keeps TensorFlow to one thread and off the GPU: acting is small, and the learner needs the rest.
+    """Restricts TensorFlow to one thread and no GPU: acting is small, and the learner needs the rest.
 
     Call it before anything is computed.
     """
@@ -26,10 +26,10 @@ def hold_to_one_thread() -> None:
 
 
 def leave_one_core() -> None:
-    """Keeps each of TensorFlow's operations to all cores but one; `TF_NUM_INTRAOP_THREADS` overrides it.
+    """Restricts each TensorFlow operation to all cores but one; `TF_NUM_INTRAOP_THREADS` overrides it.
 
-    Small matrices spread over every core wait for the core that is busy with something else: with SAC's networks
-    on two cores the same updates were a fifth faster when they were not. Call it before anything is computed.
+    Small matrices that are split over every core wait for the core that is busy with other work: on two cores, SAC's
+    updates were a fifth faster with one core left out. Call it before anything is computed.
     """
     if "TF_NUM_INTRAOP_THREADS" not in os.environ:
         tf.config.threading.set_intra_op_parallelism_threads(max(1, len(os.sched_getaffinity(0)) - 1))
@@ -38,16 +38,16 @@ def leave_one_core() -> None:
 def make_strategy(
     name: StrategyName, *, tpu: Optional[str] = None, num_logical_cpus: int = 1
 ) -> tf.distribute.Strategy:
-    """Returns the strategy under which the learner's variables live.
+    """Returns the distribution strategy for the learner's variables.
 
     Args:
       name: "default" computes on one device, the first GPU or the CPU; "mirrored" on every visible GPU, or on every
         logical CPU where there is no GPU; "tpu" on a TPU.
-      tpu: Its name or address; "local" on a TPU VM.
-      num_logical_cpus: Splits the CPU into so many devices, to try several replicas without GPUs.
+      tpu: The TPU's name or address; "local" on a TPU VM.
+      num_logical_cpus: Splits the CPU into this many devices, to try several replicas without GPUs.
 
     Raises:
-      RoleError: The flags contradict each other, or there is no such device (USAGE).
+      RoleError: The flags contradict each other, or the device does not exist (USAGE).
     """
     if name not in get_args(StrategyName):
         raise RoleError(f"--strategy = '{name}': expected one of {', '.join(get_args(StrategyName))}", ExitCode.USAGE)
@@ -74,14 +74,14 @@ def _make_tpu_strategy(tpu: Optional[str]) -> tf.distribute.Strategy:
         return strategy_utils.get_strategy(tpu=tpu, use_gpu=False)
     except (ValueError, RuntimeError, tf.errors.OpError) as error:
         raise RoleError(
-            f"--tpu = '{tpu}': no TPU answers there ({str(error).splitlines()[0]}). Mend the name, or use "
+            f"--tpu = '{tpu}': no TPU answers there ({str(error).splitlines()[0]}). Correct the name, or use "
             "--strategy=default on this machine.",
             ExitCode.USAGE,
         ) from error
 
 
 def compute_devices(strategy: tf.distribute.Strategy) -> tuple[str, ...]:
-    """Returns the device on which each replica computes, one for each; a TPU's host for a TPU."""
+    """Returns each replica's device; for a TPU, its host."""
     if strategy.num_replicas_in_sync > 1 and isinstance(strategy, tf.distribute.MirroredStrategy):
         return tuple(strategy.extended.worker_devices)
     has_gpu = not isinstance(strategy, tf.distribute.TPUStrategy) and tf.config.list_logical_devices("GPU")
@@ -92,18 +92,18 @@ def has_one_gpu(strategy: tf.distribute.Strategy) -> bool:
     """Returns whether everything is computed on one GPU, where compiling a whole loop with XLA pays.
 
     Several replicas cannot be fused (TensorFlow cannot merge gradients inside a compiled loop), and on a CPU a plain
-    graph loop is the faster one.
+    graph loop is faster.
     """
     return strategy.num_replicas_in_sync == 1 and "gpu" in compute_devices(strategy)[0].lower()
 
 
 def free_host_bytes() -> int:
-    """Returns the memory that this process may still take on the host, in bytes: the machine's or the container's."""
+    """Returns the memory that this process may still allocate, in bytes: the machine's or the container's limit."""
     meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     free = int(meminfo["MemAvailable"].split()[0]) * 1024
     group = Path("/sys/fs/cgroup")
     try:
         limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
     except OSError:
-        return free  # no limit of a container
+        return free  # no container limit
     return free if limit == "max" else min(free, int(limit) - int(used))

@@ -1,8 +1,8 @@
-"""Files that survive a power cut: written aside, synced, renamed, and then their folder synced.
+"""Files that survive a power cut: written under a temporary name, synced, renamed, and their folder synced.
 
-A file that was written and not synced is in memory only. A power cut leaves its name with nothing in it, or no name,
-and also takes back renames and removals of a folder that was not synced. Every file that a reader must find whole goes
-through `put_in_place`; whoever removes an older one does so after that.
+A file that was written but not synced is only in memory. After a power cut its name has no content, or is missing, and
+unsynced renames and removals are undone. Every file that a reader must find whole goes through `put_in_place`; older
+files are removed only after that.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from pathlib import Path
 from typing import Optional, Union
 
 OLD_SECS = 60.0
-"""One checkpoint older than this is kept beside the newest few: whatever spoils all of a moment leaves one."""
+"""One checkpoint older than this, in seconds, is kept, in case all of the newest are damaged at once."""
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def sync(path: Path) -> None:
-    """Returns when a file's content, or a folder's list of names, is on disk. Raises `OSError`."""
+    """Syncs a file's content, or a folder's list of names, to disk. Raises `OSError`."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    except OSError as error:  # some network file systems cannot sync a folder, nobody can a device
+    except OSError as error:  # some network file systems cannot sync a folder, and no one can sync a device
         if path.is_file() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
@@ -38,7 +38,7 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Returns when a folder and all in it are on disk. Raises `OSError`."""
+    """Syncs a folder and everything in it to disk. Raises `OSError`."""
     for place, _, names in os.walk(folder, topdown=False):
         for name in names:
             sync(Path(place, name))
@@ -46,13 +46,13 @@ def sync_tree(folder: Path) -> None:
 
 
 def put_in_place(aside: Path, path: Path) -> None:
-    """Renames a finished file or folder to `path`, which it replaces; returns when that is on disk.
+    """Renames a finished file or folder to `path`, replacing it; returns when that is on disk.
 
-    At every moment, also after a power cut, `path` is the old one whole or the new one whole. (Where the system cannot
-    exchange two names, a folder that is replaced is away for a moment.)
+    At every moment, also after a power cut, `path` is the whole old one or the whole new one. (Where the system cannot
+    exchange two names, a replaced folder is missing for a moment.)
 
     Args:
-      aside: In the same folder as `path`; nobody reads it.
+      aside: The finished file or folder, in the same folder as `path`; nothing reads it.
       path: The name under which it is read.
 
     Raises:
@@ -79,7 +79,7 @@ def put_in_place(aside: Path, path: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Returns whether two names were exchanged; False where the system cannot."""
+    """Exchanges two names; returns False if the system cannot."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except AttributeError:  # a C library before glibc 2.28
@@ -91,7 +91,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def write(path: Path, content: Union[str, bytes]) -> None:
-    """Replaces the file `path` by `content`; returns when that is on disk. Raises `OSError`."""
+    """Replaces the content of the file `path`; returns when that is on disk. Raises `OSError`."""
     aside = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         aside.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -102,7 +102,7 @@ def write(path: Path, content: Union[str, bytes]) -> None:
 
 
 def append(path: Path, line: str) -> None:
-    """Adds all of a line to a file, or nothing; returns when that is on disk. Raises `OSError`."""
+    """Appends a whole line to a file, or nothing; returns when that is on disk. Raises `OSError`."""
     is_new = not path.exists()
     num_bytes = 0 if is_new else path.stat().st_size
     try:
@@ -112,16 +112,16 @@ def append(path: Path, line: str) -> None:
             os.fsync(file.fileno())
     except OSError:
         with contextlib.suppress(OSError):
-            os.truncate(path, num_bytes)  # the next line would be written behind what a full disk took of this one
+            os.truncate(path, num_bytes)  # remove the part of the line that a full disk accepted
         raise
     if is_new:
         sync(path.parent)
 
 
 def end_last_line(path: Path) -> None:
-    """Ends a line that a process which was killed, or lost power, had begun: the next must not be written behind it.
+    """Ends an unfinished last line, left by a killed process or a power cut, so that the next line starts on its own.
 
-    Does nothing where there is no such file. Raises `OSError`.
+    Does nothing if the file does not exist. Raises `OSError`.
     """
     with contextlib.suppress(FileNotFoundError), open(path, "rb+") as file:
         if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n":
@@ -133,12 +133,13 @@ def find_superfluous(
 ) -> list[Path]:
     """Returns which checkpoints may be removed.
 
-    Kept are the newest few, the newest of those older than `OLD_SECS`, and the oldest of the others: the next such.
+    It keeps the newest few, the newest of those older than `OLD_SECS`, and the oldest of the rest, which becomes the
+    next old one.
 
     Args:
-      written: Each checkpoint and when it was written, in unix seconds; the newest first.
-      max_to_keep: How many of the newest are kept whatever their age.
-      now: In unix seconds; None: by the clock.
+      written: Each checkpoint and its time in unix seconds, newest first.
+      max_to_keep: Number of newest ones that are kept whatever their age.
+      now: Unix seconds; None: the present time.
     """
     now = time.time() if now is None else now
     kept = [path for path, _ in written[:max_to_keep]]
@@ -148,9 +149,9 @@ def find_superfluous(
 
 
 class InBackground:
-    """Does what waits for a disk in a thread of its own, one after the other: a training loop need not wait.
+    """Runs slow disk work in a thread of its own, one piece after another, so that the training loop need not wait.
 
-    Used from one thread. No more than the work of one train step is open, however slow the disk is.
+    Used from one thread. Only the work of one train step is pending at a time, however slow the disk is.
     """
 
     def __init__(self) -> None:
@@ -159,17 +160,17 @@ class InBackground:
         self._step: Optional[int] = None
 
     def begin(self, step: int) -> None:
-        """Returns once all work of other train steps is done; raises what one of it did."""
+        """Blocks until all work of other train steps is done; raises what any of it raised."""
         if step != self._step:
             self.wait()
         self._step = step
 
     def do(self, work: Callable[[], None]) -> None:
-        """Has something done after all that was given before; never blocks."""
+        """Adds a piece of work after all earlier ones; never blocks."""
         self._open.append(self._thread.submit(work))
 
     def wait(self) -> None:
-        """Returns once all work is done; raises what one of it did."""
+        """Blocks until all work is done; raises what any of it raised."""
         given, self._open = self._open, []
         for work in given:
             work.result()

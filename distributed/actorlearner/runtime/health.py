@@ -1,11 +1,11 @@
-"""Whether a role goes on: told through one small file that a container's health check looks at, and enforced.
+"""The health of a role: reported through a small file for containers' health checks, and enforced by a watchdog.
 
 role --beat--> [file] <--age-- `actorlearner health`
-     --beat--> [watchdog]: when no beat came for `hang_secs`, it writes where every thread is and ends the process
+     --beat--> [watchdog]: after `hang_secs` without a beat it writes every thread's stack and ends the process
 
-A role beats when it has been once round: an environment stepped, a call of train steps made, a request answered. A wait
-counts while it is watched, because it has a deadline of its own that ends the role. So the file grows old when a
-process hangs or is stopped; deadlines see to the rest.
+A role beats once per loop: an environment stepped, a call of train steps made, a request answered. A monitored wait
+counts too, because its own deadline ends the role. So the file grows old when a process hangs or is stopped; deadlines
+handle the rest.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Optional
 
 HANG_SECS = 600.0
-"""No role does anything for so long without a beat, in seconds; the longest is to start from a slow disk."""
+"""A role without a beat for this long, in seconds, has hung; the longest step is to start from a slow disk."""
 
 _EVERY_SECS = 1.0
 
 
 class Heartbeat:
-    """Touches a file and puts off the watchdog, at most once a second; with neither it does nothing."""
+    """Touches a file and re-arms the watchdog, at most once a second; without both it does nothing."""
 
     def __init__(
         self, path: Optional[Path] = None, hang_secs: float = 0.0, clock: Callable[[], float] = time.monotonic
@@ -37,34 +37,34 @@ class Heartbeat:
         self._put_off_the_watchdog()
 
     def beat(self) -> None:
-        """Cheap enough for every step of an environment."""
+        """Records a heartbeat; cheap enough for every environment step."""
         if self._clock() < self._due_at or not (self._path or self._hang_secs):
             return
         self._due_at = self._clock() + _EVERY_SECS
         if self._path is not None:
-            with contextlib.suppress(OSError):  # the file grows old, which is the message
+            with contextlib.suppress(OSError):  # the file then grows old, which reports the problem
                 self._path.touch()
         self._put_off_the_watchdog()
 
     def _put_off_the_watchdog(self) -> None:
         if self._hang_secs:
-            with contextlib.suppress(RuntimeError):  # no thread to be had: no reason to end
-                faulthandler.dump_traceback_later(self._hang_secs, exit=True)  # in place of the one before
+            with contextlib.suppress(RuntimeError):  # no thread available: no reason to end
+                faulthandler.dump_traceback_later(self._hang_secs, exit=True)  # replaces the previous timer
 
 
 _heartbeat = Heartbeat()
 
 
 def beat() -> None:
-    """Says that this process goes on."""
+    """Records a heartbeat of this process."""
     _heartbeat.beat()
 
 
 @contextlib.contextmanager
 def beat_meanwhile(secs: float) -> Iterator[None]:
-    """Beats from a thread while the `with` lasts, but for no more than `secs` seconds: for one long call.
+    """Beats from a thread while the `with` block lasts, for at most `secs` seconds: for one long call.
 
-    A call that hangs is found after that time; a process that is stopped, as ever.
+    A call that hangs is detected after that time; a stopped process as usual.
     """
     has_ended = threading.Event()
     deadline = time.monotonic() + secs
@@ -83,14 +83,14 @@ def beat_meanwhile(secs: float) -> Iterator[None]:
 
 
 def watch(path: Optional[Path] = None, hang_secs: float = 0.0) -> None:
-    """Has `beat` looked after from here on.
+    """Makes `beat` touch the health file and re-arm the watchdog from now on.
 
     Args:
-      path: The health file, which every beat touches; what a process before this one left there does not count.
-      hang_secs: When no beat comes for so many seconds the process writes the stacks of all its threads to stderr and
-        ends with status 1, also when it hangs in native code that holds Python's lock, or was stopped and goes on. 0:
-        never. Where nobody reads stderr, a full pipe keeps it from ending; where a thread runs on, reading its stack
-        may end the process by SIGSEGV instead.
+      path: The health file, touched by every beat; a file left by an earlier process does not count.
+      hang_secs: After this many seconds without a beat the process writes the stacks of all its threads to stderr and
+        exits with status 1, even if it hangs in native code that holds Python's lock, or was stopped and continues. 0:
+        never. If nothing reads stderr, a full pipe keeps it from exiting; if a thread is running, reading its stack may
+        end the process by SIGSEGV instead.
     """
     global _heartbeat
     faulthandler.cancel_dump_traceback_later()
@@ -100,11 +100,11 @@ def watch(path: Optional[Path] = None, hang_secs: float = 0.0) -> None:
 
 
 def describe_problem(path: Path, max_age_secs: float, now: Optional[float] = None) -> Optional[str]:
-    """Returns why the role that beats into `path` is not healthy; None when it is."""
+    """Returns why the role with the health file `path` is not healthy; None if it is."""
     try:
         age_secs = (time.time() if now is None else now) - path.stat().st_mtime
     except OSError as error:
-        return f"no sign of life yet: {path}: {error.strerror}"
+        return f"no heartbeat yet: {path}: {error.strerror}"
     if age_secs > max_age_secs:
-        return f"the last sign of life is {age_secs:.0f} s old, more than --max_age_secs = {max_age_secs:g}"
+        return f"the last heartbeat is {age_secs:.0f} s old, more than --max_age_secs = {max_age_secs:g}"
     return None

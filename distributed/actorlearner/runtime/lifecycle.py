@@ -1,6 +1,6 @@
-"""How a role begins, waits and ends: stop signals, deadlines, errors with an exit code.
+"""How a role starts, waits and ends: stop signals, deadlines, errors with an exit code.
 
-Every wait in the system goes through `wait_until`, so every wait has a deadline and says what it waits for.
+Every wait goes through `wait_until`, so every wait has a deadline and logs what it waits for.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from actorlearner.runtime.health import beat
 T = TypeVar("T")
 
 SAY_EVERY_SECS = 30.0
-"""A wait that goes on says what it waits for this often, in seconds."""
+"""How often a wait logs what it waits for, in seconds."""
 
 
 class ExitCode(enum.IntEnum):
     """What a role's exit status means; numbers are those of BSD's sysexits.h where there is one."""
 
     DONE = 0  # training reached its end
-    CRASH = 1  # a defect of ours; the log has the traceback
-    USAGE = 64  # the user's settings are wrong; starting again cannot help
+    CRASH = 1  # a bug; the log has the traceback
+    USAGE = 64  # the user's settings are wrong; a restart cannot help
     DATA = 65  # data does not fit the experiment: a table's signature, a checkpoint of another run
     UNAVAILABLE = 69  # a peer did not answer within the deadline, or the port is taken
     CANNOT_CREATE = 73  # the run directory cannot be written
-    OCCUPIED = 75  # another learner is at work on this run
+    OCCUPIED = 75  # another learner is running in this directory
     REFUSED = 77  # TLS: a peer refused this role's certificate or this role the peer's, or it has expired
     INTERRUPTED = 130  # stopped by SIGINT
     TERMINATED = 143  # stopped by SIGTERM
@@ -51,9 +51,9 @@ FINAL_CODES: Mapping[int, str] = {
     ExitCode.USAGE: "its settings are wrong",
     ExitCode.DATA: "the data does not fit the experiment",
     ExitCode.CANNOT_CREATE: "it cannot write the run directory",
-    ExitCode.OCCUPIED: "another learner is on this run",
+    ExitCode.OCCUPIED: "another learner holds this run",
 }
-"""A restart does not help what ended with one of these; and why, in words."""
+"""Exit codes after which a restart cannot help, each with the reason in words."""
 
 
 class RoleError(Exception):
@@ -66,19 +66,19 @@ class RoleError(Exception):
 
 
 class Stopped(Exception):
-    """Raised out of a wait when the role was asked to stop."""
+    """Raised from a wait when the role was asked to stop."""
 
 
 SECOND_SIGNAL_SECS = 0.5
-"""Signals closer together are one, in seconds: schedulers signal every process of a job, and scripts pass theirs on."""
+"""Signals closer together count as one, in seconds: schedulers signal every process, and scripts forward signals."""
 
 
 class Stop:
-    """Set once, by SIGTERM, SIGINT or `set`; a second signal, past `SECOND_SIGNAL_SECS`, ends the process at once."""
+    """Set by SIGTERM, SIGINT or `set`; a second signal after `SECOND_SIGNAL_SECS` ends the process immediately."""
 
     def __init__(self, at_once: Callable[[], object] = lambda: None) -> None:
         """Args:
-        at_once: Called when a second signal ends the process.
+        at_once: Called before a second signal ends the process.
         """
         self._at_once = at_once
         self._event = threading.Event()
@@ -87,8 +87,8 @@ class Stop:
 
     def install_signal_handlers(self) -> None:
         """Makes SIGTERM and SIGINT set this stop. Only the main thread may call it."""
-        # Python runs handlers between two instructions of the main thread, which may be inside a long call: while it
-        # saves, say. What comes through the wake-up descriptor has its time of arrival.
+        # Python runs handlers between two instructions of the main thread, which may be inside a long call such as a
+        # save. The wake-up descriptor delivers signals with their time of arrival.
         arrivals, wake_up = os.pipe()
         os.set_blocking(wake_up, False)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -124,7 +124,7 @@ class Stop:
 
     @property
     def exit_code(self) -> ExitCode:
-        """The exit status of a role that ends because of this stop."""
+        """Exit status of a role that ends because of this stop."""
         return ExitCode.INTERRUPTED if self._signal == signal.SIGINT else ExitCode.TERMINATED
 
 
@@ -142,13 +142,13 @@ def wait_until(
     """Returns the first result of `poll` that is neither None nor False.
 
     Args:
-      poll: Asked again and again.
-      what: Says what is waited for, with figures; logged every 30 s and told in the error.
+      poll: Called repeatedly.
+      what: Says what is waited for, with figures; logged every 30 s and part of the error.
       stop: Ends the wait.
       deadline_secs: Longest wait, in seconds.
-      setting: The setting that holds the deadline; the error names it.
-      every_secs: Time between two looks, in seconds.
-      progress: The deadline begins anew whenever this changes.
+      setting: The setting with the deadline; the error names it.
+      every_secs: Time between two polls, in seconds.
+      progress: The deadline restarts whenever this changes.
 
     Raises:
       Stopped: `stop` was set.
@@ -167,7 +167,7 @@ def wait_until(
         if now - start > deadline_secs:
             raise RoleError(
                 f"waited {now - start:.0f} s for {what()}, longer than {setting} = {deadline_secs:g} s. "
-                f"Start what is missing, mend the address, or raise {setting}.",
+                f"Start what is missing, correct the address, or raise {setting}.",
                 ExitCode.UNAVAILABLE,
             )
         if now - said >= SAY_EVERY_SECS:
@@ -178,40 +178,40 @@ def wait_until(
 
 
 def find_reason(error: BaseException) -> str:
-    """Returns the line of an error's message that says why; TensorFlow's compiled functions put others around it."""
+    """Returns the line with the reason from an error's message; TensorFlow's compiled functions add other lines."""
     lines = [line.partition("[Op:")[0].strip() for line in str(error).splitlines()]
     lines = [line for line in lines if line] or [type(error).__name__]
     if not lines[0].startswith("Graph execution error"):
         return lines[0]
-    # "Graph execution error:", where in the program, the reason, "[[{{node ...}}]]", hints.
+    # The lines are: "Graph execution error:", source location, the reason, "[[{{node ...}}]]", hints.
     nodes = [index for index, line in enumerate(lines) if line.startswith("[[")]
     return lines[nodes[0] - 1 if nodes else -1]
 
 
-# By their words: TensorFlow has classes of its own, and gin's stand-ins for exceptions have lost their numbers.
+# By the text: TensorFlow has exception classes of its own, and gin's proxies for exceptions lose the errno.
 def _is_disk_full(error: BaseException) -> bool:
     return any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
 
 
 def _is_unwritable(error: BaseException) -> bool:
-    # Permission may be denied for other things than files: Python names the file behind, TensorFlow before it.
+    # Only errors that name a file: Python names it after the words, TensorFlow before them.
     words = "|".join(re.escape(os.strerror(number)) for number in (errno.EROFS, errno.EACCES, errno.EPERM))
     return re.search(rf"(; ({words})|({words}): ['\"])", str(error)) is not None
 
 
 def run_to_exit(run: Callable[[Stop], ExitCode], final_code_file: Optional[Path] = None) -> NoReturn:
-    """Runs a role's body under stop signals and ends the process with its exit code.
+    """Runs a role with signal handling and ends the process with its exit code.
 
-    A `RoleError` becomes one `error: ...` line on stderr. The process ends through `os._exit`: threads may be blocked
-    inside Reverb's clients, which no interpreter shutdown can interrupt.
+    A `RoleError` becomes one `error: ...` line on stderr. The process ends through `os._exit`, because threads may be
+    blocked inside Reverb's clients, which no interpreter shutdown can interrupt.
 
     Args:
-      run: The body.
-      final_code_file: A code of `FINAL_CODES` is written there and the process ends with 0, for a supervisor that
-        starts again whatever ends otherwise. Where it cannot be written, the process ends with the code.
+      run: The role.
+      final_code_file: A code of `FINAL_CODES` is written there and the process exits with 0, for a supervisor that
+        restarts every failure. If the file cannot be written, the process exits with the code.
     """
-    faulthandler.enable()  # native code that crashes, Reverb's say, shows where it was called
-    # TensorFlow leaves generated code behind where temporary files go, and counts on an ending that `os._exit` is not.
+    faulthandler.enable()  # shows the Python stack when native code crashes
+    # TensorFlow leaves generated code in the temporary folder, and `os._exit` skips its clean-up.
     temporary_folder = tempfile.tempdir = tempfile.mkdtemp(prefix="actorlearner-")
     os.environ["TMPDIR"] = temporary_folder  # for child processes
     remove_temporary_files = functools.partial(shutil.rmtree, temporary_folder, ignore_errors=True)
@@ -220,7 +220,7 @@ def run_to_exit(run: Callable[[Stop], ExitCode], final_code_file: Optional[Path]
     try:
         code = run(stop)
     except RoleError as error:
-        # Not str(error): gin appends its own words about function addresses to whatever passes through a configurable.
+        # Not str(error): gin appends its own text to every exception that passes through a configurable.
         print(f"error: {error.message}", file=sys.stderr)
         code = error.exit_code
     except Stopped as stopped:
@@ -230,14 +230,14 @@ def run_to_exit(run: Callable[[Stop], ExitCode], final_code_file: Optional[Path]
         if _is_disk_full(error):
             print(
                 f"error: the disk is full: {find_reason(error)}. Free some space and start again with the same "
-                "--root_dir: what was saved before is whole.",
+                "--root_dir: earlier checkpoints are whole.",
                 file=sys.stderr,
             )
             code = ExitCode.CANNOT_CREATE
         elif _is_unwritable(error):
             print(
                 f"error: a file or folder may not be used: {find_reason(error)}. Let this user read and write there, "
-                "or mount its disk for writing; start again with the same --root_dir: what was saved before is whole.",
+                "or mount its disk for writing; start again with the same --root_dir: earlier checkpoints are whole.",
                 file=sys.stderr,
             )
             code = ExitCode.CANNOT_CREATE

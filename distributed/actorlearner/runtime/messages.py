@@ -1,6 +1,6 @@
-"""Rows that processes leave for one another in Reverb tables: put with a deadline, taken with a deadline.
+"""Rows that processes exchange through Reverb tables: put and taken with deadlines.
 
-A table is either a *board* (one row, the newest wins, reading leaves it there) or a *queue* (each row is taken once).
+A table is either a *board* (one row, the newest; reading leaves it there) or a *queue* (each row is taken once).
 Stock clients (`reverb.Client`, TF-Agents' `ReverbVariableContainer`) can read and write the same tables.
 """
 
@@ -29,13 +29,13 @@ Signature = Any
 """A nest of `tf.TensorSpec`: one row, without a time dimension."""
 
 OLD_SECS = 2.0
-"""A board's row that was read so long ago is read again, also when nothing seems to have been put there since."""
+"""A board's row is read again after this time, in seconds, even if nothing seems to have been put there since."""
 
-_OTHER_PARTS = "it has other parts than the table's signature says"
+_OTHER_PARTS = "its parts do not match the table's signature"
 
 
 def make_board(name: str, signature: Signature) -> reverb.Table:
-    """Returns a table of one row: what is put last is what everybody reads."""
+    """Returns a table with one row: every reader gets the newest one."""
     return reverb.Table(
         name,
         sampler=reverb.selectors.Fifo(),
@@ -47,7 +47,7 @@ def make_board(name: str, signature: Signature) -> reverb.Table:
 
 
 def make_queue(name: str, max_size: int, signature: Signature) -> reverb.Table:
-    """Returns a table that hands each row to exactly one reader, oldest first; writers wait when it is full."""
+    """Returns a table that gives each row to exactly one reader, oldest first; writers wait while it is full."""
     return reverb.Table.queue(name, max_size=max_size, signature=signature)
 
 
@@ -56,7 +56,7 @@ class Unreachable(Exception):
 
 
 class Misfit(Unreachable):
-    """The row that a board holds is some stranger's: it does not fit the signature, or cannot be true."""
+    """A board's row is foreign: it does not fit the signature, or is implausible."""
 
 
 def read_server_info(address: str, timeout_secs: float) -> Mapping[str, Any]:
@@ -72,7 +72,7 @@ def read_server_info(address: str, timeout_secs: float) -> Mapping[str, Any]:
 
 
 def read_table(address: str, table: str, timeout_secs: float) -> Optional[Any]:
-    """Returns Reverb's `TableInfo` of one table, or None where there is none; costs less than all of them.
+    """Returns Reverb's `TableInfo` of one table, or None if there is none; cheaper than `read_server_info`.
 
     Blocks and raises as `read_server_info`.
     """
@@ -83,12 +83,12 @@ def read_table(address: str, table: str, timeout_secs: float) -> Optional[Any]:
 
 
 def ask_for_life(address: str, timeout_secs: float) -> None:
-    """Returns when a Reverb server answers; blocks at most `timeout_secs`, at least 1. Raises `Unreachable`."""
+    """Checks that a Reverb server answers; blocks at most `timeout_secs` (at least 1). Raises `Unreachable`."""
     _ask_server_info(reverb.Client(reach(address)), address, timeout_secs)
 
 
 def await_server(what: str, address: str, *, stop: Stop, deadline_secs: float) -> Mapping[str, Any]:
-    """Returns Reverb's `TableInfo` by table name once the server at `address` answers. Raises as `wait_until`."""
+    """Waits for the server at `address`, and returns Reverb's `TableInfo` by table name. Raises as `wait_until`."""
 
     def poll() -> Optional[Mapping[str, Any]]:
         try:
@@ -102,11 +102,11 @@ def await_server(what: str, address: str, *, stop: Stop, deadline_secs: float) -
 
 
 def check_signature(what: str, address: str, found: Signature, expected: Signature) -> None:
-    """Returns when a server's table holds what this experiment writes and reads.
+    """Checks that a server's table has the signature that this experiment expects.
 
     Args:
-      what: The table, as the error names it.
-      address: Of the server.
+      what: Name of the table, for the error.
+      address: Address of the server.
       found, expected: Nests of tensor specs: the table's and the experiment's.
 
     Raises:
@@ -122,7 +122,7 @@ def check_signature(what: str, address: str, found: Signature, expected: Signatu
         raise RoleError(
             f"{what} at {address} belongs to another experiment or another setting of this one:\n  "
             + "\n  ".join(differences)
-            + "\nStart the replay server with this role's experiment and --gin_bindings, or mend the address.",
+            + "\nStart the replay server with this role's experiment and --gin_bindings, or correct the address.",
             ExitCode.DATA,
         )
 
@@ -151,10 +151,10 @@ class Sender:
         """
         writer = self._writers.get(table)
         if writer is None:
-            # Writers made and dropped by the hundred while a server is away have corrupted the heap of Reverb 0.14.
+            # Creating many writers while the server is down corrupts Reverb 0.14's heap, so ping first.
             read_server_info(self.address, timeout_secs)
             client = reverb.Client(reach(self.address))
-            # validate_items compares with the time dimension that TF-Agents' container signatures lack.
+            # Without validate_items, which expects a time dimension that TF-Agents' container signatures lack.
             writer = self._writers[table] = client.trajectory_writer(num_keep_alive_refs=1, validate_items=False)
         try:
             writer.append(row)
@@ -163,20 +163,20 @@ class Sender:
             )
             writer.flush(timeout_ms=int(timeout_secs * 1000))
         except (reverb.errors.ReverbError, RuntimeError, ValueError) as error:
-            # A writer keeps its first error for ever: the next put starts with a new one.
+            # A writer keeps its first error for ever, so the next put makes a new one.
             del self._writers[table]
-            raise Unreachable(f"{self.address} did not take a row for table '{table}': {error}") from error
+            raise Unreachable(f"{self.address} did not accept a row for table '{table}': {error}") from error
 
 
 def take(
     address: str, table: str, signature: Signature, *, max_rows: int = 1, timeout_secs: float = 5.0
 ) -> Sequence[Any]:
-    """Returns up to `max_rows` rows of a queue as nests of numpy arrays, and removes them there.
+    """Removes up to `max_rows` rows from a queue and returns them as nests of numpy arrays.
 
-    They are fewer, or none, when no more came within the deadline. Several readers may take from one queue. Each call
-    that finds rows leaves about 1 KB in the process, TensorFlow's: for what comes every second there is `take_current`.
-    A stranger's row, which does not fit the signature or cannot be true, is removed and left out, with a warning for
-    each kind. Blocks at most about twice `timeout_secs`, and as long again for each row after the first.
+    It returns fewer, or none, if no more come within the deadline. Several readers may take from one queue. Each call
+    that finds rows leaks about 1 KB inside TensorFlow: for frequent rows use `take_current`. A foreign row, which does
+    not fit the signature or is implausible, is removed and left out, with one warning for each kind. Blocks at most
+    about twice `timeout_secs`, and as long again for each row after the first.
 
     Raises:
       Unreachable: The server does not answer within the deadline.
@@ -186,7 +186,7 @@ def take(
     num_left = available = _read_table_info(client, address, table, timeout_secs).current_size
     while available and num_left > 0 and len(rows) < max_rows:
         num_wanted = min(available, num_left, max_rows - len(rows))
-        num_left -= num_wanted  # strangers may write as fast as their rows are passed over
+        num_left -= num_wanted  # bounded, because foreign rows may arrive as fast as they are skipped
         dataset = reverb.TimestepDataset(
             reach(address),
             table,
@@ -198,7 +198,7 @@ def take(
             max_samples=num_wanted,
         )
         try:
-            # The limiter's time-out is kept by the server: when that has gone silent, it does not help.
+            # The server keeps the limiter's time-out, so it does not help if the server is silent.
             samples = _each_row(without_tuning(dataset), table, num_wanted)
             for row, why in each_within(timeout_secs + 1.0, samples, f"table '{table}' at {address}"):
                 if why:
@@ -210,20 +210,20 @@ def take(
         except (tf.errors.OpError, Unreachable) as error:
             if not rows:
                 raise Unreachable(f"reading table '{table}' at {address} failed: {error}") from error
-            logging.warning("reading table '%s' at %s broke off after %d rows: %s", table, address, len(rows), error)
+            logging.warning("reading table '%s' at %s stopped after %d rows: %s", table, address, len(rows), error)
             break
     return rows
 
 
 def _each_row(dataset: tf.data.Dataset, table: str, num_rows: int) -> Iterator[tuple[Any, Optional[str]]]:
-    """Yields up to `num_rows` rows, and with each why it is to be left out, or None."""
+    """Yields up to `num_rows` rows, each with the reason to leave it out, or None."""
     samples = iter(dataset)
-    for _ in range(num_rows):  # an error that stays must not be asked for for ever
+    for _ in range(num_rows):  # bounded, because an error may persist
         try:
             row = tree.map_structure(np.asarray, next(samples).data)
         except StopIteration:
             return
-        except tf.errors.InvalidArgumentError:  # the iterator goes on with the next one
+        except tf.errors.InvalidArgumentError:  # the iterator continues with the next row
             yield None, _OTHER_PARTS
         else:
             yield row, find_misfit(table, row)
@@ -232,10 +232,10 @@ def _each_row(dataset: tf.data.Dataset, table: str, num_rows: int) -> Iterator[t
 def take_current(
     address: str, table: str, signature: Signature, *, max_rows: int, timeout_secs: float = 5.0
 ) -> Sequence[Any]:
-    """Returns and removes rows as `take` does, and leaves nothing in the process, at a fifth of the time.
+    """Removes and returns rows as `take` does, but without its leak and in a fifth of the time.
 
-    For the one reader of a queue whose rows are replaced by later ones. When the server dies just after it said how
-    many rows there are, nothing ends the sampling, and a row that comes later is lost. Blocks and raises as `take`.
+    For the single reader of a queue whose rows are replaced by later ones: if the server dies just after it reported
+    the number of rows, the sampling does not end, and a row that comes later is lost. Blocks and raises as `take`.
     """
     client = reverb.Client(reach(address))
     available = _read_table_info(client, address, table, timeout_secs).current_size
@@ -253,17 +253,17 @@ def take_current(
     except (reverb.errors.ReverbError, RuntimeError, ValueError, Unreachable) as error:
         if not rows:
             raise Unreachable(f"reading table '{table}' at {address} failed: {error}") from error
-        logging.warning("reading table '%s' at %s broke off after %d rows: %s", table, address, len(rows), error)
+        logging.warning("reading table '%s' at %s stopped after %d rows: %s", table, address, len(rows), error)
     return rows
 
 
 def _as_row(columns: Sequence[np.ndarray], signature: Signature, table: str) -> tuple[Any, Optional[str]]:
-    """Returns the row as a nest of numpy arrays, and why it is some stranger's and to be left out, or None.
+    """Returns the row as a nest of numpy arrays, and why it is foreign and must be left out, or None.
 
     Args:
-      columns: An item's leaves; each has a time dimension first, of the one step that a row is.
-      signature: Of the table.
-      table: Its name.
+      columns: An item's leaves; each has a leading time dimension of length 1.
+      signature: Signature of the table.
+      table: Name of the table.
     """
     specs = tree.flatten(signature)
     if len(columns) != len(specs) or not all(
@@ -276,10 +276,11 @@ def _as_row(columns: Sequence[np.ndarray], signature: Signature, table: str) -> 
 
 
 def without_tuning(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """Returns the dataset, whose iterators end at once.
+    """Returns the dataset without autotuning, so that its iterators end at once.
 
-    tf.data has a thread tune each iterator. It sleeps twice as long every time, up to a minute, and whoever ends the
-    iterator may wait until it wakes: half a minute in which nothing is read.
+    tf.data tunes each iterator in a thread whose sleeps double up to a minute, and ending the iterator may wait for
+    that
+    thread: half a minute in which nothing is read.
     """
     options = tf.data.Options()
     options.autotune.enabled = False
@@ -287,7 +288,7 @@ def without_tuning(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 
 class BoardReader:
-    """Reads one board again and again, at a small part of what `take` costs. Not thread-safe: one per thread."""
+    """Reads one board repeatedly, at a fraction of the cost of `take`. Not thread-safe: one per thread."""
 
     def __init__(self, address: str, table: str, signature: Signature):
         self.address = address
@@ -298,21 +299,21 @@ class BoardReader:
         self._read_at = 0.0
 
     def read(self, timeout_secs: float = 5.0) -> Optional[Any]:
-        """Returns the row as a nest of numpy arrays, or None while nothing has been put there.
+        """Returns the row as a nest of numpy arrays, or None if nothing has been put there.
 
         Blocks at most about twice `timeout_secs`.
 
         Raises:
-          Misfit: Some stranger put a row there that does not fit the signature, or cannot be true; it was said.
+          Misfit: The row is foreign: it does not fit the signature, or is implausible; it was logged.
           Unreachable: The server does not answer within the deadline.
         """
         return self._sample(timeout_secs) if self._look(timeout_secs).current_size else None
 
     def read_newer(self, timeout_secs: float = 5.0) -> Optional[Any]:
-        """Returns the row as `read` does, but None when nothing was put there since the last call; that costs less.
+        """Returns the row as `read` does, but None if nothing was put there since the last call, which is cheaper.
 
-        It goes by how often something was put there. After `OLD_SECS` the row is returned in any case: a server that
-        began anew may have come to the same number.
+        It compares the board's number of inserts. After `OLD_SECS` it returns the row in any case: a restarted server
+        may have reached the same number.
         """
         table = self._look(timeout_secs)
         num_puts = table.rate_limiter_info.insert_stats.completed
@@ -329,7 +330,7 @@ class BoardReader:
 
     def _sample(self, timeout_secs: float) -> Any:
         assert self._client is not None
-        # From a queue a sample that comes too late would be lost; a board's row is there for the next reading.
+        # A sample that comes too late is lost from a queue; a board keeps its row for the next reading.
         samples = self._client.sample(self.table, num_samples=1, emit_timesteps=False)
         try:
             (sample,) = each_within(timeout_secs, samples, f"table '{self.table}' at {self.address}")
@@ -343,7 +344,7 @@ class BoardReader:
 
 
 def read(address: str, table: str, signature: Signature, *, timeout_secs: float = 5.0) -> Optional[Any]:
-    """Returns a board's row, or None while nothing has been put there. Blocks and raises as `BoardReader.read`."""
+    """Returns a board's row, or None if nothing has been put there. Blocks and raises as `BoardReader.read`."""
     return BoardReader(address, table, signature).read(timeout_secs)
 
 
@@ -357,23 +358,23 @@ def _read_table_info(client: reverb.Client, address: str, table: str, timeout_se
 
 def _ask_server_info(client: reverb.Client, address: str, timeout_secs: float) -> Sequence[bytes]:
     try:
-        # `Client.server_info` would decode the signatures of all tables as well, for ten times the work.
+        # `Client.server_info` would also decode every table's signature, which takes ten times as long.
         return client._client.ServerInfo(max(1, int(timeout_secs)))
     except RuntimeError as error:
         raise Unreachable(f"no Reverb server answers at {address} within {timeout_secs:g} s") from error
 
 
 def each_within(secs: float, samples: Iterable[T], where: str) -> Iterator[T]:
-    """Yields each of `samples`, waiting for none longer than `secs` seconds.
+    """Yields each of `samples`, waiting at most `secs` seconds for each.
 
-    Reverb's samplers ask for ever when their server is away, and cannot be interrupted. So a thread iterates; it is
-    left behind when a sample does not come, and what it may still get is lost.
+    Reverb's samplers retry for ever while their server is away, and cannot be interrupted. So a thread iterates; it is
+    abandoned if a sample does not come, and what it still receives is lost.
 
     Raises:
       Unreachable: A sample did not come in time.
-      Exception: Whatever iterating raised.
+      Exception: What iterating raised.
     """
-    arrived: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()  # (whether there may be more, sample or error)
+    arrived: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()  # (whether more may follow, sample or error)
     is_left = threading.Event()
 
     def iterate() -> None:
@@ -392,7 +393,7 @@ def each_within(secs: float, samples: Iterable[T], where: str) -> Iterator[T]:
             try:
                 is_sample, value = arrived.get(timeout=secs)
             except queue.Empty:
-                raise Unreachable(f"nothing came from {where} for {secs:g} s") from None
+                raise Unreachable(f"nothing arrived from {where} for {secs:g} s") from None
             if is_sample:
                 yield value
             elif value is None:

@@ -1,9 +1,9 @@
-"""Moments under the names of the variables that they belong to.
+"""Saves an optimizer's moments under the names of their variables.
 
 Keras' new optimizers (`tf.keras.optimizers.*`) keep a list for each kind of moment, and TensorFlow saves a list by
-index, which is the variable's place in what the agent gave to the optimizer. Some of TF-Agents' agents (TD3, PPO, CQL)
-make that from a set, in an order that differs between processes. So the lists are hidden from TensorFlow, and the same
-moments are saved as `moments/<optimizer>/<kind>/<variable>`. Legacy optimizers save moments by variable anyway.
+index, which is the variable's position in the agent's list. Some of TF-Agents' agents (TD3, PPO, CQL) make that list
+from a set, in an order that differs between processes. So the lists are hidden from TensorFlow, and the moments are
+saved as `moments/<optimizer>/<kind>/<variable>`. Legacy optimizers save moments by variable already.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from tensorflow.core.protobuf import trackable_object_graph_pb2
 from actorlearner.runtime.lifecycle import ExitCode, RoleError
 
 _EDGE = "moments"
-_GRAPH_KEY = "_CHECKPOINTABLE_OBJECT_GRAPH"  # TensorFlow's, of the tensor that says who owns what
+_GRAPH_KEY = "_CHECKPOINTABLE_OBJECT_GRAPH"  # TensorFlow's name of the tensor with the object graph
 
 
 class NamedMoments:
-    """The moments of all optimizers that can be reached from a `tf.train.Checkpoint`."""
+    """The moments of all optimizers that are reachable from a `tf.train.Checkpoint`."""
 
     def __init__(self, checkpoint: tf.train.Checkpoint):
         """Args:
-        checkpoint: Is saved with an attribute `moments` from the first `attach` on.
+        checkpoint: Has an attribute `moments` from the first `attach` on.
         """
         self._checkpoint = checkpoint
-        self._lists: list[tuple[Any, str]] = []  # optimizer, attribute: what TensorFlow no longer sees
+        self._lists: list[tuple[Any, str]] = []  # (optimizer, attribute) of the lists hidden from TensorFlow
         self._names: set[tuple[str, str, str]] = set()
 
     def attach(self) -> None:
-        """Makes the checkpoint hold the moments by name; again after an optimizer has got its variables.
+        """Makes the checkpoint hold the moments by name; call it again after an optimizer has built its variables.
 
         Raises:
-          RoleError: An optimizer has state that belongs to no variable by name (USAGE).
+          RoleError: An optimizer has state that cannot be assigned to a variable by name (USAGE).
         """
         nodes = _nodes_by_path(self._checkpoint)
         variables = {path: node for path, node in nodes.items() if isinstance(node, tf.Variable)}
         moments: dict[str, dict[str, dict[str, tf.Variable]]] = {}
         for path, node in nodes.items():
             if isinstance(node, tf.keras.optimizers.Optimizer):
-                optimizer = getattr(node, "inner_optimizer", node)  # a LossScaleOptimizer passes for the one inside it
+                optimizer = getattr(node, "inner_optimizer", node)  # the one inside a LossScaleOptimizer
                 if getattr(optimizer, "_index_dict", None):
                     moments[path] = self._take_lists(optimizer, path, variables)
         found = {
@@ -58,7 +58,7 @@ class NamedMoments:
     def _take_lists(
         self, optimizer: Any, where: str, variables: dict[str, tf.Variable]
     ) -> dict[str, dict[str, tf.Variable]]:
-        """Returns the optimizer's moments by kind and variable, and hides its lists of them from TensorFlow."""
+        """Returns the optimizer's moments by kind and variable, and hides its lists from TensorFlow."""
         trained = {optimizer._var_key(variable): path for path, variable in variables.items()}
         unnamed = [key for key in optimizer._index_dict if key not in trained]
         if unnamed:
@@ -72,7 +72,7 @@ class NamedMoments:
         for attribute, value in list(vars(optimizer).items()):
             if not isinstance(value, list) or not value or not all(isinstance(one, tf.Variable) for one in value):
                 continue
-            if attribute == "_variables":  # all of the optimizer's, which have other names too
+            if attribute == "_variables":  # lists all variables, which are also listed elsewhere
                 self._hide(optimizer, attribute)
             elif len(value) == len(in_order):
                 kinds[attribute] = dict(zip(in_order, value))
@@ -87,9 +87,9 @@ class NamedMoments:
         unnamed = [one.name for one in optimizer.variables if id(one) not in named]
         if unnamed:
             raise RoleError(
-                f"the optimizer {where} ({type(optimizer).__name__}) keeps {', '.join(unnamed[:3])} where it cannot be "
-                "told which trained variable it belongs to, so a resumed run could restore it to another. Let the "
-                "optimizer keep one list for each kind of moment, with an item for each variable, as Keras' own do.",
+                f"the optimizer {where} ({type(optimizer).__name__}) keeps {', '.join(unnamed[:3])} so that its "
+                "trained variable cannot be told, and a resumed run could restore it to another one. Let the optimizer "
+                "keep one list for each kind of moment, with an item for each variable, as Keras' own do.",
                 ExitCode.USAGE,
             )
 
@@ -100,21 +100,21 @@ class NamedMoments:
 
     @contextlib.contextmanager
     def as_written(self, prefix: str) -> Iterator[None]:
-        """Lets the checkpoint at `prefix` be read: one of an earlier version has the lists in place of the names.
+        """Allows reading the checkpoint at `prefix`; one from an earlier version has lists instead of names.
 
         Raises:
-          ValueError: It has moments of optimizers or variables that are not there.
+          ValueError: It has moments of optimizers or variables that do not exist here.
         """
         written = _written_names(prefix)
         if written is not None:
             missing = written - self._names
             if missing:
                 optimizer, kind, name = min(missing)
-                raise ValueError(f"it has {kind} of {name} from the optimizer {optimizer}, which is not there.")
+                raise ValueError(f"it has {kind} of {name} from the optimizer {optimizer}, which does not exist here.")
             yield
             return
         if self._lists:
-            logging.info("%s has moments by their position, as versions before this one wrote them", prefix)
+            logging.info("%s has moments by position, as earlier versions wrote them", prefix)
         try:
             self._show(tracked=True)
             yield
@@ -140,7 +140,7 @@ def _set_tracked(owner: Any, attribute: str, *, tracked: bool) -> None:
 
 
 def _nodes_by_path(checkpoint: tf.train.Checkpoint) -> dict[str, Any]:
-    """Returns what the checkpoint holds, each by the shortest way to it, which is the same in every process."""
+    """Returns the checkpoint's objects by their shortest path, which is the same in every process."""
     nodes: dict[str, Any] = {}
     seen = {id(checkpoint)}
     to_visit: collections.deque[tuple[tuple[str, ...], Any]] = collections.deque([((), checkpoint)])
@@ -155,7 +155,7 @@ def _nodes_by_path(checkpoint: tf.train.Checkpoint) -> dict[str, Any]:
 
 
 def _written_names(prefix: str) -> Optional[set[tuple[str, str, str]]]:
-    """Returns optimizer, kind and variable of each moment that a checkpoint has by name; None if it has no names."""
+    """Returns (optimizer, kind, variable) of each moment in a checkpoint; None if it has none by name."""
     graph = trackable_object_graph_pb2.TrackableObjectGraph()
     graph.ParseFromString(tf.train.load_checkpoint(prefix).get_tensor(_GRAPH_KEY))
 

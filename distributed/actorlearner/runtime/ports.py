@@ -1,4 +1,4 @@
-"""TCP ports that nobody listens on."""
+"""Finds free TCP ports."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import socket
 
 
 def find_free_port() -> int:
-    """Returns a TCP port nobody listens on now. Somebody may take it before the replay server does."""
+    """Returns a TCP port that is free now. Another process may take it before the replay server does."""
     return find_free_ports(1)[0]
 
 
 def find_free_ports(number: int) -> list[int]:
-    """Returns as many different ones."""
+    """Returns `number` different free TCP ports."""
     probes = [socket.socket(socket.AF_INET, socket.SOCK_STREAM) for _ in range(number)]
     for probe in probes:
         probe.bind(("", 0))

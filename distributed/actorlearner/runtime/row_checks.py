@@ -1,8 +1,8 @@
-"""What the rows of every table may say, and whether one can be true: whoever reaches the port can write rows.
+"""Which values the rows of every table may have, because any client that reaches the port can write rows.
 
-A row of the right types may still hold a NaN, a count that nobody could have reached, or a number without a meaning.
-Whoever reads a table looks here, through `runtime/messages.py` or `replay/chunk_checks.py`. What cannot be true is left
-out, and each kind of it is said once.
+A row of the right types may still hold a NaN, an impossible count, or an unknown number. Every reader of a table checks
+its rows here, through `runtime/messages.py` or `replay/chunk_checks.py`. Implausible rows are left out, with one
+warning for each kind.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import numpy as np
 import tree
 
 MAX_COUNT = 10**13
-"""More steps, episodes, versions or chunks no run reaches: a million in each second for a hundred days."""
+"""Largest plausible number of steps, episodes, versions or chunks: a million per second for a hundred days."""
 
 MAX_SECS = 3e9
 """A duration of a hundred years, in seconds."""
 
 MAX_MAGNITUDE = 1e15
-"""Larger rewards or observations overflow the square in a loss; no environment has them."""
+"""Largest plausible reward or observation: the square of larger ones overflows in a loss."""
 
 MAX_STEPS_PER_SEC = 1e7
-"""Faster no actor collects."""
+"""Largest plausible rate of one actor, in environment steps per second."""
 
 MAX_TASK = 10**6
 
@@ -36,18 +36,18 @@ _LARGEST = float(np.finfo(np.float64).max)
 
 @dataclasses.dataclass(frozen=True)
 class Between:
-    """Every number of a leaf lies between these two; a NaN or an infinity never does, unless `or_nan`."""
+    """Limits for every number of a leaf, inclusive; NaN only with `or_nan`, infinities never."""
 
     least: float
     most: float
     or_nan: bool = False
 
     def find_misfit(self, leaf: Any) -> Optional[str]:
-        """Returns what is wrong in a number or an array, in words; None when nothing is, or it holds no numbers."""
+        """Returns what is wrong with a number or an array, in words; None if nothing is, or it holds no numbers."""
         values = np.asarray(leaf)
         if not values.size or values.dtype.kind not in "iuf":
             return None
-        lowest, highest = values.min(), values.max()  # NaN if one is
+        lowest, highest = values.min(), values.max()  # NaN if any value is
         if self.least <= lowest and highest <= self.most:
             return None
         if self.or_nan and np.isnan(lowest):
@@ -64,7 +64,7 @@ def _say(number: float) -> str:
 
 FINITE = Between(-_LARGEST, _LARGEST)
 COUNT = Between(0, MAX_COUNT)
-_IDENTITY = Between(0, 2**62 - 1)  # drawn at random
+_IDENTITY = Between(0, 2**62 - 1)  # a random number
 _TASK = Between(0, MAX_TASK)
 _SECS = Between(0.0, MAX_SECS)
 _PURPOSE = Between(0, 1)  # variable_container.Purpose
@@ -102,23 +102,23 @@ LIMITS: Mapping[str, Mapping[str, Between]] = {
         "environment_steps": COUNT,
         "episodes": COUNT,
         "environment_crashes": COUNT,
-        "average_return": Between(-_LARGEST, _LARGEST, or_nan=True),  # before the first episode's end
+        "average_return": Between(-_LARGEST, _LARGEST, or_nan=True),  # NaN before the first episode ends
         "blocked_secs": _SECS,
         "wall_secs": _SECS,
     },
     "last_words": {"text": Between(0, 255)},  # `reports.take_exit_reasons` reads what it says
-    "replay_servers": {"addresses": Between(0, 255)},  # `replay.servers` knows which it may say
+    "replay_servers": {"addresses": Between(0, 255)},  # `replay.servers` checks the addresses
     "checkpoint_due": {"train_step": COUNT, "learner": _IDENTITY, "number": COUNT, "is_saved": Between(0, 1)},
     "checkpoint_done": {"train_step": COUNT, "learner": _IDENTITY, "number": COUNT, "is_saved": Between(0, 1)},
 }
-"""By table and field; of a list, each leaf. `replay.chunk_checks` has the replay's, which the experiment decides."""
+"""Limits by table and field (each leaf of a list). `replay.chunk_checks` has the replay tables' limits."""
 
 
 def find_misfit(table: str, row: Any) -> Optional[str]:
-    """Returns why a row of a table cannot be true, its field first; None when it can.
+    """Returns why a row of a table is implausible, starting with its field; None if it is plausible.
 
     Args:
-      table: The table's name. Of one that is not listed every number must be finite.
+      table: Name of the table. In a table without limits every number must be finite.
       row: A nest of numpy arrays with the structure of the table's signature.
     """
     limits = LIMITS.get(table, {})
@@ -130,12 +130,12 @@ def find_misfit(table: str, row: Any) -> Optional[str]:
         most = MAX_STEPS_PER_SEC * (float(row["wall_secs"]) + 1.0)
         if row["environment_steps"] > most:
             steps, secs = int(row["environment_steps"]), float(row["wall_secs"])
-            return f"environment_steps = {steps:,} in {secs:.0f} s, more than any actor makes"
+            return f"environment_steps = {steps:,} in {secs:.0f} s, more than any actor can make"
     return None
 
 
 def keep_plausible(counts: Mapping[str, int]) -> dict[str, int]:
-    """Returns the counts that can be true, of those that a checkpoint kept."""
+    """Returns the plausible ones of a checkpoint's counts."""
     return {name: count for name, count in counts.items() if COUNT.find_misfit(count) is None}
 
 
@@ -144,15 +144,15 @@ _said_lock = threading.Lock()
 
 
 def say_left_out(address: str, table: str, why: str) -> None:
-    """Warns that a row was left out; once for each server, table and kind: the field that `why` begins with."""
+    """Warns that a row was left out, once for each server, table and kind (the field with which `why` starts)."""
     kind = (address, table, re.split("/| = ", why)[0])
     with _said_lock:
-        if kind in _said or len(_said) > 1_000:  # a stranger must not fill the disk either
+        if kind in _said or len(_said) > 1_000:  # another client must not fill the disk with warnings
             return
         _said.add(kind)
     logging.warning(
-        "the table '%s' at %s held a row that does not fit: %s. It is not this experiment's; it and all others of its "
-        "kind are left out. Some other client writes there: keep its port on a network you trust.",
+        "the table '%s' at %s held a row that does not fit: %s. It is not this experiment's; such rows are left out. "
+        "Another client writes there: keep the port on a network you trust.",
         table,
         address,
         why,

@@ -1,6 +1,6 @@
-"""Rows of numbers that one process leaves for another in a queue; each kind of row is a dataclass.
+"""Rows of numbers that processes exchange through queues; each kind of row is a dataclass.
 
-A dataclass whose fields are `int` and `float` and which names its `TABLE` is all there is to say of a kind.
+A kind of row is a dataclass with `int` and `float` fields that names its `TABLE`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from actorlearner.runtime import messages
 from actorlearner.runtime.messages import Unreachable
 
 MAX_ROWS = 1_000
-"""So many rows are taken in one call; the others in the next."""
+"""Largest number of rows taken in one call."""
 
 _INT64 = tf.TensorSpec((), tf.int64)
 _FLOAT64 = tf.TensorSpec((), tf.float64)
@@ -58,13 +58,13 @@ def take_current(address: str, kind: type[R], timeout_secs: float = 5.0) -> Sequ
 
 
 class Reporter:
-    """The side that sends; used from one thread."""
+    """Sends rows; used from one thread."""
 
     def __init__(self, address: str):
         self._sender = messages.Sender(address)
 
     def send(self, row: Row, *, timeout_secs: float = 5.0) -> bool:
-        """Returns whether the server took the row; blocks at most `timeout_secs` seconds."""
+        """Returns whether the server accepted the row; blocks at most `timeout_secs` seconds."""
         try:
             self._sender.put(row.TABLE, _to_row(row), timeout_secs)
         except Unreachable as error:
@@ -74,7 +74,7 @@ class Reporter:
 
 
 def _signature(kind: type[Row]) -> dict[str, Any]:
-    # Annotations are strings here: `from __future__ import annotations`.
+    # Annotations are strings, because of `from __future__ import annotations`.
     return {field.name: _INT64 if field.type == "int" else _FLOAT64 for field in dataclasses.fields(kind)}
 
 

@@ -1,13 +1,13 @@
-"""The TCP sockets of this process, those too that a library opened and does not hand out, as Reverb's gRPC.
+"""The TCP sockets of this process, including those that a library such as Reverb's gRPC opened and hides.
 
-`notice_dead_peers`: a host without power, a cut cable or a firewall that has forgotten leaves a half-open connection.
-Nothing arrives on it, not even its end, and Reverb's gRPC channels do not probe for that. Here the kernel is asked to:
-a dead connection ends with an error, which Reverb's clients answer with a new connection.
+`notice_dead_peers`: a host without power, a cut cable or a firewall that dropped its state leaves a half-open
+connection. Nothing arrives on it, not even its end, and Reverb's gRPC channels do not probe for that. Here the kernel
+does: a dead connection ends with an error, and Reverb's clients open a new one.
 
-`close_to_other_machines`: Reverb's server always listens on every interface. A classic BPF filter on its sockets lets
-the kernel drop every packet that does not come from a loopback address, the first one included: to others nobody seems
-to listen. It needs no privileges. Where a kernel or sandbox leaves filters to the privileged, the sockets are bound to
-the loopback device, which since Linux 5.7 needs none either, and others are refused.
+`close_to_other_machines`: Reverb's server always listens on every interface. A classic BPF filter on its sockets makes
+the kernel drop every packet that does not come from a loopback address, the first one included: to other machines
+nothing seems to listen. It needs no privileges. Where a kernel or sandbox allows filters only to the privileged, the
+sockets are bound to the loopback device, which needs none since Linux 5.7, and other machines are refused.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ LOOK_EVERY_SECS = 2.0
 _SO_ATTACH_FILTER = 26  # Python's socket module has no name for it
 _NETWORK_HEADER = -0x100000 & 0xFFFFFFFF  # offsets from here are counted from the start of the IP header
 
-# Instructions are (operation, to skip if true, to skip if false, operand). See linux/filter.h.
+# Instructions are (operation, jump if true, jump if false, operand). See linux/filter.h.
 _LOAD_BYTE, _LOAD_WORD, _SHIFT_RIGHT, _IS_EQUAL, _RETURN = 0x30, 0x20, 0x74, 0x15, 0x06
 _FILTER = (
     (_LOAD_BYTE, 0, 0, _NETWORK_HEADER + 0),
     (_SHIFT_RIGHT, 0, 0, 4),
-    (_IS_EQUAL, 0, 2, 4),  # IPv4: whether the source is 127.x.x.x
+    (_IS_EQUAL, 0, 2, 4),  # IPv4: is the source 127.x.x.x?
     (_LOAD_BYTE, 0, 0, _NETWORK_HEADER + 12),
     (_IS_EQUAL, 8, 9, 127),
-    (_LOAD_WORD, 0, 0, _NETWORK_HEADER + 8),  # IPv6: whether it is ::1
+    (_LOAD_WORD, 0, 0, _NETWORK_HEADER + 8),  # IPv6: is the source ::1?
     (_IS_EQUAL, 0, 7, 0),
     (_LOAD_WORD, 0, 0, _NETWORK_HEADER + 12),
     (_IS_EQUAL, 0, 5, 0),
@@ -46,13 +46,13 @@ _FILTER = (
     (_IS_EQUAL, 0, 3, 0),
     (_LOAD_WORD, 0, 0, _NETWORK_HEADER + 20),
     (_IS_EQUAL, 0, 1, 1),
-    (_RETURN, 0, 0, 0xFFFFFFFF),  # the whole packet
-    (_RETURN, 0, 0, 0),  # nothing of it
+    (_RETURN, 0, 0, 0xFFFFFFFF),  # accept the whole packet
+    (_RETURN, 0, 0, 0),  # drop it
 )
 
 
 def own_tcp_sockets() -> Iterator[socket.socket]:
-    """Yields each TCP socket of this process as a duplicate, which is closed when the next one is asked for.
+    """Yields a duplicate of each TCP socket of this process; it is closed when the next one is yielded.
 
     Raises:
       OSError: There is no /proc.
@@ -66,7 +66,7 @@ def own_tcp_sockets() -> Iterator[socket.socket]:
             continue
         try:
             found = socket.socket(fileno=number)
-        except OSError:  # closed meanwhile, and its number given to a file
+        except OSError:  # closed meanwhile, and its number reused by a file
             os.close(number)
             continue
         with found:
@@ -92,7 +92,7 @@ def _look_for_connections(ports: Collection[int], silent_secs: float) -> None:
     try:
         while True:
             for connection in own_tcp_sockets():
-                with contextlib.suppress(OSError):  # it listens, or has ended
+                with contextlib.suppress(OSError):  # a listening or closed socket
                     if connection.getsockname()[1] in ports or connection.getpeername()[1] in ports:
                         enable_keepalive(connection, silent_secs)
             time.sleep(LOOK_EVERY_SECS)
@@ -107,15 +107,15 @@ def enable_keepalive(connection: socket.socket, silent_secs: float = 20.0) -> No
     probe_secs = max(1, math.ceil(silent_secs / 4))
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, probe_secs)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, probe_secs)
-    # Counts for what is sent as well as for probes, of which it takes the place of the number.
+    # Applies to sent data and to probes, and replaces the number of probes.
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * silent_secs))
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
 
 def close_to_other_machines(port: int) -> None:
-    """Lets only this machine, by a loopback address, reach what this process serves on `port`; never blocks.
+    """Allows only this machine, through a loopback address, to reach this process on `port`; never blocks.
 
-    What connected from elsewhere in the moment since the port was opened is cut off.
+    Connections from elsewhere that were made before the call are cut.
 
     Raises:
       OSError: The system does not allow it, or this process does not listen there.
@@ -127,8 +127,8 @@ def close_to_other_machines(port: int) -> None:
             num_listening += 1
     if not num_listening:
         raise OSError(f"no socket of this process that listens on port {port} was found in /proc/self/fd")
-    for accepted in own_tcp_sockets():  # before; from now on they are their listener's kind
-        with contextlib.suppress(OSError):  # it listens, or its peer has gone
+    for accepted in own_tcp_sockets():  # accepted before; later ones inherit from the listener
+        with contextlib.suppress(OSError):  # a listening socket, or one whose peer has gone
             peer = ipaddress.ip_address(accepted.getpeername()[0].partition("%")[0])
             is_local = (getattr(peer, "ipv4_mapped", None) or peer).is_loopback
             if accepted.getsockname()[1] == port and not is_local:

@@ -1,4 +1,4 @@
-"""What a role says of itself: log lines for people, numbers for TensorBoard."""
+"""A role's output: log lines for people, numbers for TensorBoard."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 class RoleFormatter(logging.Formatter):
-    """Writes our lines as `I 12:34:56 message`, those of libraries with a small letter: they are for the log file."""
+    """Formats our lines as `I 12:34:56 message`, and libraries' with a small letter, only for the log file."""
 
     def __init__(self) -> None:
         super().__init__("%(letter)s %(asctime)s %(message)s", LOG_TIME_FORMAT)
@@ -28,16 +28,16 @@ class RoleFormatter(logging.Formatter):
 
 
 def set_up_logging() -> None:
-    """Makes stderr carry this role's log lines, and keeps other libraries' chatter down.
+    """Sends this role's log lines to stderr, and reduces other libraries' output.
 
-    Call it before TensorFlow is imported: its C++ side reads the environment then.
+    Call it before importing TensorFlow, whose C++ side then reads the environment.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     os.environ.setdefault("SDL_AUDIODRIVER", "dummy")
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
     warnings.simplefilter("ignore")
-    from absl import logging as absl_logging  # its import puts a handler on the root logger, replaced below
+    from absl import logging as absl_logging  # its import adds a handler to the root logger, replaced below
 
     absl_logging.get_absl_logger().setLevel(logging.WARNING)
     handler = logging.StreamHandler(sys.stderr)
@@ -63,7 +63,7 @@ class Rate:
 
 
 class Events:
-    """TensorBoard scalars of one role in one folder; the folder appears with the first point."""
+    """TensorBoard scalars of one role in one folder; the folder is made with the first point."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -76,12 +76,12 @@ class Events:
 
         with self._open().as_default():
             for name, value in scalars.items():
-                # NumPy's numbers: of each of Python's TensorFlow would keep a tensor for ever.
+                # NumPy ints: TensorFlow caches one tensor per Python int.
                 tf.summary.scalar(name, np.float32(value), step=np.int64(step))
         self._writer.flush()
 
     def write_text(self, name: str, text: str) -> None:
-        """Shows `text`, which keeps its lines, under `name`."""
+        """Writes `text` under `name`, keeping its line breaks."""
         import tensorflow as tf
 
         with self._open().as_default():

@@ -1,1 +1,1 @@
-"""What people run beside training."""
+"""Tools that people run besides training."""

@@ -1,4 +1,4 @@
-"""Wait until the run in a directory is over, videos and all.
+"""Wait until a run is over, including its videos.
 
 For what should end with it: TensorBoard in a container, a script's next step.
 """
@@ -17,8 +17,8 @@ from actorlearner.runtime.telemetry import set_up_logging
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds which run."""
-    parser.add_argument("root_dir", type=Path, metavar="ROOT_DIR", help="its directory; may be empty yet")
+    """Adds the run directory."""
+    parser.add_argument("root_dir", type=Path, metavar="ROOT_DIR", help="the run directory; may still be empty")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -31,7 +31,7 @@ def await_end(root_dir: Path, stop: Stop, *, settle_secs: float = 120.0, every_s
     """Returns once the run is over; there is no deadline, as training may take weeks.
 
     Args:
-      root_dir: The run directory; may be empty yet.
+      root_dir: The run directory; may still be empty.
       stop: Ends the wait.
       settle_secs: A run that was over before this call counts as over after this time, in seconds: until then a learner
         may be starting that resumes it.
@@ -48,6 +48,6 @@ def await_end(root_dir: Path, stop: Stop, *, settle_secs: float = 120.0, every_s
         if time.monotonic() - said > SAY_EVERY_SECS * 20:
             said = time.monotonic()
             phase = status.phase if status else "nothing yet"
-            logging.info("waiting for the run in %s to end; it is at: %s", root_dir, phase)
+            logging.info("waiting for the run in %s to end; phase: %s", root_dir, phase)
         if stop.wait(every_secs):
             return stop.exit_code

@@ -1,4 +1,4 @@
-"""Make the certificates of a run over TLS: a CA and one for each role."""
+"""Make the certificates for TLS: a CA, and one for each role."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from actorlearner.runtime.lifecycle import ExitCode
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds where they go, whom they name and how long they are valid."""
-    parser.add_argument("folder", type=Path, metavar="DIR", help="where they are written; what --tls_dir names")
+    """Adds the flags for the folder, the names and the validity of the certificates."""
+    parser.add_argument("folder", type=Path, metavar="DIR", help="where they are written; give it as --tls_dir")
     parser.add_argument(
         "--hosts", nargs="+", action="extend", default=[], metavar="NAME",
-        help="names and addresses by which the others reach the replay server (default: localhost, replay-server)",
+        help="names and addresses at which the other roles reach the replay server (default: localhost, replay-server)",
     )  # fmt: skip
-    parser.add_argument("--days", type=positive, default=365, metavar="N", help="their validity (default: 365)")
-    parser.add_argument("--ca_days", type=positive, default=3650, metavar="N", help="the CA's own (default: 3650)")
+    parser.add_argument("--days", type=positive, default=365, metavar="N", help="the roles' validity (default: 365)")
+    parser.add_argument("--ca_days", type=positive, default=3650, metavar="N", help="the CA's validity (default: 3650)")
     parser.add_argument(
-        "--renew", action="store_true", help="replace the roles' certificates by new ones of the CA in DIR"
+        "--renew", action="store_true", help="replace the roles' certificates with new ones from the CA in DIR"
     )
     parser.add_argument(
-        "--check", action="store_true", help="write nothing: list them; exit code 1 when one expires --within_days"
+        "--check", action="store_true", help="only list them; exit code 1 if one expires --within_days"
     )
-    parser.add_argument("--within_days", type=float, default=30.0, metavar="N", help="for --check (default: 30)")
+    parser.add_argument("--within_days", type=float, default=30.0, metavar="N", help="limit for --check (default: 30)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"Renew with: {renewal}", file=sys.stderr)
         return 1 if is_due else 0
     print(
-        f"Copy to each machine only the folders of its roles, with their owner's eyes alone on tls.key; keep "
-        f"{arguments.folder / authority.CA_KEY} off them all.\nBefore they expire: {renewal}"
+        f"Copy to each machine only the folders of its roles, readable only by its owner; keep "
+        f"{arguments.folder / authority.CA_KEY} off all of them.\nBefore they expire: {renewal}"
     )
     return ExitCode.DONE

@@ -1,4 +1,4 @@
-"""Say whether an experiment can be started; start nothing."""
+"""Check an experiment's settings without starting anything."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from actorlearner.runtime.telemetry import set_up_logging
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what would be started."""
+    """Adds the flags of the experiment to check."""
     add_experiment_flags(parser)
-    parser.add_argument("--root_dir", type=Path, help="also: whether it can be written")
+    parser.add_argument("--root_dir", type=Path, help="also check that this directory can be written")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Says it and ends the process with the exit code that a role would have; never returns."""
+    """Prints the result and ends the process with the exit code that a role would have; never returns."""
     set_up_logging()
 
     def check(_stop: Stop) -> ExitCode:

@@ -22,17 +22,17 @@ from actorlearner.runtime.lifecycle import FINAL_CODES, ExitCode
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what the command is called, and which of its exit codes end it."""
+    """Adds the command's name, and the exit codes after which it is not restarted."""
     parser.usage = "actorlearner keep-running NAME [options] -- COMMAND [ARGUMENT...]"
     final = ", ".join(str(int(code)) for code in FINAL_CODES)
     parser.epilog = (
         f"Returns the last exit code of COMMAND: 0 when its work is done, one of {final} when a restart cannot help, "
-        "143 after SIGTERM, and that of a command that keeps dying young. `actorlearner` as COMMAND is this program."
+        "143 after SIGTERM, and that of a command that keeps dying early. `actorlearner` as COMMAND is this program."
     )
-    parser.add_argument("name", metavar="NAME", help="what log lines call it, such as collect-actor-3")
+    parser.add_argument("name", metavar="NAME", help="name in log lines, such as collect-actor-3")
     parser.add_argument(
         "--also_ends_with", type=int, action="append", default=[], metavar="CODE",
-        help="a further exit code that is not answered by a restart; may be repeated",
+        help="a further exit code after which it is not restarted; may be repeated",
     )  # fmt: skip
     parser.set_defaults(behind_dashes=[])
 
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Keeps the command running and returns its last exit code."""
     if not arguments.behind_dashes:
-        print("error: COMMAND is missing: expected it behind --, such as -- actorlearner learner ...", file=sys.stderr)
+        print("error: COMMAND is missing: expected it after --, such as -- actorlearner learner ...", file=sys.stderr)
         return ExitCode.USAGE
     program, *rest = arguments.behind_dashes
     command = [*(PROGRAM if program == "actorlearner" else (program,)), *rest]
@@ -58,10 +58,10 @@ class Keeper:
         self, name: str, command: Sequence[str], final_codes: Collection[int], timing: Timing = DEFAULT_TIMING
     ):
         """Args:
-        name: What log lines call the command.
-        command: With its arguments.
-        final_codes: Exit codes that are not answered by a restart.
-        timing: When it is restarted, and when it is given up.
+        name: Name of the command in log lines.
+        command: The command with its arguments.
+        final_codes: Exit codes after which it is not restarted.
+        timing: When to restart, and when to give up.
         """
         self._name = name
         self._command = command
@@ -73,12 +73,12 @@ class Keeper:
     def run(self) -> int:
         """Returns the exit code of the last run, 143 if SIGTERM came between two."""
         for number in (signal.SIGTERM, signal.SIGINT):
-            if signal.getsignal(number) != signal.SIG_IGN:  # shells have their background jobs ignore SIGINT
+            if signal.getsignal(number) != signal.SIG_IGN:  # shells make background jobs ignore SIGINT
                 signal.signal(number, self._on_signal)
         while not self._stopping.is_set():
             began = time.monotonic()
             self._child = subprocess.Popen(self._command)
-            if self._stopping.is_set():  # it came before the child had a number
+            if self._stopping.is_set():  # the signal came before the child had a process id
                 self._child.terminate()
             self._log(f"{self._name} is process {self._child.pid}")
             returncode = self._child.wait()
@@ -89,7 +89,7 @@ class Keeper:
                 return code
             secs = self._restarts.secs_until_next(lived_secs, was_killed=returncode in KILLED_CODES)
             if secs is None:
-                self._log(f"error: {self._name} died again and again soon after its start, for the reason above.")
+                self._log(f"error: {self._name} died repeatedly soon after its start, for the reason above.")
                 return code
             self._log(f"restarting {self._name} in {secs:g} s")
             self._stopping.wait(secs)

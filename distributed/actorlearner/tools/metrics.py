@@ -1,8 +1,8 @@
-"""Serve a run's numbers to Prometheus, read from the run directory whenever it asks.
+"""Serve a run's numbers to Prometheus, read from the run directory at every scrape.
 
 learner --> status.json, metrics.jsonl --> [metrics] <--scrape-- Prometheus
 
-Nothing is kept here, so it can be started, killed and left out at will, and training never waits for it.
+It keeps no state, so it can be started and killed at any time, and training never waits for it.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ _TAIL_BYTES = 65_536
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds which run, and where to listen."""
+    """Adds the run directory, and where to listen."""
     parser.add_argument("root_dir", type=Path, metavar="ROOT_DIR", help="directory of a run")
-    parser.add_argument("--port", type=int, default=9464, metavar="N", help="to listen on (default: 9464)")
+    parser.add_argument("--port", type=int, default=9464, metavar="N", help="port to listen on (default: 9464)")
     parser.add_argument(
-        "--host", default="127.0.0.1", metavar="ADDRESS", help="0.0.0.0: for other machines too (default: 127.0.0.1)"
+        "--host", default="127.0.0.1", metavar="ADDRESS", help="0.0.0.0 admits other machines (default: 127.0.0.1)"
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Serves until it is stopped, and ends the process; never returns."""
+    """Serves until stopped, then ends the process; never returns."""
     set_up_logging()
     run_to_exit(lambda stop: serve_metrics(arguments.root_dir, arguments.host, arguments.port, stop))
 
@@ -69,7 +69,7 @@ def serve_metrics(root_dir: Path, host: str, port: int, stop: Stop) -> ExitCode:
 
 
 def make_registry(directory: RunDirectory) -> CollectorRegistry:
-    """Returns a registry of one run's numbers, which reads them anew whenever it is asked."""
+    """Returns a registry of one run's numbers, which reads them at every scrape."""
     import prometheus_client
 
     registry = prometheus_client.CollectorRegistry()
@@ -80,15 +80,15 @@ def make_registry(directory: RunDirectory) -> CollectorRegistry:
 class RunCollector:
     """The status, the newest training point and the newest evaluation of a run, as gauges.
 
-    A number that is missing or not finite yet is left out. `actorlearner_status_age_seconds` grows when the learner is
-    gone, and is what to alert on.
+    A number that is missing or not finite is left out. `actorlearner_status_age_seconds` grows when the learner is
+    gone; alert on it.
     """
 
     def __init__(self, directory: RunDirectory):
         self._directory = directory
 
     def describe(self) -> list[GaugeMetricFamily]:
-        return []  # what there is depends on the run, which may not have begun
+        return []  # the metrics depend on the run, which may not have started
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         from prometheus_client.core import GaugeMetricFamily
@@ -96,11 +96,11 @@ class RunCollector:
         status = self._directory.read_json(self._directory.status)
         if isinstance(status, dict):
             age_secs = max(0.0, time.time() - status.get("time", 0.0))
-            yield from _gauge("status_age_seconds", age_secs, "since the learner's last word")
+            yield from _gauge("status_age_seconds", age_secs, "since the learner's last status")
             if status.get("train_step_time"):
                 age_secs = max(0.0, time.time() - status["train_step_time"])
                 yield from _gauge("train_step_age_seconds", age_secs, "since the last train step")
-            phase = GaugeMetricFamily("actorlearner_phase", "what the learner is at", labels=["phase"])
+            phase = GaugeMetricFamily("actorlearner_phase", "phase of the learner", labels=["phase"])
             phase.add_metric([str(status.get("phase"))], 1)
             yield phase
             for name, value in status.items():
@@ -130,7 +130,7 @@ def _servers(servers: Mapping[str, bool]) -> Iterator[GaugeMetricFamily]:
     if servers:
         family = GaugeMetricFamily(
             "actorlearner_replay_server_answers",
-            "1 while the replay server answers the learner, 0 else",
+            "1 if the replay server answers the learner, else 0",
             labels=["address"],
         )
         for address, answers in servers.items():
@@ -139,7 +139,7 @@ def _servers(servers: Mapping[str, bool]) -> Iterator[GaugeMetricFamily]:
 
 
 def _newest_points(path: Path) -> dict[str, dict[str, Any]]:
-    """Returns the last point of each kind among the newest lines; a line that is still being written is passed over."""
+    """Returns the last point of each kind among the newest lines; skips a line that is still being written."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds which run."""
+    """Adds the run directory."""
     parser.add_argument("root_dir", type=pathlib.Path, metavar="ROOT_DIR", help="directory of a finished run")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints the evaluations and where the picture is; returns the exit status."""
+    """Prints the evaluations and the path of the picture; returns the exit status."""
     try:
         path = write_learning_curve(arguments.root_dir)
     except ValueError as error:
@@ -37,12 +37,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def write_learning_curve(root_dir: pathlib.Path) -> pathlib.Path:
-    """Returns the path of the `learning_curve.png` it wrote into the run directory, from its `summary.json`.
+    """Draws `learning_curve.png` in the run directory, from its `summary.json`, and returns its path.
 
-    Needs no display. Replaces an older picture only when the new one is complete: call it as often as you like.
+    Needs no display. Replaces an older picture only when the new one is complete, so it may be called repeatedly.
 
     Raises:
-      ValueError: As `require_summary`; or the run was never evaluated, so there is nothing to draw.
+      ValueError: As `require_summary`; or the run has no evaluations to draw.
       OSError: The directory cannot be written.
     """
     summary = require_summary(root_dir)
@@ -64,12 +64,12 @@ def write_learning_curve(root_dir: pathlib.Path) -> pathlib.Path:
 def make_learning_curve(summary: Mapping[str, Any]) -> Figure:
     """Returns a figure of the average return over train steps, with the delivered policy marked by a star.
 
-    A thin vertical line is where the run was resumed with other settings.
+    A thin vertical line marks a resume with other settings.
 
     Evaluations are drawn in the order of their train steps, whatever order several eval actors finished them in. The
-    star is at the delivered policy's own return on fresh episodes, which need not lie on the curve.
+    star shows the delivered policy's return on fresh episodes, which need not lie on the curve.
     """
-    # Figure on its own, without pyplot: no global state, no display, no choice of backend forced on the importer.
+    # Without pyplot: no global state, no display, and no backend forced on the importer.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -155,7 +155,7 @@ def format_summary(summary: Mapping[str, Any]) -> str:
         lines.append("delivered: nothing yet")
     if summary.get("has_ended") is False:
         ended_at = f"train step {summary['train_steps']:,}"
-        lines.append(f"the run goes on: this is how it had ended at {ended_at}; policies/ has its newest policy")
+        lines.append(f"the run continues: the figures are of its end at {ended_at}; policies/ has its newest policy")
     for start in _changed_starts(summary):
         changes = "; ".join(f"{name}: {old} -> {new}" for name, (old, new) in start["differs"].items())
         lines.append(f"resumed at train step {start['train_step']:,} with other settings: {changes}")
@@ -163,7 +163,7 @@ def format_summary(summary: Mapping[str, Any]) -> str:
 
 
 def _changed_starts(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Returns the starts that something differs in from the one before; runs of earlier versions list none."""
+    """Returns the starts that differ from the previous one; runs of earlier versions list none."""
     starts = summary.get("starts") or []
     return [start for start in starts if start.get("differs") and isinstance(start.get("train_step"), int)]
 

@@ -1,6 +1,6 @@
-"""Train variants with several seeds, and compare them.
+"""Train variants with several seeds and compare them.
 
-variants x seeds --> trials, some at once --> run directories --> one table, one picture
+variants x seeds --> trials (several at once) --> run directories --> one table, one picture
 
 Each trial is a real `actorlearner train` in <root_dir>/<variant>/seed-<S>. What has ended is not repeated and what has
 not goes on, so the same command, given again, continues whatever was interrupted. Here are the arguments; what runs is
@@ -38,42 +38,42 @@ _TRIAL_BYTES = 3 * 2**30
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the sweep's arguments."""
     parser.usage = "actorlearner sweep EXPERIMENT [options] [-- TRAIN_FLAG ...] | actorlearner sweep --report DIR"
-    parser.epilog = "Flags of `actorlearner train`, such as --num_collect_actors=2, go behind -- and to every trial."
+    parser.epilog = "Flags of `actorlearner train`, such as --num_collect_actors=2, follow -- and go to every trial."
     parser.add_argument("experiment", nargs="?", metavar="EXPERIMENT", help="a shipped experiment or a gin file")
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=V1,V2,...",
-        help="a gin binding's values, e.g. 'sac.n_step_update=1,3,5'; commas inside brackets and quotes are part of a "
+        help="values of a gin binding, e.g. 'sac.n_step_update=1,3,5'; commas inside brackets and quotes are part of a "
         "value; may be repeated: every combination is a variant",
     )  # fmt: skip
     parser.add_argument(
         "--variant", action="append", default=[], metavar="'NAME: BINDING; ...'",
-        help="one variant more, beside those of --set, with these bindings; 'NAME:' changes nothing; may be repeated",
+        help="one more variant, besides those of --set, with these bindings; 'NAME:' changes nothing; may be repeated",
     )  # fmt: skip
     parser.add_argument("--gin_bindings", action="append", default=[], metavar="BINDING", help="of all")
     parser.add_argument(
-        "--seeds", default="3", metavar="N", help="5: seeds 0 to 4; 3,7,9: those; 7,: that one alone (default: 3)"
+        "--seeds", default="3", metavar="N", help="5: seeds 0 to 4; 3,7,9: these; 7,: only this one (default: 3)"
     )
     parser.add_argument(
         "--root_dir", type=Path, help="the sweep's folder (default: runs/sweep-<experiment>); given again, it continues"
     )
     parser.add_argument(
         "--jobs", type=int, metavar="N",
-        help="trials at once (default: one for two cores and 3 GiB of the machine's memory, at least 1)",
+        help="trials at once (default: one for every two cores and 3 GiB of memory, at least 1)",
     )  # fmt: skip
     parser.add_argument("--nice", type=int, default=0, metavar="N", help="lower the trials' priority by N (default: 0)")
     parser.add_argument(
-        "--at", default="", metavar="STEP,...", help="also compare there, on the clock of --clock (default: at the end)"
+        "--at", default="", metavar="STEP,...", help="also compare at these steps of --clock (default: only the end)"
     )
     parser.add_argument(
         "--clock", choices=("environment_steps", "train_step"),
-        help="what --at counts and the picture's x axis (default: environment_steps, or as the sweep was told before)",
+        help="what --at and the picture's x axis count (default: environment_steps, or as before)",
     )  # fmt: skip
     parser.add_argument(
         "--race", action="store_true",
         help="stop variants that are beaten with confidence, after three seeds (without it a beaten one continues)",
     )  # fmt: skip
     parser.add_argument("--dry_run", action="store_true", help="print the trials and their commands; start nothing")
-    parser.add_argument("--report", type=Path, metavar="DIR", help="write a sweep's table and picture as it is now")
+    parser.add_argument("--report", type=Path, metavar="DIR", help="write a sweep's present table and picture")
     parser.set_defaults(behind_dashes=[])  # the flags of `actorlearner train`
 
 
@@ -82,10 +82,10 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         steps = [int(word) for word in arguments.at.split(",") if word.strip()]
     except ValueError:
-        return _refuse(f"--at={arguments.at}: expected steps with commas between, such as 50000,100000", ExitCode.USAGE)
+        return _refuse(f"--at={arguments.at}: expected steps separated by commas, such as 50000,100000", ExitCode.USAGE)
     if arguments.report:
         if arguments.experiment:
-            return _refuse("EXPERIMENT and --report: expected one of them, the other left out", ExitCode.USAGE)
+            return _refuse("EXPERIMENT and --report: give only one of them", ExitCode.USAGE)
         from actorlearner.tools.sweeping.report import report_sweep
 
         return report_sweep(arguments.report, arguments.clock, steps)
@@ -122,7 +122,7 @@ def run(arguments: argparse.Namespace) -> int:
         lock = open(root / ".sweep.lock", "w")  # noqa: SIM115  (held until the process ends)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        message = f"another sweep is at work in --root_dir={root}. Stop it, or give another directory."
+        message = f"another sweep is running in --root_dir={root}. Stop it, or give another directory."
         return _refuse(message, ExitCode.OCCUPIED)
     except OSError as error:
         message = f"--root_dir={root} cannot be written: {error.strerror} ({error.filename})"
@@ -137,7 +137,7 @@ def _refuse(message: str, code: int) -> int:
 
 
 def _require_same(root: Path, differences: Sequence[str]) -> None:
-    """Raises `AnotherSweep` if there are any."""
+    """Raises `AnotherSweep` if there are differences."""
     if differences:
         raise AnotherSweep(
             f"--root_dir={root} holds another sweep:\n  "
@@ -147,9 +147,9 @@ def _require_same(root: Path, differences: Sequence[str]) -> None:
 
 
 def _check_train_flags(train_flags: Sequence[str]) -> None:
-    """Raises `ValueError` where a flag behind -- is the sweep's own, or one with which no trial could end well.
+    """Raises `ValueError` if a flag after -- is the sweep's own, or would make every trial fail.
 
-    What `actorlearner train` itself would refuse ends the process now, rather than every trial.
+    A flag that `actorlearner train` itself refuses ends the process now instead of every trial.
     """
     parser = argparse.ArgumentParser(prog="actorlearner train")
     train.add_arguments(parser)
@@ -160,16 +160,16 @@ def _check_train_flags(train_flags: Sequence[str]) -> None:
         ("gin_bindings", "--gin_bindings"),
     ):
         if getattr(given, name) not in (None, []):
-            raise ValueError(f"--{name} behind --: each trial has its own; expected {instead} before --")
+            raise ValueError(f"--{name} after --: each trial has its own; give {instead} before --")
     if given.fresh:
         raise ValueError("--fresh behind --: a sweep continues what is there; give it another --root_dir instead")
     for name in ("num_collect_actors", "num_eval_actors", "num_replay_servers"):
         if getattr(given, name) < 1:
-            raise ValueError(f"--{name}={getattr(given, name)} behind --: expected 1 or more")
+            raise ValueError(f"--{name}={getattr(given, name)} after --: expected 1 or more")
 
 
 def _read_grid(arguments: argparse.Namespace) -> Grid:
-    """Raises `ValueError`."""
+    """Returns the grid that the arguments describe. Raises `ValueError`."""
     if not arguments.experiment:
         raise ValueError("EXPERIMENT is missing: expected a shipped experiment or a gin file, or --report DIR")
     if arguments.jobs is not None and arguments.jobs < 1:
@@ -186,6 +186,6 @@ def _read_grid(arguments: argparse.Namespace) -> Grid:
 
 
 def _bound_jobs() -> int:
-    """Returns how many trials the machine takes at once: each is four processes, at work in turns."""
+    """Returns how many trials the machine can run at once; each has four processes, which take turns."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return max(1, min(count_cores() // 2, memory // _TRIAL_BYTES))

@@ -1,4 +1,4 @@
-"""Record a run's policy, and a random one beside it."""
+"""Record videos of a run's policy and of a random one."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds which run, and how much of it."""
+    """Adds the run directory, and the number of episodes."""
     parser.add_argument("root_dir", type=Path, metavar="ROOT_DIR", help="directory of a run")
     parser.add_argument("--num_episodes", type=int, default=3, metavar="N", help="episodes in each video (default: 3)")
-    parser.add_argument("--seed", type=non_negative, default=0, help="of the episodes (default: 0)")
+    parser.add_argument("--seed", type=non_negative, default=0, help="seed of the episodes (default: 0)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         config = arguments.root_dir / "operative_config.gin"
         if not config.is_file():
-            raise RoleError(f"'{arguments.root_dir}' is no run directory: there is no {config}.", ExitCode.USAGE)
+            raise RoleError(f"'{arguments.root_dir}' is not a run directory: {config} is missing.", ExitCode.USAGE)
         stop_leak()
         hold_to_one_thread()
         experiment = load_experiment(str(config), seed=arguments.seed)
@@ -72,19 +72,19 @@ def record_run(
     max_steps: int | None = None,
     names: Sequence[str] = ("trained_policy", "random_policy"),
 ) -> dict[str, VideoInfo]:
-    """Returns what it recorded of a run's greedy policy and of the random policy beside it, by name.
+    """Records a run's greedy policy and a random policy, and returns the recorded videos by name.
 
-    Writes `videos/trained_policy.mp4` and `videos/random_policy.mp4` into the run directory. The first one's title says
-    of which train step the policy is. Both environments get the same seed, so both policies start from the same states.
+    Writes `videos/trained_policy.mp4` and `videos/random_policy.mp4` into the run directory. The first one's title has
+    the policy's train step. Both environments get the same seed, so both policies start from the same states.
 
-    Records one after the other in this process, since TensorFlow does not survive a fork and neither gin's bindings nor
-    `make_environment` need survive a spawn. Rendering keeps one core busy; a caller with two can start two processes,
-    each with one of the `names`.
+    Records one after the other in this process, because TensorFlow does not survive a fork, and gin's bindings and
+    `make_environment` may not survive a spawn. Rendering uses one core; a caller with two cores can start two
+    processes, each with one of the `names`.
 
     Args:
-      root_dir: The run directory; the trained policy is its `policies/greedy_policy`: the newest while training goes
-        on, the delivered one once it has ended.
-      make_environment: Called once per video; what it returns is closed here.
+      root_dir: The run directory; the trained policy is its `policies/greedy_policy`: the newest one during training,
+        the delivered one afterwards.
+      make_environment: Called once per video; this function closes the environment.
       steps_per_second: Control rate of the task.
       num_episodes: Episodes in each video.
       seed: For the environments and the random policy.
@@ -92,8 +92,8 @@ def record_run(
       names: Which of the two to record.
 
     Raises:
-      ValueError: The run directory has no policy that can be loaded, or none that was trained; a name is unknown; and
-        as `record_episodes`.
+      ValueError: The run directory has no trained policy that can be loaded; a name is unknown; and as
+        `record_episodes`.
       OSError: As `record_episodes`.
     """
     from actorlearner.tools.recording.episodes import record_episodes
@@ -111,7 +111,7 @@ def record_run(
     for name in names:
         environment = make_environment()
         try:
-            with contextlib.suppress(NotImplementedError):  # TF-Agents' answer of an environment that takes no seed
+            with contextlib.suppress(NotImplementedError):  # raised by TF-Agents if the environment takes no seed
                 environment.seed(seed)
             act, title = make_act[name](environment)
             recorded[name] = record_episodes(
@@ -129,14 +129,14 @@ def record_run(
 
 
 def _trained_act(root_dir: Path) -> tuple[Act, str]:
-    """Returns what acts as the run's greedy policy, and which policy that is, in words."""
+    """Returns an act function for the run's greedy policy, and a description of the policy."""
     from actorlearner.tools.recording.policies import load_saved_policy
 
     act, train_step = load_saved_policy(root_dir / "policies" / "greedy_policy")
     is_over = has_ended(root_dir / "summary.json")
     if not train_step and not is_over:
         raise ValueError(
-            f"No trained policy in {root_dir} yet: that of train step 0 is there. A run puts its newest policy into"
+            f"No trained policy in {root_dir} yet: it has that of train step 0. A run writes its newest policy into"
             " policies/ with each checkpoint."
         )
     of = "of a run that has ended" if is_over else "of a run that has not ended"

@@ -1,1 +1,1 @@
-"""The inside of the learner: the compiled call, the loop around it, and what comes before and after."""
+"""The inside of the learner: the compiled call, the training loop, and the start and end of a run."""

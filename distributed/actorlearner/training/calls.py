@@ -58,7 +58,7 @@ class Calls:
         """How many updates the last call made."""
         self._total_made = train.num_made()
         self.shares = TimeShares()
-        # A call may block inside Reverb, where no signal reaches it; this thread does, the loop looks at the clock.
+        # A call may block inside Reverb, where no signal interrupts it: a thread makes it, the loop watches the clock.
         self._caller = concurrent.futures.ThreadPoolExecutor(1, "train")
 
     def make(self, num_updates: int, stop: Stop) -> Optional[dict[str, float]]:
@@ -102,9 +102,9 @@ class Calls:
             with self.shares.computing():
                 return self._run_watched(num_updates, stop)
         except (tf.errors.OutOfRangeError, tf.errors.UnavailableError):
-            pass  # the batches that did come were trained on
+            pass  # the batches that arrived were trained on
         except tf.errors.InvalidArgumentError as error:
-            # TF-Agents looks at some losses itself.
+            # TF-Agents checks some losses itself.
             refuse_not_finite(self._step(), error, self._variables)
             if not self._source.leave_out(error):
                 raise
@@ -122,16 +122,16 @@ class Calls:
                 reached, moved_at = now, time.monotonic()
                 self._record.note_train_step(self._step())
                 beat()
-            elif time.monotonic() - moved_at > 5.0:  # far longer than an update
+            elif time.monotonic() - moved_at > 5.0:  # much longer than an update
                 self._waiting.for_an_update(moved_at)
             if stop.is_set() and time.monotonic() - moved_at > 2.0:
-                raise Stopped("stopped while a batch was awaited")
+                raise Stopped("stopped while waiting for a batch")
 
     def _await_more_data(self) -> None:
-        """Waits a moment for data and says what is missing. Raises `RoleError` when it is missing for too long."""
+        """Waits briefly for data, and logs what is missing. Raises `RoleError` when it is missing for too long."""
         self._starved_since = self._starved_since or time.monotonic()
-        if time.monotonic() - self._starved_since > 1.0:  # shorter waits are the ordinary pace of samples per insert
+        if time.monotonic() - self._starved_since > 1.0:  # shorter waits are normal: samples per insert are being kept
             self._waiting.for_data(self._starved_since)
         self._source.await_data(secs=0.25)
-        with contextlib.suppress(tf.errors.OpError):  # the server is away; the next call asks again
+        with contextlib.suppress(tf.errors.OpError):  # the server is away; the next call tries again
             self._source.renew()

@@ -1,4 +1,4 @@
-"""The end of a run: the evaluations due, the best policy, and the summary."""
+"""The end of a run: pending evaluations, the delivered policy, and the summary."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def finish(
     stop: Stop,
     patience_secs: float,
 ) -> None:
-    """Chooses the best evaluated policy, has it evaluated once more, and saves it as the run's policy.
+    """Chooses the best evaluated policy, evaluates it once more, and saves it as the run's policy.
 
     Raises:
       Stopped: `stop` was set.
-      RoleError: A result did not come within `patience_secs` seconds after the one before (UNAVAILABLE).
+      RoleError: A result did not come within `patience_secs` seconds after the previous one (UNAVAILABLE).
     """
     if experiment.schedule.eval_interval:
         record.note_phase("final evaluation")
@@ -46,7 +46,7 @@ def finish(
         newest = Snapshot(-1, int(train_step.numpy()), [variable.numpy() for variable in variables])
         best = ledger.best() or newest
         if best is newest:
-            logging.warning("no evaluated policy's weights are there: the last train step's are handed over")
+            logging.warning("no evaluated policy's weights are available: delivering the last train step's policy")
         ledger.request(best, Purpose.DELIVERED)
         _await_result(
             lambda: ledger.delivered() is not None,
@@ -95,7 +95,7 @@ def await_announced(publisher: Publisher, phase: Phase, stop: Stop, patience_sec
     """
     wait_until(
         lambda: publisher.announce(phase),
-        lambda: f"the variable container at {publisher.address} to take the news that training is over",
+        lambda: f"the variable container at {publisher.address} to accept the end of training",
         stop=stop,
         deadline_secs=patience_secs,
         setting="--peer_patience_secs",

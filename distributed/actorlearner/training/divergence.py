@@ -1,4 +1,4 @@
-"""Training that has diverged ends, with the train step and the variable that says so."""
+"""Ends training that has diverged, naming the train step and the variable that is not finite."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def all_finite(variables: Sequence[tf.Variable]) -> tf.Tensor:
 
 
 def find_not_finite(variables: Sequence[tf.Variable]) -> Optional[str]:
-    """Returns the name of the first floating variable that holds a NaN or an infinity; None when none does."""
+    """Returns the name of the first float variable that holds a NaN or an infinity; None if none does."""
     for variable in variables:
         if variable.dtype.is_floating and not bool(tf.reduce_all(tf.math.is_finite(variable))):
             return f"'{variable.name.split(':')[0]}' {variable.shape.as_list()}"
@@ -26,10 +26,10 @@ def find_not_finite(variables: Sequence[tf.Variable]) -> Optional[str]:
 
 
 def require_finite(step: int, scalars: Optional[Mapping[str, float]], variables: Sequence[tf.Variable]) -> None:
-    """Returns when the last update's scalars are finite.
+    """Checks that the last update's scalars are finite.
 
     Raises:
-      Diverged: One is not; the message has the train step, the scalar and the first bad variable.
+      Diverged: One is not; the message names the train step, the scalar and the first bad variable.
     """
     for name, value in (scalars or {}).items():
         if not math.isfinite(value):
@@ -37,7 +37,7 @@ def require_finite(step: int, scalars: Optional[Mapping[str, float]], variables:
 
 
 def refuse_not_finite(step: int, error: tf.errors.InvalidArgumentError, variables: Sequence[tf.Variable]) -> None:
-    """Returns when `error` is about something else; raises as `require_finite` when a numeric check failed."""
+    """Raises as `require_finite` if `error` is a failed numeric check; returns otherwise."""
     if re.search(r"\b(nan|inf)\b", error.message, re.IGNORECASE):
         raise diverged(step, find_reason(error), variables) from error
 
@@ -51,7 +51,7 @@ def diverged(step: int, what: str, variables: Sequence[tf.Variable]) -> Diverged
     return Diverged(
         f"at train step {step:,} {what}: training has diverged"
         + (f"; the first variable that is not finite is {variable}" if variable else "")
-        + ". The last good checkpoint is kept. Lower the learning rate, clip gradients, or look at the rewards and "
-        "observations; then start again with the same --root_dir to go on from it.",
+        + ". The last good checkpoint is kept. Lower the learning rate, clip gradients, or check the rewards and "
+        "observations; then start again with the same --root_dir to resume from it.",
         ExitCode.DATA,
     )

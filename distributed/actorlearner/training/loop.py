@@ -90,13 +90,13 @@ class TrainingLoop:
         ]
 
     def run(self, stop: Stop) -> None:
-        """Trains to the last train step, saving on the way and at the end.
+        """Trains to the last train step; saves at intervals and at the end.
 
         Raises:
           Stopped: `stop` was set; a checkpoint was saved.
-          RoleError: No data came for longer than the deadline (UNAVAILABLE); a checkpoint was saved.
-          Diverged: The loss, a weight or a moment is not finite (DATA). Nothing was saved: parts of the last update
-            were made, and Adam's moments remember it even where every weight is finite.
+          RoleError: No data came within the deadline (UNAVAILABLE); a checkpoint was saved.
+          Diverged: The loss, a weight or an optimizer's moment is not finite (DATA). Nothing was saved: the last update
+            was partly applied, and Adam's moments keep it even if every weight is finite.
         """
         self._begin()
         has_diverged = False
@@ -105,13 +105,13 @@ class TrainingLoop:
                 self._await_first_data(stop)
             self._publisher.announce(Phase.TRAINING)
             self._publishing.begin()
-            self._calls.shares.take()  # what came before was no training
+            self._calls.shares.take()  # discard the time before training
             self._train(stop)
         except Diverged:
             has_diverged = True
             raise
         finally:
-            self._record.take_last_reports()  # the launcher stops the actors first: their last ones are there
+            self._record.take_last_reports()  # the launcher stops actors first, so their last reports have arrived
             if not has_diverged:
                 self._saving.save_at_the_end()
             self._saving.await_saved(replay_secs=3.0)
@@ -133,7 +133,7 @@ class TrainingLoop:
         return int(self._train_step.numpy())
 
     def _num_updates_to_boundary(self, step: int) -> int:
-        """Returns how many updates one call may make so that it ends where something is due."""
+        """Returns how many updates the next call may make, so that it ends where something is due."""
         schedule = self._schedule
         intervals = (schedule.eval_interval, schedule.log_interval, schedule.policy_save_interval)
         boundaries = [(step // interval + 1) * interval for interval in intervals if interval]
@@ -147,18 +147,18 @@ class TrainingLoop:
         self._saving.make_up_missing_policies(
             self._schedule.policy_save_interval, self._policies.variables, self._ledger
         )
-        if step:  # going on: actors need not warm up again
+        if step:  # resumed: actors need not warm up again
             self._publisher.announce(Phase.TRAINING)
         self._publishing.publish_first()
 
     def _await_first_data(self, stop: Stop) -> None:
         is_new = not self._step()
-        if is_new:  # the actors are not ready either
+        if is_new:  # the actors are starting too
             self._saving.prepare()
         self._waiting.for_first_data(stop, when_not_ready=self._publishing.end_turn)
         if is_new and self._observations.are_counted:
             self._observations.look_first(self._replay, stop, self._patience_secs)
-            self._publishing.publish()  # with the statistics of the warm-up
+            self._publishing.publish()  # now with the statistics of the warm-up
 
     def _require_finite(self, reached: Reached) -> None:
         require_finite(reached.step, reached.scalars, self._saving.variables)

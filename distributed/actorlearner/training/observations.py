@@ -29,7 +29,7 @@ class Observations:
     def count(self) -> None:
         """Counts in what came since the last call; not while a compiled call is under way."""
         if self._statistics is not None:
-            for moments in self._source.take_moments():  # one by one: together they would round in another way
+            for moments in self._source.take_moments():  # one by one, because their sum would round differently
                 self._statistics.update(moments)
 
     def look_first(self, replay: str, stop: Stop, patience_secs: float) -> None:
@@ -42,7 +42,7 @@ class Observations:
 
         Raises:
           Stopped: `stop` was set.
-          RoleError: It did not within the deadline (UNAVAILABLE).
+          RoleError: None arrived within the deadline (UNAVAILABLE).
         """
         caller = concurrent.futures.ThreadPoolExecutor(1, "first look")  # a draw may block inside Reverb
 
@@ -60,13 +60,13 @@ class Observations:
             elif error is not None and not isinstance(error, tf.errors.OpError):
                 raise error
             if error is not None:
-                with contextlib.suppress(tf.errors.OpError):  # the server is away; the next look asks again
+                with contextlib.suppress(tf.errors.OpError):  # the server is away; the next poll tries again
                     self._source.renew()
             return error is None
 
         wait_until(
             poll,
-            lambda: f"{replay} to hand out the observations to normalise by: {self._source.describe()}",
+            lambda: f"{replay} to send the observations for normalisation: {self._source.describe()}",
             stop=stop,
             deadline_secs=patience_secs,
             setting="--peer_patience_secs",

@@ -65,7 +65,7 @@ class Publishing:
         self._interval.begin(int(self._train_step.numpy()))
 
     def end_turn(self) -> None:
-        """Lets actors go on that wait for the weights that their last steps led to."""
+        """Publishes weights for actors that wait for the result of their last steps."""
         if self._turn.is_over():
             self.publish()
 

@@ -58,7 +58,7 @@ class Saving:
         """All that a checkpoint has of the agent, optimizers included."""
         self._is_finite = tf.function(functools.partial(all_finite, self.variables), autograph=False)
         self._num_given_back = source.num_given_back
-        self._policies_step = -1  # of the SavedModels
+        self._policies_step = -1  # train step of the SavedModels
         self._disk = InBackground()
 
     def save(self, reached: Reached) -> None:
@@ -70,13 +70,13 @@ class Saving:
         """Writes a checkpoint, which is on disk soon after, and asks for the replay's under the same train step.
 
         Raises:
-          Diverged: A weight or an optimizer's moment is not finite. It was not written.
+          Diverged: A weight or an optimizer's moment is not finite; nothing was written.
         """
         step = int(self._train_step.numpy())
         if not self._is_finite():
-            raise diverged(step, "what is to be saved is not finite", self.variables)
+            raise diverged(step, "a value to be saved is not finite", self.variables)
         self._disk.begin(step)
-        with self._source.standing_still():  # what counts as taken in is in the statistics, too
+        with self._source.standing_still():  # counts and statistics must be of one moment
             counts = {**self._record.counts(), **self._source.counts(), "version": self._publisher.next_version}
             self._observations.count()
         with _saying_what_was_not_saved(step, "The checkpoints before it are kept"):
@@ -96,7 +96,7 @@ class Saving:
 
         Where `numbered`, also into a checkpoint whose name is this train step's number.
         """
-        step, kept = int(self._train_step.numpy()), "policies/ keeps the policies before it"
+        step, kept = int(self._train_step.numpy()), "policies/ keeps the previous policies"
         self._disk.begin(step)
         with _saying_what_was_not_saved(step, kept):
             writes = [self._export.write_checkpoint] if numbered else []
@@ -127,7 +127,7 @@ class Saving:
         """Asks for the replay's checkpoint when a restarted server was given chunks: it has them in memory only."""
         if self._source.num_given_back > self._num_given_back:
             self._num_given_back = self._source.num_given_back
-            logging.info("asking to save what replay servers were given back, under train step %d", reached.step)
+            logging.info("asking to save the refilled replay under train step %d", reached.step)
             self._replay_checkpoints.ask(reached.step)
 
     def prepare(self) -> None:
@@ -145,7 +145,7 @@ class Saving:
           Diverged: See `save_checkpoint`.
         """
         self.save_checkpoint(with_replay=True)
-        if self._export.is_prepared:  # else it would take too long, and nothing was trained
+        if self._export.is_prepared:  # otherwise it would take too long, and nothing was trained yet
             self.save_policies()
 
     def await_saved(self, replay_secs: float) -> None:
@@ -156,12 +156,12 @@ class Saving:
 
 @contextlib.contextmanager
 def _saying_what_was_not_saved(step: int, what_is_kept: str) -> Iterator[None]:
-    """Warns of what could not be written, and goes on."""
+    """Turns a failed write into a warning."""
     try:
         yield
     except (tf.errors.OpError, OSError) as error:
         logging.warning(
-            "--root_dir: train step %d could not be saved: %s. %s and training goes on; free some space, or let this "
+            "--root_dir: train step %d could not be saved: %s. %s and training continues; free some space, or let this "
             "user write there.",
             step,
             find_reason(error),

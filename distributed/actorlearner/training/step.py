@@ -1,4 +1,4 @@
-"""The compiled call: some of the agent's own updates, each on a batch drawn inside the call."""
+"""The compiled call: several of the agent's own updates, each on a batch drawn inside the call."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from actorlearner.runtime.lifecycle import ExitCode, RoleError
 
 
 def check_batch(batch_size: int, num_replicas: int) -> None:
-    """Says how the global batch is divided.
+    """Logs how the global batch is divided.
 
     Raises:
-      RoleError: It cannot be divided evenly (USAGE).
+      RoleError: The replicas do not divide it (USAGE).
     """
     if batch_size % num_replicas:
         raise RoleError(
@@ -30,9 +30,9 @@ def check_batch(batch_size: int, num_replicas: int) -> None:
 class TrainFunction:
     """`train(handle, num_updates)`: that many of the agent's own updates in one compiled call. It counts them.
 
-    It returns the last update's scalars: `loss`, the agent's extra losses, and `staleness`, the mean number of train
-    steps between the weights that made the batch and those trained on it. Under several replicas the losses are summed
-    (TF-Agents scales each replica's by the global batch) and staleness is averaged.
+    `train` returns the last update's scalars: `loss`, the agent's extra losses, and `staleness`, the mean number of
+    train steps between the weights that collected the batch and the weights trained on it. With several replicas the
+    losses are summed (TF-Agents scales each replica's by the global batch) and staleness is averaged.
     """
 
     def __init__(
@@ -83,12 +83,12 @@ class TrainFunction:
 
         @tf.function(jit_compile=jit_compile or None)
         def train(handle: Any, num_updates: tf.Tensor) -> dict[str, tf.Tensor]:
-            scalars = one_step(handle)  # once outside the loop: autograph must know the shapes
+            scalars = one_step(handle)  # the first update is outside the loop, so that autograph knows the shapes
             for _ in tf.range(num_updates - 1):
                 scalars = one_step(handle)
             return scalars
 
-        # Traced here so that the optimizers' variables exist before a checkpoint is restored.
+        # Trace it now, so that the optimizers' variables exist before a checkpoint is restored.
         with strategy.scope():
             train.get_concrete_function(source.handle, tf.constant(1))
         self._train = train

@@ -1,4 +1,4 @@
-"""Where the learner's time goes, and when weights are published."""
+"""Shares of the learner's time, and when weights are published."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 
 class TimeShares:
-    """Where the learner's time goes: compiled calls, waiting for data, taking it in, or what else is between calls."""
+    """Shares of the learner's time: compiled calls, waiting for data, taking data in, and the rest."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -33,9 +33,9 @@ class TimeShares:
             self._secs[name] += self._clock() - start
 
     def take(self) -> dict[str, float]:
-        """Returns the shares since the last call, 0 to 1: `between_share` is what none of the others is.
+        """Returns the shares since the last call, each from 0 to 1.
 
-        The others are `computing_share`, `waiting_share` and `ingesting_share`.
+        They are `computing_share`, `waiting_share`, `ingesting_share`, and `between_share` for the rest.
         """
         now = self._clock()
         total = max(now - self._began_at, 1e-9)
@@ -46,7 +46,7 @@ class TimeShares:
 
 
 class PublishInterval:
-    """The time between two publishes of weights: at least so many train steps, and so many seconds."""
+    """Tells when weights are due to be published: after at least so many train steps and so many seconds."""
 
     def __init__(self, train_steps: int, secs: float, clock: Callable[[], float] = time.monotonic):
         self._train_steps = train_steps
@@ -55,9 +55,9 @@ class PublishInterval:
         self.begin(0)
 
     def begin(self, step: int) -> None:
-        """Notes that weights are published now, at train step `step`."""
+        """Starts the interval: weights are published now, at train step `step`."""
         self._published, self._published_at = step, self._clock()
 
     def is_over(self, step: int) -> bool:
-        """Returns whether both have passed at train step `step`."""
+        """Returns whether both limits have passed at train step `step`."""
         return step - self._published >= self._train_steps and self._clock() - self._published_at >= self._secs

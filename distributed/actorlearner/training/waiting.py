@@ -66,7 +66,7 @@ class Waiting:
         self._record.attendance.raise_if_all_failed("collect-actor")
         actors = self._record.describe_actors()
         what = f"collect actors: no data from {self._replay}: {self._source.describe()}; {actors}"
-        self._say(since, what, "Start collect actors, or raise it.")
+        self._say(since, what, "Start collect actors, or raise the setting.")
 
     def for_an_update(self, since: float) -> None:
         """Says that a compiled call made no update since then. Raises `RoleError` when that is too long."""
@@ -74,11 +74,11 @@ class Waiting:
             self.for_data(since)
             return
         # Drawing never waits then: actors are not the reason.
-        what = "an update of the compiled call: its device is busy with something else, or compiles"
-        self._say(since, what, "Leave it more of the machine, or raise it.")
+        what = "an update in the compiled call: its device is busy with other work, or is compiling"
+        self._say(since, what, "Give the learner more of the machine, or raise the setting.")
 
     def _say(self, since: float, what: str, remedy: str) -> None:
-        beat()  # watched: it ends below
+        beat()  # a wait counts as progress, because it has the deadline below
         now = time.monotonic()
         self._record.note_waiting(what)
         if now - self._said_at > SAY_EVERY_SECS:

@@ -336,8 +336,8 @@ def _ignores(process: Path, number: signal.Signals) -> bool:
     ("spoil", "code", "message"),
     [
         (lambda at: (at / KEY).unlink(), ExitCode.USAGE, "tls.key: No such file or directory"),
-        (lambda at: (at / CERTIFICATE).write_text("?"), ExitCode.USAGE, "do not fit one another, or are damaged"),
-        (lambda at: shutil.copy(at.parent / "learner" / KEY, at), ExitCode.USAGE, "do not fit one another"),
+        (lambda at: (at / CERTIFICATE).write_text("?"), ExitCode.USAGE, "do not match, or are damaged"),
+        (lambda at: shutil.copy(at.parent / "learner" / KEY, at), ExitCode.USAGE, "do not match"),
         (lambda at: make_certificates(at.parent, [], days=-1, renew=True), ExitCode.REFUSED, "tls.crt expired at"),
     ],
 )

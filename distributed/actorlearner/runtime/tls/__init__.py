@@ -1,1 +1,1 @@
-"""TLS between machines, by a relay beside each role: certificates, the relay, and a role's ends of it."""
+"""TLS between machines, through a relay for each role: certificates, the relay, and a role's tunnels."""

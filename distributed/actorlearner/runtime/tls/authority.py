@@ -1,10 +1,10 @@
-"""Makes the certificates that roles show one another over TLS: a small CA of the run's own, and one for each role.
+"""Makes the certificates for TLS between roles: a small CA for the run, and one certificate for each role.
 
-  DIR/ca.key              makes new ones; keep it off the machines that train
-  DIR/ca.crt              what every role trusts
-  DIR/<role>/             ca.crt, tls.crt, tls.key: all that a machine with this role needs, as --tls_dir=DIR finds it
+  DIR/ca.key              signs new certificates; keep it off the training machines
+  DIR/ca.crt              the CA that every role trusts
+  DIR/<role>/             ca.crt, tls.crt, tls.key: all that a machine with this role needs, as --tls_dir=DIR expects
 
-Only the replay server's may be at a server's end: an actor's cannot pass for it.
+Only the replay server's certificate is valid for a server: an actor cannot impersonate it.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ ROLES = (REPLAY_SERVER, "learner", "collect-actor", "eval-actor")
 CA_KEY = "ca.key"
 
 ALWAYS = ("localhost", "127.0.0.1", "::1", REPLAY_SERVER)
-"""Names of the replay server everywhere: of its own machine, and of docker/compose.yaml and launch/kubernetes."""
+"""Names that every replay server certificate has: its own machine's, and those in docker/ and launch/kubernetes."""
 
 _CLOCK_SKEW = datetime.timedelta(minutes=5)
 
 
 @dataclasses.dataclass(frozen=True)
 class Certificate:
-    """One file and what it says.
+    """A certificate file and its content.
 
     Attributes:
-      path: Of the certificate.
+      path: Path of the certificate.
       subject: Its role, or the CA's name.
-      hosts: What it may be reached by; empty for what is not reached.
+      hosts: Names and addresses at which it may be reached; empty for roles that are not servers.
       expires: In UTC.
     """
 
@@ -61,30 +61,30 @@ def make_certificates(
     """Writes a CA and a certificate for each role into `folder`, and returns all of them.
 
     Args:
-      folder: Made if missing.
-      hosts: Names and addresses by which the others reach the replay server, beside `ALWAYS`. When renewing, none
-        means those of the certificate before.
-      days: How long the roles' certificates are valid; never longer than the CA's.
-      ca_days: How long that of a new CA is.
-      renew: Replaces the roles' certificates and keys by new ones of the CA that is in `folder`. The CA itself is never
+      folder: Holds the certificates; made if missing.
+      hosts: Names and addresses at which the other roles reach the replay server, besides `ALWAYS`. When renewing, an
+        empty list keeps those of the old certificate.
+      days: Validity of the roles' certificates; never beyond the CA's.
+      ca_days: Validity of a new CA.
+      renew: Replaces the roles' certificates and keys by new ones from the CA in `folder`. The CA itself is never
         replaced.
 
     Raises:
-      ValueError: There is a CA and `renew` is not set, or the other way round; or the CA has expired.
+      ValueError: There is a CA but `renew` is not set, or the reverse; or the CA has expired.
       OSError: The folder cannot be read or written.
     """
     now = datetime.datetime.now(datetime.timezone.utc)
     for host in hosts:
-        _host(host)  # before anything is written
+        _host(host)  # check all hosts before writing anything
     if renew:
         if not (folder / CA_KEY).is_file():
-            raise ValueError(f"--renew: there is no {folder / CA_KEY}. Without it, `actorlearner certs` makes a new CA")
+            raise ValueError(f"--renew: {folder / CA_KEY} is missing. `actorlearner certs` alone makes a new CA")
         ca_certificate, ca_key = _read_ca(folder)
         hosts = hosts or _read_hosts(folder)
         if ca_certificate.not_valid_after_utc < now:
             raise ValueError(
                 f"--renew: the CA {folder / CA} expired at {ca_certificate.not_valid_after_utc}. Make a new one in "
-                "another directory, and give all roles theirs at once"
+                "another directory, and give all roles their new certificates at once"
             )
     else:
         taken = [name for name in (CA, CA_KEY, *ROLES) if (folder / name).exists()]
@@ -109,10 +109,10 @@ def make_certificates(
 
 
 def read_certificates(folder: Path) -> Sequence[Certificate]:
-    """Returns the CA's and the roles' certificates that are in `folder`.
+    """Returns the CA's and the roles' certificates in `folder`.
 
     Raises:
-      ValueError: There are none, or one cannot be read as such.
+      ValueError: There are none, or one cannot be parsed.
       OSError: A file cannot be read.
     """
     found = []
@@ -128,7 +128,7 @@ def read_certificates(folder: Path) -> Sequence[Certificate]:
 
 
 def describe(certificates: Sequence[Certificate], now: datetime.datetime, within_days: float) -> tuple[str, bool]:
-    """Returns a line for each certificate, and whether one has expired or will within so many days."""
+    """Returns a line for each certificate, and whether any has expired or expires within `within_days`."""
     lines, is_due = [], False
     for certificate in certificates:
         days = certificate.days_left(now)
@@ -143,7 +143,7 @@ def describe(certificates: Sequence[Certificate], now: datetime.datetime, within
 
 def _make_ca(now: datetime.datetime, days: float) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
     key = ec.generate_private_key(ec.SECP256R1())
-    name = _name(f"actorlearner CA of {now:%Y-%m-%d %H:%M:%S}")  # so that two can be told apart
+    name = _name(f"actorlearner CA of {now:%Y-%m-%d %H:%M:%S}")  # with the time, so that CAs can be told apart
     certificate = (
         _builder(name, name, key.public_key(), now, now + datetime.timedelta(days=days))
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
@@ -164,7 +164,7 @@ def _make_role(
 ) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
     key = ec.generate_private_key(ec.SECP256R1())
     purposes = [ExtendedKeyUsageOID.CLIENT_AUTH]
-    if role == REPLAY_SERVER:  # which may be another one's client
+    if role == REPLAY_SERVER:  # a replay server may also be a client of another one
         purposes.append(ExtendedKeyUsageOID.SERVER_AUTH)
     certificate = (
         _builder(_name(role), ca_certificate.subject, key.public_key(), now, expires)
@@ -221,7 +221,7 @@ def _host(host: str) -> x509.GeneralName:
     except ValueError:
         pass
     if not host or not host.isascii() or set(host) & set(":/@ ,"):
-        raise ValueError(f"--hosts: '{host}': expected a host's name or address, without a port")
+        raise ValueError(f"--hosts: '{host}': expected a host name or address, without a port")
     return x509.DNSName(host)
 
 
@@ -238,7 +238,7 @@ def _read_hosts(folder: Path) -> Sequence[str]:
 def _read_ca(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
     key = serialization.load_pem_private_key((folder / CA_KEY).read_bytes(), password=None)
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise ValueError(f"{folder / CA_KEY} is not a key that `actorlearner certs` made")
+        raise ValueError(f"{folder / CA_KEY} is not a key made by `actorlearner certs`")
     return _read(folder / CA), key
 
 
@@ -258,7 +258,7 @@ def _to_pem(thing: Union[x509.Certificate, ec.EllipticCurvePrivateKey]) -> bytes
 
 
 def _write(path: Path, content: bytes, *, secret: bool = False) -> None:
-    """Puts `content` there in one step; a secret can be read by its owner alone, at every moment."""
+    """Writes `content` atomically; a secret is readable only by its owner at every moment."""
     new = path.with_name(f".{path.name}.new")
     new.unlink(missing_ok=True)
     with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if secret else 0o644), "wb") as file:

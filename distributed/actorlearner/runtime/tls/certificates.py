@@ -1,10 +1,10 @@
-"""TLS between roles: what a role shows, what it asks to see, and why a connection was refused, in words.
+"""TLS between roles: the certificates they show and require, and why a connection was refused, in words.
 
 Both ends show a certificate and verify the other's, with TLS 1.3 and nothing older. A role's files are in
-<--tls_dir>/<role>: ca.crt, tls.crt and tls.key, the names of Kubernetes' own TLS secrets. They are read anew for every
-connection, so new ones are in force without restarting anything.
+<--tls_dir>/<role>: ca.crt, tls.crt and tls.key, the names in Kubernetes' TLS secrets. They are read for every
+connection, so new ones take effect without a restart.
 
-This file imports the standard library only: the relay, a process of its own, starts at once.
+This file imports only the standard library, so that the relay, a process of its own, starts fast.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Optional
 CA, CERTIFICATE, KEY = "ca.crt", "tls.crt", "tls.key"
 
 HANDSHAKE_SECS = 10.0
-"""Longest time for a connection and its handshake, in seconds."""
+"""Deadline for a connection and its handshake, in seconds."""
 
 _WHAT_IS_WRONG = {  # X509_V_ERR_..., as OpenSSL numbers them
     9: "is not valid yet; compare the clocks",
@@ -39,16 +39,16 @@ _WHY_REFUSED = {  # parts of OpenSSL's names for the alerts that a peer sends
 
 
 def make_context(folder: Path, *, is_server: bool) -> ssl.SSLContext:
-    """Returns what a role shows and asks for.
+    """Returns the TLS context of a role: the certificate it shows and the CA it requires.
 
     Raises:
-      ValueError: The files in `folder` are missing, unreadable, or do not fit one another; the message says which.
+      ValueError: The files in `folder` are missing, unreadable, or do not match; the message says which.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if is_server else ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.verify_mode = ssl.CERT_REQUIRED  # a client's context also compares the host's name
+    context.verify_mode = ssl.CERT_REQUIRED  # a client's context also checks the host's name
     if is_server:
-        context.num_tickets = 0  # type: ignore[attr-defined]  # a session that is resumed shows no certificate
+        context.num_tickets = 0  # type: ignore[attr-defined]  # a resumed session shows no certificate
     try:
         for name in (CA, CERTIFICATE, KEY):
             (folder / name).read_bytes()  # OpenSSL's errors do not say which file
@@ -56,7 +56,7 @@ def make_context(folder: Path, *, is_server: bool) -> ssl.SSLContext:
         context.load_cert_chain(folder / CERTIFICATE, folder / KEY)
     except ssl.SSLError as error:
         raise ValueError(
-            f"{folder}: {CA}, {CERTIFICATE} and {KEY} do not fit one another, or are damaged ({error.reason or error})"
+            f"{folder}: {CA}, {CERTIFICATE} and {KEY} do not match, or are damaged ({error.reason or error})"
         ) from error
     except OSError as error:
         raise ValueError(f"{error.filename}: {error.strerror}") from error
@@ -64,13 +64,13 @@ def make_context(folder: Path, *, is_server: bool) -> ssl.SSLContext:
 
 
 def describe_refusal(error: Exception, peer: str, folder: Path) -> Optional[str]:
-    """Returns which end refused which certificate and why; None when `error` is no refusal but a broken connection.
+    """Returns which end refused which certificate and why; None if `error` is a broken connection, not a refusal.
 
     Args:
-      error: What a handshake, or the first reading after it, raised. (With TLS 1.3 a client has shaken hands before the
-        server has looked at its certificate.)
-      peer: Who is at the other end, for the message.
-      folder: Where this end's files are.
+      error: What a handshake, or the first read after it, raised. (With TLS 1.3 a client's handshake ends before the
+        server has checked its certificate.)
+      peer: The other end, for the message.
+      folder: Holds this end's files.
     """
     if isinstance(error, ssl.SSLCertVerificationError):
         what = _WHAT_IS_WRONG.get(error.verify_code, f"is not accepted: {error.verify_message}")
@@ -89,7 +89,7 @@ def describe_refusal(error: Exception, peer: str, folder: Path) -> Optional[str]
 
 
 def speaks_tls(host: str, port: int, timeout_secs: float = 3.0) -> bool:
-    """Returns whether somebody answers there in TLS, whoever it is; blocks at most about `timeout_secs` seconds."""
+    """Returns whether any server answers there in TLS; blocks at most about `timeout_secs` seconds."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     try:

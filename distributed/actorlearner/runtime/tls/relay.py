@@ -1,4 +1,4 @@
-"""Carries connections between a role in the clear and its peers in TLS; a process of its own beside the role.
+"""The TLS relay: carries connections between a role (unencrypted) and its peers (TLS); one process for each role.
 
   a role's Reverb client --Unix socket--> [relay] ===TLS===> [relay] --loopback--> the replay server's Reverb
 
@@ -8,7 +8,7 @@ role (tunnel.py) opens the listening socket and hands it over, so it outlives a 
 Standard input: nothing, until its end, with which the role has ended. Standard output: lines for the role, each a word
 (CONNECTED, REFUSED, BROKEN), a tab and a text.
 
-This program imports the standard library only, and what else is as light.
+This program imports only the standard library and equally light modules.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ CONNECTED, REFUSED, BROKEN = "connected", "refused", "broken"
 TO_PEER, FROM_PEERS = "to-peer", "from-peers"
 
 OWN_LOOPBACK_ADDRESS = "127.0.0.2"
-"""What the relay calls Reverb's server from. To a client at 127.0.0.1 whose process has the server's own number the
-server hands over pointers into its memory; here that is a process in another container, or on another host."""
+"""The address from which the relay calls Reverb's server. To a client at 127.0.0.1 with the server's own process id the
+server sends pointers into its memory; here such a client is in another container, or on another host."""
 
 _BUFFER_BYTES = 1 << 16
-_RECORD_BYTES = 1 << 14  # the longest piece that TLS has
-_TURNS = 16  # pieces that go one way before it is the other way's turn
+_RECORD_BYTES = 1 << 14  # longest TLS record
+_TURNS = 16  # records in one direction before the other direction's turn
 _LAST_WORDS_SECS = 2.0
 
 Tell = Callable[[str, str], None]
@@ -48,10 +48,11 @@ Tell = Callable[[str, str], None]
 def main() -> None:
     """`relay to-peer|from-peers FD FOLDER HOST PORT`: see `carry_to_peer` and `carry_from_peer`."""
     direction, descriptor, folder, host, port = sys.argv[1:]
-    for number in (signal.SIGTERM, signal.SIGINT):  # a scheduler's, to the whole job: the role saves first
+    for number in (signal.SIGTERM, signal.SIGINT):  # schedulers signal the whole job; the role must save first
         signal.signal(number, signal.SIG_IGN)
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # two for each connection, of many actors
+    # two per connection, and there may be many actors
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
     carry_one = {TO_PEER: carry_to_peer, FROM_PEERS: carry_from_peer}[direction]
     telling = threading.Lock()
 
@@ -71,21 +72,21 @@ def main() -> None:
                         daemon=True,
                         name="carrier",
                     ).start()
-                except (OSError, RuntimeError) as error:  # no more files or threads
-                    tell(BROKEN, f"a connection could not be taken: {error}")
+                except (OSError, RuntimeError) as error:  # out of file descriptors or threads
+                    tell(BROKEN, f"a connection could not be accepted: {error}")
                     time.sleep(1.0)
 
     threading.Thread(target=accept, daemon=True).start()
     with open(0, "rb", closefd=False) as until_the_role_ends:
         until_the_role_ends.read()
-    deadline = time.monotonic() + _LAST_WORDS_SECS  # what the role has sent is still on its way
+    deadline = time.monotonic() + _LAST_WORDS_SECS  # the role's last data is still on its way
     while time.monotonic() < deadline and any(thread.name == "carrier" for thread in threading.enumerate()):
         time.sleep(0.02)
     os._exit(0)
 
 
 def carry_to_peer(plain: socket.socket, folder: Path, host: str, port: int, tell: Tell) -> None:
-    """Carries one connection of the role to the peer at `host`:`port`, which must show a certificate for that name."""
+    """Carries one connection of the role to the peer at `host`:`port`, which must show a certificate for `host`."""
     peer = f"{host}:{port}"
     has_answered = False
 
@@ -103,12 +104,12 @@ def carry_to_peer(plain: socket.socket, folder: Path, host: str, port: int, tell
             secure = stack.enter_context(context.wrap_socket(connection, server_hostname=host))
             ended = carry(plain, secure, note_answer)
             if ended is secure and not has_answered:
-                tell(BROKEN, f"{peer} answers in TLS, but there is no replay server behind it")
+                tell(BROKEN, f"{peer} answers in TLS, but no replay server runs behind it")
         except OSError as error:
             if not has_answered:
                 refusal = describe_refusal(error, peer, folder)
                 tell(*(REFUSED, refusal) if refusal else (BROKEN, f"{peer}: {error}"))
-        except ValueError as error:  # the files
+        except ValueError as error:  # the certificate files
             tell(REFUSED, str(error))
 
 
@@ -128,7 +129,7 @@ def carry_from_peer(connection: socket.socket, folder: Path, host: str, port: in
                 secure.do_handshake()
             except ssl.SSLError as error:
                 refusal = describe_refusal(error, peer, folder)
-                if refusal:  # else it only looked whether somebody listens
+                if refusal:  # otherwise it only checked whether a server listens
                     tell(REFUSED, refusal)
                     _close_with_the_last_word(secure)
                 return
@@ -137,20 +138,21 @@ def carry_from_peer(connection: socket.socket, folder: Path, host: str, port: in
             )
             _tune(plain)
             carry(plain, secure, lambda: None)
-        except OSError:  # either end has gone
+        except OSError:  # either end has closed
             return
-        except ValueError as error:  # the files
+        except ValueError as error:  # the certificate files
             tell(REFUSED, str(error))
 
 
 def _tune(connection: socket.socket) -> None:
-    """Has a TCP connection send at once, and end when its peer's host is gone."""
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else each answer waits 40 ms for a confirmation
+    """Makes a TCP connection send immediately, and end if its peer's host vanishes."""
+    # otherwise each answer waits 40 ms for an acknowledgement
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     enable_keepalive(connection)
 
 
 def _close_with_the_last_word(secure: ssl.SSLSocket) -> None:
-    """Lets the peer read why it was refused: closing with something of its own unread would reset the connection."""
+    """Reads until the peer closes, so that it gets the refusal: closing with unread data would reset the connection."""
     deadline = time.monotonic() + _LAST_WORDS_SECS
     with contextlib.suppress(OSError):
         secure.shutdown(socket.SHUT_WR)
@@ -160,21 +162,21 @@ def _close_with_the_last_word(secure: ssl.SSLSocket) -> None:
 
 
 def carry(plain: socket.socket, secure: ssl.SSLSocket, note_answer: Callable[[], None]) -> socket.socket:
-    """Carries bytes both ways until one end has no more, and returns that one; blocks as long as both have.
+    """Carries bytes in both directions until one end closes, and returns that end; blocks until then.
 
     Args:
       plain, secure: The two connections; they are made non-blocking, and not closed.
-      note_answer: Called when the first bytes come from the secure one.
+      note_answer: Called when the first bytes arrive from the secure connection.
 
     Raises:
-      OSError: One of them broke, or the peer refused it.
+      OSError: A connection broke, or the peer refused it.
     """
     for end in (plain, secure):
         end.setblocking(False)
     buffers = {plain: memoryview(bytearray(_BUFFER_BYTES)), secure: memoryview(bytearray(_BUFFER_BYTES))}
-    waiting = dict.fromkeys(buffers, memoryview(b""))  # what came from each and has not gone on
+    waiting = dict.fromkeys(buffers, memoryview(b""))  # bytes from each end that are not sent on yet
     ends = {plain.fileno(): plain, secure.fileno(): secure}
-    ready: set[socket.socket] = {plain, secure}  # those that may have something to read
+    ready: set[socket.socket] = {plain, secure}  # ends that may have data to read
     poll = select.poll()
     has_answered = False
     while True:
@@ -193,7 +195,7 @@ def carry(plain: socket.socket, secure: ssl.SSLSocket, note_answer: Callable[[],
                         ready.discard(source)
                         break
                     if count < _RECORD_BYTES:
-                        ready.discard(source)  # most likely that was all; the kernel tells if not
+                        ready.discard(source)  # probably all was read; if not, the selector reports it
                     if source is secure and not has_answered:
                         has_answered = True
                         note_answer()
@@ -220,7 +222,7 @@ def _try(
     events: int,
     wanted: dict[socket.socket, int],
 ) -> int | None:
-    """Returns what `call` does, or None when it would block; then notes what of `end` has to be awaited."""
+    """Returns what `call` returns, or None if it would block; then records which event of `end` to wait for."""
     try:
         return call(data)
     except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:

@@ -1,7 +1,7 @@
 """A role's ends of TLS tunnels: starts and restarts the relays, and knows why a connection was refused.
 
-Who makes a client of Reverb's gives it `reach(address)`: the address itself, or in a role that called
-`use_certificates` a tunnel's to there. A replay server lets its peers in with `open_to_peers`.
+Code that makes a Reverb client passes `reach(address)`: the address itself, or, in a role that called
+`use_certificates`, the tunnel to it. A replay server admits its peers with `open_to_peers`.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from actorlearner.runtime.tls import relay
 from actorlearner.runtime.tls.certificates import CERTIFICATE, make_context
 
 WARN_DAYS = 14
-"""A role warns at its start when its certificate expires within so many days."""
+"""A role warns at its start if its certificate expires within this many days."""
 
 _SOURCE_ROOT = str(Path(__file__).parents[3])
 
-_LONGEST_PATH = 100  # of a Unix socket; its address holds 108 bytes
+_LONGEST_PATH = 100  # longest path of a Unix socket, whose address holds 108 bytes
 
 
 class Tunnel:
-    """A listening socket and the relay that carries what comes to it; both end with this process, or with `close`.
+    """A listening socket and the relay that carries its connections; both end with this process, or with `close`.
 
     Attributes:
-      address: What Reverb's clients in this process are given, instead of the peer's address.
-      trouble: Why the last connection could not be made, with the advice; None while connections can.
+      address: The address for Reverb's clients in this process, instead of the peer's.
+      trouble: Why the last connection failed, with advice; None while connections succeed.
       is_refused: Whether `trouble` is about certificates.
     """
 
@@ -55,7 +55,7 @@ class Tunnel:
     def _start_relay(self) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, "-m", relay.__name__, *self._arguments],
-            stdin=subprocess.PIPE,  # its end tells the relay that this process has ended, however it did
+            stdin=subprocess.PIPE,  # when this process ends, however it does, the relay reads the end of its input
             stdout=subprocess.PIPE,
             pass_fds=[self._listening.fileno()],
             env={**os.environ, "PYTHONPATH": _SOURCE_ROOT},
@@ -63,7 +63,7 @@ class Tunnel:
         )
 
     def close(self) -> None:
-        """Ends the relay and all its connections; returns when it is gone."""
+        """Ends the relay and all its connections; blocks until it has ended."""
         self._is_closed = True
         self._listening.close()
         self._relay.kill()
@@ -126,14 +126,14 @@ _reach = _Reach()
 
 
 def use_certificates(folder: Path, *, in_the_clear: Collection[str] = ()) -> None:
-    """Makes `reach` lead through TLS from here on.
+    """Makes `reach` return TLS tunnels from now on.
 
     Args:
-      folder: Where this role's ca.crt, tls.crt and tls.key are.
-      in_the_clear: Addresses that are reached as they are: a replay server's own.
+      folder: Holds this role's ca.crt, tls.crt and tls.key.
+      in_the_clear: Addresses that are reached without TLS: a replay server's own.
 
     Raises:
-      RoleError: The files are missing or do not fit one another (USAGE), or have expired (REFUSED).
+      RoleError: The files are missing or do not match (USAGE), or have expired (REFUSED).
     """
     global _reach
     check_files(folder)
@@ -141,36 +141,36 @@ def use_certificates(folder: Path, *, in_the_clear: Collection[str] = ()) -> Non
 
 
 def reach(address: str) -> str:
-    """Returns what a client of Reverb's is given to reach the server at `address`. Never waits for it, thread-safe.
+    """Returns the address for a Reverb client of the server at `address`. Never waits for the server; thread-safe.
 
     Raises:
-      RoleError: There is no room for the tunnel's socket (USAGE).
+      RoleError: The path of the tunnel's socket is too long (USAGE).
     """
     return _reach.reach(address)
 
 
 def find_trouble() -> Optional[tuple[str, bool]]:
-    """Returns why some peer cannot be reached through TLS, and whether certificates are the reason; None if all can."""
+    """Returns why a peer cannot be reached through TLS, and whether certificates are the reason; None if all can."""
     return _reach.find_trouble()
 
 
 def open_to_peer(address: str, folder: Path) -> Tunnel:
-    """Returns a tunnel to the replay server at `address`, "host:port"; never waits for it.
+    """Returns a tunnel to the replay server at `address`, "host:port"; never waits for the server.
 
     Args:
       address: The server must show a certificate for this host.
-      folder: Where this role's ca.crt, tls.crt and tls.key are.
+      folder: Holds this role's ca.crt, tls.crt and tls.key.
 
     Raises:
-      RoleError: There is no room for the tunnel's socket (USAGE).
+      RoleError: The path of the tunnel's socket is too long (USAGE).
     """
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
-    # In a directory that only this user may enter: with a port, everybody on this machine could use the certificate.
+    # A socket in a directory of this user: with a port, every user of this machine could use the certificate.
     directory = tempfile.mkdtemp(prefix="tls-")
     left = _LONGEST_PATH - len(directory)
     if left < 10:
-        raise RoleError(f"TMPDIR: {directory} is too long a path for a socket. Set TMPDIR=/tmp.", ExitCode.USAGE)
+        raise RoleError(f"TMPDIR: {directory} is too long for a socket's path. Set TMPDIR=/tmp.", ExitCode.USAGE)
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(os.path.join(directory, address[-left:]))
     listening.listen(128)
@@ -178,12 +178,12 @@ def open_to_peer(address: str, folder: Path) -> Tunnel:
 
 
 def open_to_peers(port: int, folder: Path, reverb_port: int) -> Tunnel:
-    """Returns the replay server's end: who comes to `port` with a certificate of the CA is led to Reverb's own port.
+    """Returns the replay server's tunnel: it connects clients with a certificate of the CA to Reverb's port.
 
     Args:
-      port: To listen on, on every interface.
-      folder: Where the replay server's ca.crt, tls.crt and tls.key are.
-      reverb_port: Where Reverb listens, or soon will; nobody else must reach it.
+      port: Port to listen on, on every interface.
+      folder: Holds the replay server's ca.crt, tls.crt and tls.key.
+      reverb_port: Where Reverb listens, or soon will; no other machine may reach it.
 
     Raises:
       RoleError: The port is taken (UNAVAILABLE).
@@ -198,13 +198,13 @@ def open_to_peers(port: int, folder: Path, reverb_port: int) -> Tunnel:
             f"--port = {port}: the TLS tunnel cannot listen there: {error}. Stop what uses the port, or give another.",
             ExitCode.UNAVAILABLE,
         ) from error
-    logging.info("port %d is for who shows a certificate of the CA in %s", port, folder)
+    logging.info("port %d requires a certificate of the CA in %s", port, folder)
     return Tunnel(f"on port {port}", listening, relay.FROM_PEERS, folder, ("127.0.0.1", reverb_port))
 
 
 def check_files(folder: Path) -> None:
-    """Returns when a role can show the certificate in `folder`; warns when it will not for long. Raises `RoleError`."""
-    from cryptography import x509  # here: runs without TLS need not load it
+    """Checks the certificate in `folder`; warns if it expires soon. Raises `RoleError`."""
+    from cryptography import x509  # imported here, because only runs with TLS need it
 
     try:
         make_context(folder, is_server=False)
@@ -217,7 +217,7 @@ def check_files(folder: Path) -> None:
     certificate = x509.load_pem_x509_certificate((folder / CERTIFICATE).read_bytes())
     expires = certificate.not_valid_after_utc
     left = expires - datetime.datetime.now(datetime.timezone.utc)
-    advice = "Make a new one with `actorlearner certs DIR --renew` and copy it here; nothing has to be restarted"
+    advice = "Make a new one with `actorlearner certs DIR --renew` and copy it here; no restart is needed"
     if left.total_seconds() < 0:
         raise RoleError(f"--tls_dir: {folder / CERTIFICATE} expired at {expires}. {advice}.", ExitCode.REFUSED)
     if left.days < WARN_DAYS:

@@ -1,1 +1,1 @@
-"""Videos of policies: saved policies that act, episodes that are recorded, and the files they go to."""
+"""Videos of policies: loads saved policies, records episodes, and writes the files."""

@@ -1,4 +1,4 @@
-"""Episodes as videos that play at the speed of the task itself, made without a display."""
+"""Records episodes as videos that play at the task's real speed, without a display."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any, Protocol, Union
 from actorlearner.runtime.health import beat
 from actorlearner.tools.recording.mp4 import Mp4Writer
 
-# SDL reads these when pygame starts, and gym imports pygame when it makes its first environment: set them before both.
-# With the dummy drivers pygame draws into memory, opens no window and does not complain about missing sound cards.
+# SDL reads these when pygame starts, and gym imports pygame with its first environment, so set them before both. With
+# the dummy drivers pygame draws into memory, opens no window and does not complain about missing sound cards.
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 os.environ.setdefault("SDL_AUDIODRIVER", "dummy")
 os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
@@ -26,7 +26,7 @@ PathLike = Union[str, "os.PathLike[str]"]
 
 
 class Environment(Protocol):
-    """What is used of a TF-Agents `PyEnvironment`; named here so that this module imports without TensorFlow."""
+    """The part of TF-Agents' `PyEnvironment` used here; declared so that this module imports without TensorFlow."""
 
     @property
     def batched(self) -> bool: ...
@@ -48,16 +48,16 @@ class Environment(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class VideoInfo:
-    """What was recorded.
+    """A recorded video.
 
     Attributes:
       path: The finished mp4.
       num_frames: Frames in it, all episodes together.
-      fps: Frames per second of its playback.
+      fps: Frames per second of playback.
       seconds: `num_frames / fps`; within a frame per episode of the time the task would have taken.
       returns: Undiscounted return of each episode, in order.
       lengths: Environment steps of each episode, in order.
-      title: What the file says of itself, as players show it.
+      title: The file's title, as players show it.
     """
 
     path: pathlib.Path
@@ -81,27 +81,28 @@ def record_episodes(
     max_render_width: int = 480,
     title: str = "",
 ) -> VideoInfo:
-    """Returns what it recorded, once `num_episodes` episodes lie one after the other in a finished mp4 at `path`.
+    """Records `num_episodes` episodes, one after the other, into an mp4 at `path`.
 
-    Played back, a second of video is a second of the task. Each episode's frames are its reset and every k-th step
-    after it, with the least k that keeps within `max_frames_per_second`: CartPole (50 steps/s) and Minitaur (100)
-    both come out at 25 frames/s. A last step off that grid is not shown, because it would stretch the video.
+    A second of video is a second of the task. Each episode's frames are its reset and every k-th step after it, with
+    the smallest k that keeps within `max_frames_per_second`: CartPole (50 steps/s) and Minitaur (100) both have 25
+    frames/s. A last step off that grid is not shown, because it would stretch the video.
 
-    Blocks until the episodes have ended, which an environment without a time limit need not do: give such a one
-    `max_steps`. Frames go to the encoder one by one. The file appears under its name only when complete, replacing
-    one that is there; a recording that fails leaves nothing.
+    Blocks until the episodes have ended; give an environment without a time limit `max_steps`. Frames are streamed to
+    the encoder. The file appears under its name only when complete, replacing an existing one; a failed recording
+    leaves nothing.
 
     Args:
-      environment: Unbatched; it is reset at the start of each episode, not closed. Rendered frames are uint8 [H, W, 3].
+      environment: Unbatched; reset at the start of each episode, and not closed. Rendered frames are uint8 [H, W, 3].
       act: Called once per step with the latest time step.
-      path: Where the mp4 goes; its directory is made if missing.
+      path: Path of the mp4; its directory is made if missing.
       num_episodes: At least 1.
       steps_per_second: Control rate of the task.
       max_frames_per_second: Upper bound on the playback rate.
       max_steps: Cut each episode after this many environment steps. None: let it end by itself.
-      max_render_width: PyBullet environments that would render wider are made to render at this width, in pixels, at
-        the same proportions; its software renderer takes 0.2 to 0.4 us a pixel. Others (gym's own) render as they do.
-      title: Written into the file, where players show it.
+      max_render_width: PyBullet environments that would render wider than this are rendered at this width, in pixels,
+        with the same proportions; its software renderer takes 0.2 to 0.4 us a pixel. Others (gym's own) are not
+        changed.
+      title: Title stored in the file, where players show it.
 
     Raises:
       ValueError: A setting is out of range, the environment is batched, or it renders something other than an image.
@@ -126,7 +127,7 @@ def record_episodes(
             episode_return, length = 0.0, 0
             while not time_step.is_last() and length != max_steps:
                 time_step = environment.step(act(time_step))
-                beat()  # the learner's videos may take minutes
+                beat()  # recording may take minutes
                 length += 1
                 episode_return += float(time_step.reward)
                 if length % steps_per_frame == 0:
@@ -138,20 +139,20 @@ def record_episodes(
 
 
 def count_steps_per_frame(steps_per_second: float, max_frames_per_second: float) -> int:
-    """Returns the least k with `steps_per_second / k <= max_frames_per_second`."""
+    """Returns the smallest k with `steps_per_second / k <= max_frames_per_second`."""
     for name, value in (("steps_per_second", steps_per_second), ("max_frames_per_second", max_frames_per_second)):
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name} is {value}; it must be a number above 0, such as 50 for CartPole.")
-    # The tolerance forgives rates such as 1 / (1 / 30), a hair above the bound.
+    # The tolerance allows rates such as 1 / (1 / 30), slightly above the bound.
     return max(1, math.ceil(steps_per_second / max_frames_per_second - 1e-6))
 
 
 @contextlib.contextmanager
 def _render_at_most(environment: Environment, width: int) -> Iterator[None]:
-    """Has PyBullet environments render at most `width` pixels wide while the context lasts.
+    """Makes PyBullet environments render at most `width` pixels wide within the context.
 
-    PyBullet's environments take no size argument. They read one either from attributes (`_render_width`) or, as
-    Minitaur does at 960x720, from constants of the module that defines `render`, so those are changed and put back.
+    PyBullet's environments take no size argument. They read the size from attributes (`_render_width`) or, as Minitaur
+    does at 960x720, from constants of the module that defines `render`; these are changed and restored.
     """
     gym_environment = getattr(getattr(environment, "gym", None), "unwrapped", None)
     render = inspect.unwrap(getattr(type(gym_environment), "render", lambda: None))

@@ -1,4 +1,4 @@
-"""H.264 files that get their name when they are complete."""
+"""Writes H.264 files, which appear under their name only when complete."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ PathLike = Union[str, "os.PathLike[str]"]
 
 @final
 class Mp4Writer:
-    """Streams frames into an H.264 file, which gets its name when the `with` block ends without an error."""
+    """Streams frames into an H.264 file, which appears under its name when the `with` block ends without an error."""
 
     def __init__(self, path: PathLike, fps: float, title: str = "") -> None:
         self.path = pathlib.Path(path)
         self._title = title
         self.fps = fps
         self.num_frames = 0
-        # ffmpeg tells the container from the ending, so the temporary name keeps it.
+        # ffmpeg chooses the container by the file extension, so the temporary name keeps it.
         self._partial = self.path.with_name(f".{self.path.stem}.{os.getpid()}.partial.mp4")
         self._encoder: Any = None
         self._shape: tuple[int, ...] = ()
 
     def append(self, frame: Any) -> None:
-        """Hands one frame, uint8 [H, W, 3], to the encoder; blocks while the encoder's pipe is full."""
+        """Sends one frame, uint8 [H, W, 3], to the encoder; blocks while the encoder's pipe is full."""
         image = (
             isinstance(frame, np.ndarray) and frame.dtype == np.uint8 and frame.ndim == 3 and frame.shape[2] in (3, 4)
         )
@@ -44,7 +44,7 @@ class Mp4Writer:
             self._encoder.send(np.ascontiguousarray(frame[:, :, :3]))  # an alpha channel is dropped
         except OSError as error:
             raise OSError(
-                f"The encoder gave up on {self.path} at frame {self.num_frames}; is the disk full?"
+                f"The encoder failed on {self.path} at frame {self.num_frames}; is the disk full?"
             ) from error
         self.num_frames += 1
 
@@ -62,10 +62,10 @@ class Mp4Writer:
             macro_block_size=1,
             ffmpeg_log_level="error",
             output_params=[
-                "-preset", "veryfast",  # as quick as ultrafast on such pictures, and a third of the size
+                "-preset", "veryfast",  # as fast as ultrafast on such images, at a third of the size
                 "-crf", "20",
-                "-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2",  # yuv420p wants even sides
-                "-movflags", "+faststart",  # a browser can start before it has the whole file
+                "-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2",  # yuv420p needs even sides
+                "-movflags", "+faststart",  # a browser can start playing before it has the whole file
                 *(["-metadata", f"title={self._title}"] if self._title else []),
             ],
         )  # fmt: skip
@@ -87,7 +87,7 @@ class Mp4Writer:
             self._partial.unlink(missing_ok=True)
 
     def _check_complete(self) -> None:
-        """Raises OSError where the encoder has written less than it was given; it does not say so itself."""
+        """Raises OSError if the encoder has written fewer frames than it was given, which it does not report."""
         import imageio_ffmpeg
 
         expected = self.num_frames / self.fps
@@ -97,5 +97,5 @@ class Mp4Writer:
             frames.close()
         except Exception as error:
             raise OSError(f"The encoder left no readable video for {self.path}; is the disk full?") from error
-        if abs(seconds - expected) > 1 / self.fps + 0.01:  # ffmpeg prints hundredths
+        if abs(seconds - expected) > 1 / self.fps + 0.01:  # ffmpeg prints hundredths of a second
             raise OSError(f"{self.path} came out {seconds} s long instead of {expected:.2f} s; is the disk full?")

@@ -1,4 +1,4 @@
-"""Policies that act on one environment: saved ones, and one that draws its actions at random."""
+"""Policies for one environment: saved ones, and a random one."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def random_act(environment: Environment, seed: int | None = None) -> Act:
 
 
 def saved_model_act(policy_dir: PathLike) -> Act:
-    """Returns the first of what `load_saved_policy` does."""
+    """Returns the act function of `load_saved_policy`."""
     return load_saved_policy(policy_dir)[0]
 
 
 def load_saved_policy(policy_dir: PathLike) -> tuple[Act, int]:
-    """Returns a function that acts as a policy saved by TF-Agents' `PolicySaver`, and the train step of its weights.
+    """Returns an act function for a policy saved by TF-Agents' `PolicySaver`, and the train step of its weights.
 
-    The function carries the policy's state, where it has one, from step to step and starts afresh at the first step of
-    each episode: use it for one environment at a time. It adds and strips the batch dimension. The policy's networks
-    are loaded; the code that made them is not needed.
+    The function carries the policy's state, if any, from step to step and resets it at the first step of each episode:
+    use it for one environment at a time. It adds and removes the batch dimension. Only the SavedModel is needed, not
+    the code of its networks.
 
     Args:
       policy_dir: A SavedModel written by `PolicySaver.save`, e.g. `<run>/policies/greedy_policy`.
@@ -68,7 +68,7 @@ def load_saved_policy(policy_dir: PathLike) -> tuple[Act, int]:
         except Exception:
             if policy_dir.stat().st_ino == found:
                 raise
-            specs, policy = load()  # a run under way has put a newer one in its place
+            specs, policy = load()  # a running training has replaced it by a newer one
         train_step = int(policy.get_train_step())
         initial_state = policy.get_initial_state(batch_size=1) if specs["policy_state_spec"] else ()
     except Exception as error:

@@ -1,1 +1,1 @@
-"""What a sweep does: its grid of variants and seeds, its trials, the race among them, and their comparison."""
+"""The parts of a sweep: the grid of variants and seeds, trials, the race, and the report."""

@@ -1,7 +1,7 @@
-"""What a sweep is asked to run: variants (each some gin bindings) times seeds; read, checked and compared.
+"""The grid of a sweep: variants (each a set of gin bindings) times seeds; parsed, checked and compared.
 
-Run as a program, it reads a grid as JSON on stdin and says of each variant what its experiment comes to, or what is
-wrong with it: TensorFlow, which that needs, stays out of the sweep's own process.
+Run as a program, it reads a grid as JSON on stdin and prints each variant's settings, or what is wrong with them: it
+needs TensorFlow, which stays out of the sweep's own process.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ DEFAULT_VARIANT = "default"
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A named set of gin bindings, put on top of those of all variants."""
+    """A named set of gin bindings, applied after those of all variants."""
 
     name: str
     bindings: tuple[str, ...]
 
     @property
     def folder(self) -> str:
-        """The name as a folder's, without letters that a shell, TensorFlow or a file system may misread."""
+        """The folder name, without characters that a shell, TensorFlow or a file system may misread."""
         plain = re.sub(r"[^A-Za-z0-9._=,+-]+", "_", self.name).strip("_.") or "variant"
         if plain == self.name and len(plain) <= 100:
             return plain
@@ -42,13 +42,13 @@ class Variant:
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """What is run; the same in every start of one sweep, but for more variants and seeds.
+    """What a sweep runs; the same in every start, except for added variants and seeds.
 
     Attributes:
       experiment: A shipped experiment's name, or a gin file.
-      gin_bindings: Of all variants.
-      variants: At least one; their names and folders differ.
-      seeds: Each variant runs once with each.
+      gin_bindings: Bindings of all variants.
+      variants: At least one, with different names and folders.
+      seeds: Each variant runs once with each seed.
       train_flags: Further flags of every `actorlearner train`.
     """
 
@@ -69,7 +69,7 @@ class Grid:
 
 
 def grid_from_json(held: Mapping[str, Any]) -> Grid:
-    """Returns the grid that `as_json` wrote down."""
+    """Returns the grid for the output of `as_json`."""
     return Grid(
         experiment=held["experiment"],
         gin_bindings=tuple(held["gin_bindings"]),
@@ -80,33 +80,33 @@ def grid_from_json(held: Mapping[str, Any]) -> Grid:
 
 
 class AnotherSweep(ValueError):
-    """The folder holds a sweep that this command cannot go on with."""
+    """The folder holds a sweep that this command cannot resume."""
 
 
 def read_asked(root: Path, held: Any) -> Grid:
-    """Returns the grid of the sweep in `root`, of its sweep.json; raises `AnotherSweep` if that holds none."""
+    """Returns the grid in the sweep.json of `root`; raises `AnotherSweep` if it has none."""
     try:
         return grid_from_json(held["asked"])
     except (KeyError, TypeError, AttributeError) as error:
-        raise AnotherSweep(f"{root} is no sweep's folder: {root / 'sweep.json'} says nothing of one") from error
+        raise AnotherSweep(f"{root} is not a sweep's folder: {root / 'sweep.json'} has no sweep") from error
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
-    """Returns 0 to N-1 for "N", and those listed for "3,7,9" (or "7,": that one).
+    """Returns seeds 0 to N-1 for "N", and the listed ones for "3,7,9" (or "7,": only 7).
 
     Raises:
-      ValueError: It is neither, or a seed is there twice.
+      ValueError: It is neither, or a seed is listed twice.
     """
     words = [word.strip() for word in text.split(",")]
     if "," in text and words[-1] == "":
         words.pop()
     if not words or not all(re.fullmatch(r"[0-9]+", word) for word in words):
-        raise ValueError(f"--seeds={text}: expected how many (5: seeds 0 to 4), or which (3,7,9; one alone: 7,)")
+        raise ValueError(f"--seeds={text}: expected how many (5: seeds 0 to 4), or a list (3,7,9; one alone: 7,)")
     seeds = tuple(map(int, words)) if "," in text else tuple(range(int(words[0])))
     if not seeds:
         raise ValueError(f"--seeds={text}: expected at least 1")
     if len(set(seeds)) < len(seeds):
-        raise ValueError(f"--seeds={text}: a seed is there twice")
+        raise ValueError(f"--seeds={text}: a seed is listed twice")
     return seeds
 
 
@@ -114,7 +114,7 @@ def parse_set(text: str) -> list[str]:
     """Returns one binding for each value in "name=v1,v2,v3"; commas in brackets or quotes are part of a value.
 
     Raises:
-      ValueError: The text is no name with values, or a value is there twice.
+      ValueError: The text is not a name with values, or a value is listed twice.
     """
     name, equals, values = (part.strip() for part in text.partition("="))
     expected = "expected NAME=VALUE,VALUE,..., such as 'sac.n_step_update=1,3' or 'dqn.fc_layer_params=(64, 64),(128,)'"
@@ -127,12 +127,12 @@ def parse_set(text: str) -> list[str]:
     if not all(parts):
         raise ValueError(f"--set '{text}': a value is empty; {expected}")
     if len(set(parts)) < len(parts):
-        raise ValueError(f"--set '{text}': a value is there twice")
+        raise ValueError(f"--set '{text}': a value is listed twice")
     return [f"{name} = {part}" for part in parts]
 
 
 def _split_at_commas(text: str) -> list[str]:
-    """Returns the parts of `text` between commas that are in no bracket and no quotes."""
+    """Splits `text` at commas outside brackets and quotes."""
     parts, start, open_brackets, quote, is_escaped = [], 0, [], "", False
     for index, letter in enumerate(text):
         if quote:
@@ -148,7 +148,7 @@ def _split_at_commas(text: str) -> list[str]:
             open_brackets.append(_CLOSING[letter])
         elif letter in _CLOSING.values():
             if not open_brackets or open_brackets.pop() != letter:
-                raise ValueError(f"'{letter}' closes nothing")
+                raise ValueError(f"'{letter}' has no opening bracket")
         elif letter == "," and not open_brackets:
             parts.append(text[start:index].strip())
             start = index + 1
@@ -158,10 +158,10 @@ def _split_at_commas(text: str) -> list[str]:
 
 
 def parse_variant(text: str) -> Variant:
-    """Returns the variant that "name: binding; binding" describes; "name:" changes nothing.
+    """Returns the variant for "name: binding; binding"; "name:" changes nothing.
 
     Raises:
-      ValueError: The text is no name with bindings.
+      ValueError: The text is not a name with bindings.
     """
     from actorlearner.runtime.configuration import split_bindings
 
@@ -172,12 +172,12 @@ def parse_variant(text: str) -> Variant:
 
 
 def make_variants(sets: Sequence[str], variants: Sequence[str]) -> tuple[Variant, ...]:
-    """Returns every combination of the values of `sets` (texts as `parse_set` takes), then the named `variants`.
+    """Returns every combination of the values of `sets` (as `parse_set` takes them), then the named `variants`.
 
-    Without any, the one variant changes nothing.
+    Without any, it returns one variant that changes nothing.
 
     Raises:
-      ValueError: As `parse_set` and `parse_variant`; or two have one name.
+      ValueError: As `parse_set` and `parse_variant`; or two have the same name.
     """
     made = []
     if sets:
@@ -187,15 +187,15 @@ def make_variants(sets: Sequence[str], variants: Sequence[str]) -> tuple[Variant
     made = made or [Variant(DEFAULT_VARIANT, ())]
     for first, second in itertools.combinations(made, 2):
         if first.name == second.name or first.folder.lower() == second.folder.lower():
-            raise ValueError(f"the variants '{first.name}' and '{second.name}' have one name, or one folder")
+            raise ValueError(f"the variants '{first.name}' and '{second.name}' have the same name or folder")
     names = [text.partition("=")[0].strip() for text in sets]
     if len(set(names)) < len(names):
-        raise ValueError(f"--set: {', '.join(sorted({n for n in names if names.count(n) > 1}))} is there twice")
+        raise ValueError(f"--set: {', '.join(sorted({n for n in names if names.count(n) > 1}))} is given twice")
     return tuple(made)
 
 
 def describe_differences(held: Grid, asked: Grid) -> list[str]:
-    """Returns what keeps `asked` from going on with `held`; more variants and more seeds do not."""
+    """Returns why `asked` cannot resume `held`; added variants and seeds are allowed."""
     differences = [
         f"{name}: the sweep has {getattr(held, name)!r}, this command {getattr(asked, name)!r}"
         for name in ("experiment", "gin_bindings", "train_flags")
@@ -216,21 +216,21 @@ def describe_differences(held: Grid, asked: Grid) -> list[str]:
 
 
 def describe_changes(held: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
-    """Returns the lines in which variants' settings differ, - of those held and + of those found now."""
+    """Returns the differing lines of variants' settings: - for the stored ones and + for the present ones."""
     changes = []
     for variant in held:
         lines = difflib.ndiff(held[variant].splitlines(), found.get(variant, "").splitlines())
         changed = [f"  {line}" for line in lines if line[:1] in "+-"]
         if changed:
-            changes += [f"variant '{variant}': its settings, those of the experiment's files included:", *changed]
+            changes += [f"variant '{variant}': settings, including those of the experiment's files:", *changed]
     return changes
 
 
 def find_settings(grid: Grid) -> dict[str, str]:
-    """Returns what each variant's experiment comes to, as gin text by variant; blocks while TensorFlow is imported.
+    """Returns each variant's complete settings, as gin text by variant; blocks while TensorFlow is imported.
 
     Raises:
-      ValueError: An experiment is refused, as `actorlearner train` would refuse it, or has no evaluations.
+      ValueError: `actorlearner train` would refuse an experiment, or it has no evaluations.
     """
     environment = {"TF_CPP_MIN_LOG_LEVEL": "2", **os.environ, "CUDA_VISIBLE_DEVICES": "-1"}
     asked = subprocess.run(
@@ -259,7 +259,7 @@ def _check(experiment: str, gin_bindings: Sequence[str], variants: Iterable[Vari
     for variant in variants:
         try:
             loaded = load_experiment(experiment, [*gin_bindings, *variant.bindings])
-            loaded.time_step_spec  # noqa: B018  (makes an environment, which may not exist)
+            loaded.time_step_spec  # noqa: B018  (makes an environment, to check that it exists)
         except RoleError as error:
             answers[variant.name] = {"error": error.message}
             continue
@@ -273,7 +273,7 @@ def _check(experiment: str, gin_bindings: Sequence[str], variants: Iterable[Vari
 
 
 def _without_imports(settings: str) -> str:
-    """Returns the bindings alone: which modules this process has imported depends on the variants before."""
+    """Returns the settings without imports, which depend on the variants read before."""
     lines = [line for line in settings.splitlines() if line.strip() and not re.match(r"#|import |from ", line)]
     return "\n".join(lines)
 

@@ -1,14 +1,14 @@
-"""Race: which variants of a sweep are beaten, so that the machine's time goes to the others.
+"""Race: finds beaten variants of a sweep, so that the machine's time goes to the others.
 
 Variants run seed by seed, and are compared at the evaluations that all of them have reached. Source: Maron and Moore
-1994, "Hoeffding Races" (drop what is worse than the best with confidence, go on with the rest), with paired differences
-over seeds in place of Hoeffding's bound, which needs far more runs than anyone trains.
+1994, "Hoeffding Races" (drop what is significantly worse than the best, continue with the rest), with paired
+differences over seeds instead of Hoeffding's bound, which would need far more runs.
 
-A bootstrap of three differences is their range: of two equal variants with ten evaluations it alone would drop one in
-nine sweeps of ten (simulated: normal returns, correlated by 0.8 from one evaluation to the next). A variant is beaten
-only where Student's t of the same differences, shared between the comparisons, agrees, at three evaluations in a row:
-then it is one sweep in sixty, and a variant that is worse by four standard deviations of a seed is still dropped in
-nearly nine sweeps of ten, after three seeds.
+A bootstrap of three differences is their range: with ten evaluations, it alone would drop one of two equal variants in
+nine of ten sweeps (simulated: normal returns, correlated by 0.8 from one evaluation to the next). So a variant counts
+as beaten only if Student's t of the same differences, corrected for the number of comparisons, agrees, at three
+evaluations in a row: then it is one sweep in sixty, and a variant that is worse by four standard deviations of a seed
+is still dropped in nearly nine of ten sweeps, after three seeds.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from actorlearner.tools.sweeping.statistics import CONFIDENCE, Evaluation, boots
 
 MIN_SEEDS = 3
 NUM_IN_A_ROW = 3
-"""Evaluations, the newest among them, at each of which a variant must be beaten."""
+"""Number of latest evaluations at each of which a variant must be beaten."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Defeat:
-    """Why a variant is stopped: its return less the best one's, over the same seeds.
+    """Why a variant is stopped: its return minus the best variant's, over the same seeds.
 
     Attributes:
-      step: Of the newest evaluation, on the sweep's clock.
+      step: Step of the newest evaluation, on the sweep's clock.
       best: The variant that beats it.
-      num_seeds: Compared.
-      difference: The mean.
-      interval: Its 95 % bootstrap interval.
+      num_seeds: Number of seeds compared.
+      difference: Mean difference.
+      interval: 95 % bootstrap interval of the difference.
     """
 
     step: int
@@ -56,12 +56,12 @@ class Defeat:
 def find_beaten(
     curves: Mapping[str, Mapping[int, Sequence[Evaluation]]], clock: str, num_in_a_row: int = NUM_IN_A_ROW
 ) -> dict[str, Defeat]:
-    """Returns the variants that are beaten, each with why.
+    """Returns the beaten variants, each with its `Defeat`.
 
     Args:
-      curves: Of the variants still in the race: evaluations by seed.
-      clock: On which they are compared, "environment_steps" or "train_step".
-      num_in_a_row: Evaluations at each of which it must be beaten.
+      curves: Evaluations by seed, for each variant still in the race.
+      clock: What steps count: "environment_steps" or "train_step".
+      num_in_a_row: Number of latest evaluations at each of which it must be beaten.
     """
     if len(curves) < 2:
         return {}
@@ -81,7 +81,7 @@ def find_beaten(
 def _returns_at(
     curves: Mapping[str, Mapping[int, Sequence[Evaluation]]], step: int, clock: str
 ) -> Optional[dict[str, np.ndarray]]:
-    """Returns each variant's returns at `step`, for the seeds that all of them have there; None where these are few."""
+    """Returns each variant's returns at `step`, for the seeds that all have reached it; None if these are too few."""
     returns: dict[str, dict[int, float]] = {}
     for variant, seeds in curves.items():
         read = {seed: read_return(curve, step, clock) for seed, curve in seeds.items()}
@@ -110,7 +110,7 @@ def _mean(values: np.ndarray) -> np.ndarray:
 
 
 def p_value(differences: np.ndarray) -> float:
-    """Returns how probable a mean this low is where the true one is zero: Student's t, one-sided."""
+    """Returns the one-sided p-value of Student's t-test: the probability of a mean this low if the true mean is 0."""
     num, mean, spread = len(differences), float(differences.mean()), float(differences.std(ddof=1))
     if not spread:
         return 0.0 if mean < 0 else 1.0

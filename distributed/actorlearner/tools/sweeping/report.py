@@ -1,4 +1,4 @@
-"""A sweep's results for people: a table and a picture, made from the run directories as they are now."""
+"""Reports a sweep's results: a table and a picture, from the present state of the run directories."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _FEW = 5
 
 
 def report_sweep(root: Path, clock: Optional[str] = None, steps: Sequence[int] = ()) -> int:
-    """Writes sweep.md, sweep.png and the results in sweep.json from what is there now; prints the tables.
+    """Writes sweep.md, sweep.png and the results in sweep.json; prints the tables.
 
     Args:
       root: The sweep's folder.
-      clock: What `steps` count; None for what the sweep was told.
-      steps: Where to compare; none for what the sweep was told.
+      clock: What `steps` count; None takes the sweep's own.
+      steps: Steps at which to compare; none takes the sweep's own.
     """
     directory, file = RunDirectory(root), root / "sweep.json"
     held = directory.read_json(file)
@@ -89,12 +89,12 @@ def _describe_state(trial: Trial, failure: Optional[dict[str, Any]], beaten: Opt
 def collect_points(
     runs: Mapping[str, Mapping[int, Mapping[str, Any]]], clock: str, steps: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Returns what the tables show: an entry for each of `steps`, for the last evaluation and for what is delivered.
+    """Returns the tables' content: an entry for each of `steps`, for the last evaluation and the delivered policies.
 
     Args:
       runs: By variant and seed: `evaluations`, a list, and `delivered`, a result or None.
       clock: One of `CLOCKS`; what `steps` count.
-      steps: Where to compare.
+      steps: Steps at which to compare.
     """
     points: list[dict[str, Any]] = []
     names: list[Union[int, str]] = [*steps, "last", "delivered"]
@@ -124,19 +124,19 @@ def format_tables(title: str, points: Sequence[Mapping[str, Any]], states: Mappi
     """Returns the tables as markdown.
 
     Args:
-      title: The sweep's.
+      title: Title of the sweep.
       points: As `collect_points` returns them.
-      states: Of each trial in words, by variant and seed; "ended" where there is nothing to say.
+      states: State of each trial in words, by variant and seed; "ended" needs no note.
     """
     seeds = list(dict.fromkeys(seed for of_seeds in states.values() for seed in of_seeds))
     lines = [f"# {title}", ""]
     lines += [
-        "Average returns of greedy evaluations. Interquartile mean (IQM): the mean of what is left when a quarter of "
-        "the seeds, rounded down, is cut from each end. Interval: 95 % percentile bootstrap of the IQM over seeds.",
+        "Average returns of greedy evaluations. Interquartile mean (IQM): the mean after a quarter of the seeds, "
+        "rounded down, is cut from each end. Interval: 95 % percentile bootstrap of the IQM over seeds.",
         "",
     ]
     if len(seeds) < _FEW:
-        lines += [f"Few seeds ({len(seeds)}): of two or three the interval is their range, of one its value.", ""]
+        lines += [f"Few seeds ({len(seeds)}): for two or three the interval is their range, for one its value.", ""]
     for point in points:
         lines += [f"## {_describe_point(point)}", ""]
         header = ["variant", "n", "mean", "IQM", "95 % interval", "lowest", *(f"seed {seed}" for seed in seeds)]
@@ -162,7 +162,7 @@ def format_tables(title: str, points: Sequence[Mapping[str, Any]], states: Mappi
         if state != "ended"
     ]
     if notes:
-        lines += ["## Trials that did not end", "", *notes, ""]
+        lines += ["## Unfinished trials", "", *notes, ""]
     return "\n".join(lines)
 
 
@@ -172,7 +172,7 @@ def _describe_point(point: Mapping[str, Any]) -> str:
         return "Delivered policies: the best evaluated one of each run, on fresh episodes"
     if at == "last":
         return "At the end: the last evaluation of each run"
-    return f"At {at:,} {unit}, read off each seed's curve"
+    return f"At {at:,} {unit}, interpolated on each seed's curve"
 
 
 def _absent(state: str) -> str:
@@ -190,7 +190,7 @@ def _number(value: float) -> str:
 def write_picture(
     path: Path, title: str, runs: Mapping[str, Any], states: Mapping[str, Any], clock: str
 ) -> Optional[Path]:
-    """Returns the path of the picture it wrote; None when nothing was evaluated yet."""
+    """Draws the picture and returns its path; None if nothing was evaluated yet."""
     if not any(run["evaluations"] for seeds in runs.values() for run in seeds.values()):
         return None
     partial = path.with_name(f".{path.stem}.{os.getpid()}.partial.png")
@@ -205,9 +205,9 @@ def write_picture(
 def make_picture(title: str, runs: Mapping[str, Any], states: Mapping[str, Any], clock: str) -> Figure:
     """Returns a figure: for each variant the interquartile mean with its bootstrap band, and a thin line per seed.
 
-    The mean is of the runs that have ended, or, while none has, of all, as far as each of them has come.
+    The mean is over finished runs or, while none has finished, over all runs up to the step that all have reached.
     """
-    # Figure on its own, without pyplot: no global state, no display.
+    # Without pyplot: no global state, no display.
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -1,6 +1,6 @@
-"""A sweep at work: starts its trials, some at once, watches and stops them.
+"""Runs a sweep: starts its trials, several at once, watches and stops them.
 
-variants x seeds --> [trials, some at once] --> run directories
+variants x seeds --> [trials, several at once] --> run directories
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from actorlearner.tools.sweeping.trials import STOP_SECS, RunningTrial, Trial, t
 SAY_EVERY_SECS = 60.0
 RACE_SECS = 5.0
 POLL_SECS = 0.5
-_SECOND_SIGNAL_SECS = 0.5  # signals closer together are one: `timeout` and shells deliver theirs twice
+_SECOND_SIGNAL_SECS = 0.5  # signals closer together count as one, because `timeout` and shells deliver them twice
 
 
 class Sweep:
@@ -47,13 +47,13 @@ class Sweep:
         self._root, self._grid, self._settings = root, grid, settings
         self._clock, self._steps, self._jobs, self._nice, self._race = clock, steps, jobs, nice, race
         self._directory = RunDirectory(root)
-        self._held = held  # what sweep.json has
+        self._held = held  # content of sweep.json
         self._failures: dict[str, dict[str, Any]] = {}  # by trial
-        self._beaten: dict[str, str] = dict(self._held.get("beaten", {})) if race else {}  # why, by variant
+        self._beaten: dict[str, str] = dict(self._held.get("beaten", {})) if race else {}  # reason by variant
         self._signals: list[int] = []
         self._signal_time = 0.0
         self._environment = dict(os.environ)
-        if jobs > 1:  # a learner takes all cores but one: several of them share
+        if jobs > 1:  # a learner takes all cores but one, so several must share
             self._environment.setdefault("TF_NUM_INTRAOP_THREADS", str(max(1, count_cores() // jobs - 1)))
         # Seed by seed, so that all variants can be compared after the first round.
         self._trials = [
@@ -107,7 +107,7 @@ class Sweep:
         return ExitCode.CRASH if self._failures else code
 
     def _run(self, running: list[RunningTrial]) -> None:
-        """Runs what has not ended; returns when all is done, or when a signal has come."""
+        """Runs unfinished trials; returns when all are done, or after a signal."""
         waiting = [t for t in self._trials if not t.has_ended() and t.variant not in self._beaten]
         self._say(f"{len(self._trials)} trials, {len(waiting)} to run, {self._jobs} at once, in {self._root}")
         said, looked = time.monotonic(), 0.0
@@ -135,7 +135,7 @@ class Sweep:
             time.sleep(POLL_SECS)
 
     def _stop_beaten(self, waiting: list[Trial], running: list[RunningTrial]) -> None:
-        """Takes the variants that are beaten out of the race, and their trials from both lists' work."""
+        """Removes beaten variants from the race: drops their waiting trials and stops their running ones."""
         from actorlearner.tools.sweeping.race import find_beaten
 
         curves: dict[str, dict[int, Any]] = {}
@@ -157,13 +157,13 @@ class Sweep:
             if not self._signals:
                 self._note_failure(trial, ExitCode.OCCUPIED, f"another training runs in {trial.root_dir}")
             return None
-        if trial.has_ended():  # the one that was waited for came to its end
+        if trial.has_ended():  # the training that held the lock has finished it
             lock.close()
             return None
         for failures in (self._failures, self._held.get("failures", {})):
             failures.pop(trial.name, None)
         started = RunningTrial(trial, self.command(trial), self._environment, self._nice, lock)
-        self._say(f"{trial.name}: {'goes on' if started.goes_on else 'begins'} (output: {trial.output})")
+        self._say(f"{trial.name}: {'resumes' if started.goes_on else 'starts'} (output: {trial.output})")
         return started
 
     def _say_news(self, running: RunningTrial) -> None:
@@ -184,7 +184,7 @@ class Sweep:
             last = f": {evaluations[-1]['average_return']:,.2f} at the last evaluation" if evaluations else ""
             self._say(f"{trial.name}: ended{last}")
         elif trial.variant in self._beaten:
-            self._say(f"{trial.name}: stopped, its variant is beaten")
+            self._say(f"{trial.name}: stopped because its variant is beaten")
         else:
             self._note_failure(trial, code or 0, trial.read_last_error())
         self._write()
@@ -194,7 +194,7 @@ class Sweep:
         self._say(f"{trial.name}: failed with exit code {code}: {error}")
 
     def _stop(self, running: list[RunningTrial]) -> None:
-        """Stops what still runs, within `STOP_SECS`; a second signal is passed on: it stops them at once."""
+        """Stops running trials, within `STOP_SECS`; a second signal is passed on and stops them immediately."""
         if not running:
             return
         self._say(f"stopping {len(running)} trials, which save")
@@ -216,7 +216,7 @@ class Sweep:
             self._signal_time = now
 
     def _write(self) -> None:
-        """Writes what was asked and what has failed; the rest is in the run directories."""
+        """Writes the grid and the failures to sweep.json; the results are in the run directories."""
         failures = {**self._held.get("failures", {}), **self._failures}
         names = {trial.name for trial in self._trials if not trial.has_ended()}
         self._held = {

@@ -1,4 +1,4 @@
-"""What a few seeds say: interquartile mean and bootstrap interval.
+"""Statistics over a few seeds: interquartile mean and bootstrap interval.
 
 Source: Agarwal et al. 2021, "Deep Reinforcement Learning at the Edge of the Statistical Precipice" (interquartile mean,
 percentile bootstrap over seeds).
@@ -15,16 +15,16 @@ import numpy as np
 
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 10_000
-_NUM_EXACT = 6  # values; up to here every resample there is can be listed: 6 ** 6 = 46,656
-_NEAR = 0.05  # of a step: how far short of it a run's last evaluation may be
+_NUM_EXACT = 6  # up to this many values all resamples are enumerated: 6 ** 6 = 46,656
+_NEAR = 0.05  # relative distance by which a run's last evaluation may miss a step
 
 Evaluation = Mapping[str, Any]
 
 
 def interquartile_mean(values: Any) -> Any:
-    """Returns the mean of what is left when a quarter of the values, rounded down, is cut from each end.
+    """Returns the mean after a quarter of the values, rounded down, is cut from each end.
 
-    So of 1 to 3 values it is the mean, of 5 the mean of the middle three. Along the last axis: [..., N] -> [...].
+    So for 1 to 3 values it is the mean, for 5 the mean of the middle three. Along the last axis: [..., N] -> [...].
     """
     ordered = np.sort(np.asarray(values, float), axis=-1)
     num_values = ordered.shape[-1]
@@ -33,10 +33,10 @@ def interquartile_mean(values: Any) -> Any:
 
 
 def bootstrap_interval(values: Sequence[float], statistic: Any = interquartile_mean) -> tuple[float, float]:
-    """Returns the percentile bootstrap interval of `statistic`, at 95 % confidence; the same at each call.
+    """Returns the 95 % percentile bootstrap interval of `statistic`; deterministic.
 
-    Up to six values it is exact: all resamples are listed. Of two or three values the interval is their range, as the
-    lowest alone make up 1/4 or 1/27 of the resamples.
+    For up to six values it is exact: all resamples are enumerated. For two or three values it is their range, because
+    the resamples of only the lowest value make up 1/4 or 1/27 of all.
 
     Args:
       values: At least one.
@@ -58,19 +58,20 @@ def _resamples(num_values: int) -> np.ndarray:
 
 
 def read_return(evaluations: Sequence[Evaluation], step: float, clock: str) -> Optional[float]:
-    """Returns the average return at `step`, on a straight line between the evaluations on both sides of it.
+    """Returns the average return at `step`, interpolated between the evaluations on both sides of it.
 
-    A run whose last evaluation is less than 5 % short of `step` has that one's return there.
+    If a run's last evaluation is less than 5 % short of `step`, its return is used.
 
     Args:
-      evaluations: Of one run, by train step.
-      step: On the clock.
+      evaluations: Evaluations of one run, by train step.
+      step: Step on the clock.
       clock: "environment_steps" or "train_step".
 
     Returns:
-      None where the run has not come so far, or had no evaluation before it.
+      The return; None if the run has not come so far, or had no evaluation before it.
     """
-    returns = {evaluation[clock]: evaluation["average_return"] for evaluation in evaluations}  # of equals the latest
+    # of equal steps the latest
+    returns = {evaluation[clock]: evaluation["average_return"] for evaluation in evaluations}
     steps = sorted(returns)
     if not steps or step < steps[0] or steps[-1] < (1 - _NEAR) * step:
         return None
@@ -78,7 +79,7 @@ def read_return(evaluations: Sequence[Evaluation], step: float, clock: str) -> O
 
 
 def describe_values(values: Sequence[float]) -> dict[str, Any]:
-    """Returns mean, interquartile mean, its interval and the lowest of at least one value."""
+    """Returns mean, interquartile mean with its interval, and minimum of at least one value."""
     low, high = bootstrap_interval(values)
     return {
         "mean": float(np.mean(values)),

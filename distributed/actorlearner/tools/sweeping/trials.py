@@ -1,7 +1,7 @@
-"""One trial of a sweep: a real `actorlearner train` in a run directory of its own, and what it has left there.
+"""One trial of a sweep: a real `actorlearner train` in a run directory of its own, and its results.
 
 A trial's launcher asks the kernel for SIGTERM when the sweep dies, so it stops and saves even after kill -9 of the
-sweep. It holds a lock file that it inherits: whoever can take that lock knows that no older launcher is at work there.
+sweep. It inherits a locked file: a process that can take that lock knows that no older launcher is running there.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from actorlearner.run.directory import RunDirectory
 from actorlearner.run.status import Delivered, Status, has_ended, read_ended_summary, read_status
 from actorlearner.runtime.processes import BARE_PYTHON, command_tied_to_parent
 
-STOP_SECS = 40.0  # a launcher that was told to stop takes 20 s at most, and its guard kills what is left
-_BEGINS = "--- "  # the line with which each launcher's output begins
-_MOST_LINE = 400  # letters of a failure's last line
+STOP_SECS = 40.0  # a stopping launcher takes at most 20 s, and its guard kills what is left
+_BEGINS = "--- "  # first line of each launcher's output
+_MOST_LINE = 400  # characters kept of a failure's last line
 
-# A trial's process runs this first, with how nice to be and the command: it says what begins, and becomes the launcher.
+# A trial's process first runs this, with the niceness and the command: it logs the start and executes the launcher.
 _BECOME_TRIAL = """
 import os, shlex, sys, time
 os.nice(int(sys.argv[1]))
@@ -49,24 +49,24 @@ class Trial:
 
     @property
     def output(self) -> Path:
-        """What its launcher writes, start after start."""
+        """The file with its launcher's output, over all starts."""
         return self.root_dir / "output.log"
 
     @property
     def lock(self) -> Path:
-        """Held by its launcher, whose process id it has."""
+        """The lock file, held by its launcher; it contains the launcher's process id."""
         return self.root_dir / ".trial.lock"
 
     def has_ended(self) -> bool:
-        """Returns whether training came to its end."""
+        """Returns whether training has ended."""
         return has_ended(RunDirectory(self.root_dir).summary)
 
     def read_status(self) -> Optional[Status]:
-        """Returns what the learner last said of itself; None before that."""
+        """Returns the learner's last status; None before the first."""
         return read_status(RunDirectory(self.root_dir).status)
 
     def read_evaluations(self) -> list[dict[str, Any]]:
-        """Returns the evaluations so far, by train step: of the summary if it has ended, else of metrics.jsonl."""
+        """Returns the evaluations so far, by train step: from the summary if it has ended, else from metrics.jsonl."""
         directory = RunDirectory(self.root_dir)
         summary = read_ended_summary(directory.summary)
         found: list[Any] = []
@@ -82,12 +82,12 @@ class Trial:
         return [by_step[step] for step in sorted(by_step)]
 
     def read_delivered(self) -> Optional[Delivered]:
-        """Returns what the ended run hands over; None if it has not ended, or hands over nothing."""
+        """Returns the delivered policy's result; None if the run has not ended or delivered nothing."""
         summary = read_ended_summary(RunDirectory(self.root_dir).summary)
         return summary.get("delivered") if summary else None
 
     def read_last_error(self) -> str:
-        """Returns the last line that its newest launcher wrote of an error, or wrote at all."""
+        """Returns the newest launcher's last error line, or its last line."""
         try:
             text = self.output.read_text(errors="replace")
         except OSError:
@@ -98,12 +98,12 @@ class Trial:
 
 
 class RunningTrial:
-    """A trial whose launcher this process has started."""
+    """A trial whose launcher this process started."""
 
     def __init__(self, trial: Trial, command: Sequence[str], environment: Mapping[str, str], nice: int, lock: IO[str]):
-        """Starts it; `lock` is the trial's, held, and given over to the launcher."""
+        """Starts the trial; `lock` is the trial's held lock, which the launcher inherits."""
         self.trial = trial
-        self.said_step: Optional[int] = None  # the train step of the evaluation last told of
+        self.said_step: Optional[int] = None  # train step of the evaluation reported last
         self.goes_on = (trial.root_dir / "run.json").exists()
         with open(trial.output, "a") as output:
             self._popen = subprocess.Popen(
@@ -119,14 +119,14 @@ class RunningTrial:
         lock.truncate()
         lock.write(f"{self._popen.pid}\n")
         lock.flush()
-        lock.close()  # the launcher's copy goes on holding it
+        lock.close()  # the launcher's copy keeps the lock
 
     def poll(self) -> Optional[int]:
         """Returns the launcher's exit code once it has ended."""
         return self._popen.poll()
 
     def stop(self, number: int = signal.SIGTERM) -> None:
-        """Asks it to save and end; a second time: to end at once."""
+        """Asks the launcher to save and end; at the second call, to end immediately."""
         if self._popen.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._popen.pid, number)
@@ -137,9 +137,9 @@ class RunningTrial:
 
 
 def take_lock(trial: Trial, say: Callable[[str], None], is_stopped: Callable[[], bool]) -> Optional[IO[str]]:
-    """Returns the trial's lock, held, once nobody is at work in its directory; None if that takes too long.
+    """Takes the trial's lock and returns it, once no process uses its directory; None if that takes too long.
 
-    A launcher of a sweep that died is told to stop, and waited for; so are the roles of one that died.
+    A launcher of a dead sweep is told to stop and waited for, and so are the roles of a dead launcher.
     """
     trial.root_dir.mkdir(parents=True, exist_ok=True)
     lock = open(trial.lock, "a+")  # noqa: SIM115  (the launcher inherits it)
@@ -151,7 +151,7 @@ def take_lock(trial: Trial, say: Callable[[str], None], is_stopped: Callable[[],
                 return lock
         if not has_said:
             has_said = True
-            say(f"{trial.name}: waiting for the training that is at work in {trial.root_dir}")
+            say(f"{trial.name}: waiting for the training that is running in {trial.root_dir}")
             _stop_holder(lock)
         if time.monotonic() >= deadline or is_stopped():
             lock.close()
@@ -160,7 +160,7 @@ def take_lock(trial: Trial, say: Callable[[str], None], is_stopped: Callable[[],
 
 
 def _stop_holder(lock: IO[str]) -> None:
-    """Tells the launcher that holds the lock to stop, if it does hold it."""
+    """Tells the launcher that holds the lock to stop, if there is one."""
     lock.seek(0)
     with contextlib.suppress(ValueError, OSError):
         pid = int(lock.read().strip())
