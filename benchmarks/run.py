@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     if unknown:
         print(f"error: --only: there is no {', '.join(unknown)}; there are {', '.join(SUBJECTS)}", file=sys.stderr)
         return ExitCode.USAGE
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # exit normally, so that the sides are closed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(ExitCode.TERMINATED))  # exit normally: closes the sides
     folder = Path(tempfile.mkdtemp(prefix="actorlearner-bench-"))
     console = Console(width=None if sys.stdout.isatty() else 160)
     settings = Settings(

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Optional
 
+from actorlearner.runtime.lifecycle import ExitCode
 from drills.deaths import stop
 from drills.disk import replaced_by
 from drills.drilled_run import MANY_ITERATIONS, PATIENCE_SECS, Run
@@ -52,7 +53,7 @@ def fill_disk(run: Run) -> Outcome:
 
     def damage(outcome: Outcome) -> None:
         with replaced_by(metrics, run.folder / "metrics.kept", Path("/dev/full")):
-            expect_end(run, outcome, 73, "the disk is full")
+            expect_end(run, outcome, ExitCode.CANNOT_CREATE, "the disk is full")
 
     return stop(run, "full disk", damage=damage)
 
@@ -63,9 +64,9 @@ def make_read_only(run: Run) -> Outcome:
     turned_at = time.time()
     evaluated = run.root_dir / "checkpoints" / "evaluated"
     with replaced_by(evaluated, run.folder / "evaluated.kept", READ_ONLY):
-        expect_end(run, outcome, 73, "may not be used", starts=False)  # at the next evaluation
+        expect_end(run, outcome, ExitCode.CANNOT_CREATE, "may not be used", starts=False)  # at the next evaluation
     with replaced_by(run.root_dir, run.folder / "run.kept", READ_ONLY):
-        expect_end(run, outcome, 73, "cannot hold a run")
+        expect_end(run, outcome, ExitCode.CANNOT_CREATE, "cannot hold a run")
     resume(run, outcome, before)
     judge_loss(run, outcome, before, turned_at)
     return outcome
@@ -97,7 +98,7 @@ def change_settings(run: Run) -> Outcome:
     capacity = run.configured("train.initial_collect_steps") + 7
 
     def damage(outcome: Outcome) -> None:
-        expect_end(run, outcome, 65, "max_size: the checkpoint has", f"{setting} = {capacity}")
+        expect_end(run, outcome, ExitCode.DATA, "max_size: the checkpoint has", f"{setting} = {capacity}")
 
     return stop(run, "other settings than the checkpoint's", damage=damage)
 
@@ -108,7 +109,7 @@ def change_experiment(run: Run) -> Outcome:
 
     def damage(outcome: Outcome) -> None:
         words = "holds the run of another experiment|the checkpoint has"
-        expect_end(run, outcome, 65, words, experiment=other)
+        expect_end(run, outcome, ExitCode.DATA, words, experiment=other)
 
     return stop(run, "another experiment's checkpoint", damage=damage)
 
@@ -125,7 +126,7 @@ def observe_not_finite(run: Run) -> Outcome:
     )
 
     def damage(outcome: Outcome) -> None:
-        expect_end(run, outcome, 65, r"environment \d+ gave (observation|reward).* = nan", *bindings)
+        expect_end(run, outcome, ExitCode.DATA, r"environment \d+ gave (observation|reward).* = nan", *bindings)
 
     return stop(run, fault, damage=damage)
 
@@ -138,6 +139,6 @@ def diverge(run: Run) -> Outcome:
         return Outcome(fault, not_done="the agent has no reward_scale_factor")
 
     def damage(outcome: Outcome) -> None:
-        expect_end(run, outcome, 65, r"at train step [\d,]+ .*: training has diverged", f"{setting} = 1e38")
+        expect_end(run, outcome, ExitCode.DATA, r"at train step [\d,]+ .*: training has diverged", f"{setting} = 1e38")
 
     return stop(run, fault, damage=damage)

@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     if sum(map(bool, (arguments.fault, arguments.kills, arguments.random))) > 1:
         print("error: give only one of --fault, --kills and --random", file=sys.stderr)
         return ExitCode.USAGE
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends what it started
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(ExitCode.TERMINATED))  # ends what it started
     drawn = random.Random(arguments.seed).sample(tuple(FAULTS), min(arguments.random, len(FAULTS)))
     return run_drill(
         arguments.experiment,

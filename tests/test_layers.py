@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "__main__": {"cli", "supported_platform"},
     "__init__": set(),
     "supported_platform": set(),
-    "checkout": set(),
+    "checkout": {"runtime"},
     "flags": {"experiment", "run", "runtime"},
     "runtime": {"runtime"},
     "cluster": set(),

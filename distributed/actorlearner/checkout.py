@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+from actorlearner.runtime.lifecycle import ExitCode
+
 ROOT = Path(__file__).resolve().parents[2]
 """In an installed package this folder has neither."""
 
@@ -25,7 +27,7 @@ def load(name: str) -> ModuleType:
             f"./launch/{script}.sh",
             file=sys.stderr,
         )
-        raise SystemExit(64)
+        raise SystemExit(ExitCode.USAGE)
     if str(ROOT) not in sys.path:
         sys.path.append(str(ROOT))
     return importlib.import_module(name)
