@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import signal
 
-from actorlearner.runtime.lifecycle import FINAL_CODES, ExitCode
+from actorlearner.runtime.lifecycle import FINAL_CODES, SECOND_SIGNAL_SECS, ExitCode
 
 STOPPED_CODES = (ExitCode.INTERRUPTED, ExitCode.TERMINATED)
 KILLED_CODES = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, *STOPPED_CODES)
@@ -29,8 +29,7 @@ class Timing:
     stop_learner_secs: float = 8.0  # it saves a checkpoint
     # all roles; replay servers get what the others leave of it, because saving a large replay takes long
     stop_secs: float = 19.0
-    # signals closer together count as one, because `timeout` and shells deliver them twice
-    second_signal_secs: float = 0.5
+    second_signal_secs: float = SECOND_SIGNAL_SECS
     old_error_secs: float = 10.0  # the error of a role that does not exit is shown after this time
     old_status_secs: float = 10.0
     live_interval_secs: float = 1.0

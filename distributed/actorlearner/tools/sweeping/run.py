@@ -17,14 +17,13 @@ from typing import IO, Any, Optional
 
 from actorlearner.launcher.command import train_command
 from actorlearner.run.directory import RunDirectory
-from actorlearner.runtime.lifecycle import ExitCode
+from actorlearner.runtime.lifecycle import SECOND_SIGNAL_SECS, ExitCode
 from actorlearner.tools.sweeping.grid import Grid
 from actorlearner.tools.sweeping.trials import STOP_SECS, RunningTrial, Trial, take_lock
 
 SAY_EVERY_SECS = 60.0
 RACE_SECS = 5.0
 POLL_SECS = 0.5
-_SECOND_SIGNAL_SECS = 0.5  # signals closer together count as one, because `timeout` and shells deliver them twice
 
 
 class Sweep:
@@ -211,7 +210,7 @@ class Sweep:
 
     def _on_signal(self, number: int, frame: Optional[types.FrameType]) -> None:
         now = time.monotonic()
-        if now - self._signal_time >= _SECOND_SIGNAL_SECS:
+        if now - self._signal_time >= SECOND_SIGNAL_SECS:
             self._signals.append(number)
             self._signal_time = now
 
