@@ -147,7 +147,9 @@ def insert_hostile(run: Run) -> Outcome:
     def inject() -> None:
         assert run.port()
         command = [sys.executable, "-m", "drills.strangers", f"127.0.0.1:{run.port()}"]
-        ended = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=PATIENCE_SECS)
+        paths = [str(CHECKOUT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_SECS)
         (run.folder / "strangers.log").write_text(ended.stdout + ended.stderr)
 
     outcome = survive(run, "hostile rows in every table", inject)

@@ -112,9 +112,9 @@ def test_a_server_that_the_first_does_not_list_does_not_join(quick, serve, spec,
     listed = f"localhost:{serve(make_tables([unused_address])).port}"
     for first, who in (
         (listed, unused_address),
-        (f"localhost:{serve(REPLAY.make_tables(spec, sample())).port}", "nobody"),
+        (f"localhost:{serve(REPLAY.make_tables(spec, sample())).port}", "no server"),
     ):
-        with pytest.raises(RoleError, match=f"--advertise = 'host:7': .* lets {who} join.*--may_join=host:7") as raised:
+        with pytest.raises(RoleError, match=f"--advertise = 'host:7': .* admits {who}\\..*--may_join=host:7") as raised:
             Announcement(first, "host:7").renew()
         assert raised.value.exit_code == ExitCode.USAGE
 

@@ -89,7 +89,7 @@ class InOneList(tf.keras.optimizers.SGD):
 def test_an_optimizer_whose_state_has_no_certain_owner_is_refused_when_the_run_begins(tmp_path):
     """At the first resume, days later, it is too late."""
     with pytest.raises(
-        RoleError, match=r"the optimizer agent/optimizer \(InOneList\) keeps .*a/Variable.* which"
+        RoleError, match=r"the optimizer agent/optimizer \(InOneList\) keeps .*a/Variable.* so that"
     ) as raised:
         checkpoints_of(tmp_path, Agent(InOneList())).restore()
     assert raised.value.exit_code == ExitCode.USAGE

@@ -8,8 +8,11 @@ from actorlearner import checkout
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of benchmarks/run.py."""
-    checkout.load("benchmarks.run").add_arguments(parser)
+    """Adds the arguments of benchmarks/run.py; without a checkout `--help` works, and `run` says what is missing."""
+    if checkout.has("benchmarks.run"):
+        checkout.load("benchmarks.run").add_arguments(parser)
+    else:
+        parser.add_argument("arguments", nargs="*", help="see ./launch/bench.sh --help in a checkout")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -8,8 +8,11 @@ from actorlearner import checkout
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of drills/run.py."""
-    checkout.load("drills.run").add_arguments(parser)
+    """Adds the arguments of drills/run.py; without a checkout `--help` works, and `run` says what is missing."""
+    if checkout.has("drills.run"):
+        checkout.load("drills.run").add_arguments(parser)
+    else:
+        parser.add_argument("arguments", nargs="*", help="see ./launch/drill.sh --help in a checkout")
 
 
 def run(arguments: argparse.Namespace) -> int:

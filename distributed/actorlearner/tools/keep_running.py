@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import types
 from collections.abc import Collection, Sequence
@@ -19,6 +18,8 @@ from typing import Optional
 from actorlearner.launcher.command import PROGRAM
 from actorlearner.launcher.restarts import DEFAULT_TIMING, KILLED_CODES, Restarts, Timing
 from actorlearner.runtime.lifecycle import FINAL_CODES, ExitCode
+
+_PAUSE_SLICE_SECS = 0.1  # how late a signal ends a pause
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +68,7 @@ class Keeper:
         self._command = command
         self._final_codes = frozenset(final_codes)
         self._restarts = Restarts(timing)
-        self._stopping = threading.Event()
+        self._is_stopping = False  # no Event: its lock is not re-entrant, and a signal handler sets this
         self._child: Optional[subprocess.Popen[bytes]] = None
 
     def run(self) -> int:
@@ -75,29 +76,34 @@ class Keeper:
         for number in (signal.SIGTERM, signal.SIGINT):
             if signal.getsignal(number) != signal.SIG_IGN:  # shells make background jobs ignore SIGINT
                 signal.signal(number, self._on_signal)
-        while not self._stopping.is_set():
+        while not self._is_stopping:
             began = time.monotonic()
             self._child = subprocess.Popen(self._command)
-            if self._stopping.is_set():  # the signal came before the child had a process id
+            if self._is_stopping:  # the signal came before the child had a process id
                 self._child.terminate()
             self._log(f"{self._name} is process {self._child.pid}")
             returncode = self._child.wait()
             code = returncode if returncode >= 0 else 128 - returncode  # as shells number signals
             lived_secs = time.monotonic() - began
             self._log(f"{self._name} ended with exit code {code} after {lived_secs:.0f} s")
-            if self._stopping.is_set() or code in self._final_codes:
+            if self._is_stopping or code in self._final_codes:
                 return code
             secs = self._restarts.secs_until_next(lived_secs, was_killed=returncode in KILLED_CODES)
             if secs is None:
                 self._log(f"error: {self._name} died repeatedly soon after its start, for the reason above.")
                 return code
             self._log(f"restarting {self._name} in {secs:g} s")
-            self._stopping.wait(secs)
+            self._pause(secs)
         return ExitCode.TERMINATED
 
+    def _pause(self, secs: float) -> None:
+        ends_at = time.monotonic() + secs
+        while not self._is_stopping and (left := ends_at - time.monotonic()) > 0:
+            time.sleep(min(left, _PAUSE_SLICE_SECS))
+
     def _on_signal(self, number: int, frame: Optional[types.FrameType]) -> None:
-        if not self._stopping.is_set():
-            self._stopping.set()
+        if not self._is_stopping:
+            self._is_stopping = True
             if self._child is not None and self._child.poll() is None:
                 self._child.terminate()
 

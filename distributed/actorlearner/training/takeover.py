@@ -112,7 +112,9 @@ def furthest_step(directory: RunDirectory, num_iterations: int) -> int:
     """Returns an upper bound on the previous learner's train step; its status was at most a second old."""
     status = directory.read_json(directory.status) or {}
     since = max(UNKNOWN_STEPS, int(UNKNOWN_SECS * (status.get("train_steps_per_sec") or 0.0)))
-    return min(num_iterations, status["train_step"] + since) if "train_step" in status else num_iterations
+    if "train_step" not in status:
+        return num_iterations
+    return min(max(num_iterations, status["train_step"]), status["train_step"] + since)
 
 
 def refuse_second_learner(
