@@ -153,7 +153,7 @@ def insert_hostile(run: Run) -> Outcome:
         (run.folder / "strangers.log").write_text(ended.stdout + ended.stderr)
 
     outcome = survive(run, "hostile rows in every table", inject)
-    took = re.findall(r"^(\w+) took (\d+)", (run.folder / "strangers.log").read_text(), re.MULTILINE)
+    took = re.findall(r"^(\w+) accepted (\d+)", (run.folder / "strangers.log").read_text(), re.MULTILINE)
     if not took or not all(int(number) for _, number in took):
         outcome.broken.append(f"not every table accepted rows (see {run.folder / 'strangers.log'})")
     said = run.log("learner-0").count("held a row that does not fit")
